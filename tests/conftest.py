@@ -1,0 +1,28 @@
+"""Shared fixtures: where the real data is, and an offline, quiet process for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# No test may reach a hub; set before anything imports a library that would try.
+os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"})
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Callable[[str], Path]:
+    """`test_data("flickr8k-mini/val")` is that folder of real data, or a skip that says how to bring it."""
+    root = Path(os.environ.get("CLIPKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            pytest.skip(f"{name} is not under {root}: set CLIPKIT_TEST_DATA to the folder that holds it")
+        return path
+
+    return find
