@@ -1,0 +1,175 @@
+"""Zero-shot classification (Radford et al., 2021, section 3.1): a class is the mean of its prompts' embeddings.
+
+As open_clip does it: each prompt's embedding has unit norm, a class weight is their mean, renormalised, and logits are
+100 times the cosine. Equal logits share their places evenly (expectation over a random order), so constant features
+have the accuracy of guessing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.evals.encoder import Encoder, check_features
+from clipkit.evals.retrieval import hit_probability
+from clipkit.registry import unknown
+
+
+def shape_classes() -> list[str]:
+    from clipkit.data.synthetic import SHAPE_CLASSES
+
+    return list(SHAPE_CLASSES)
+
+
+def shape_templates() -> list[str]:
+    from clipkit.data.synthetic import SHAPE_TEMPLATES
+
+    return list(SHAPE_TEMPLATES)
+
+
+def imagenet_classes() -> list[str]:
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates() -> list[Callable[[str], str]]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return list(OPENAI_IMAGENET_TEMPLATES)
+
+
+def simple_templates() -> list[Callable[[str], str]]:
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    return list(SIMPLE_IMAGENET_TEMPLATES)
+
+
+CLASSES = {"shapes": shape_classes, "imagenet": imagenet_classes}
+TEMPLATES = {
+    "shapes": shape_templates,
+    "imagenet": imagenet_templates,
+    "imagenet_simple": simple_templates,
+    "plain": lambda: ["a photo of a {}."],
+}
+
+
+def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Class names, and the folder name of each where the file gives one (as ImageNet's wnid).
+
+    Args:
+        classes: a list of names; `shapes` or `imagenet`; or a file: .txt with one name a line, .json with a list, or
+            .tsv/.csv with the column `name` and optionally `folder` or `wnid`.
+    """
+    folders = None
+    if not isinstance(classes, str):
+        names = [str(name) for name in classes]
+    elif classes in CLASSES:
+        names = CLASSES[classes]()
+    elif not Path(classes).is_file():
+        raise ValueError(f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does.")
+    elif classes.endswith((".tsv", ".csv")):
+        with open(classes, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if classes.endswith(".tsv") else ","))
+        if not rows or "name" not in rows[0]:
+            raise ValueError(f"{classes} needs a header with the column 'name'; got {list(rows[0]) if rows else 'nothing'}")
+        names = [row["name"] for row in rows]
+        column = next((column for column in ("folder", "wnid") if column in rows[0]), None)
+        folders = [row[column] for row in rows] if column else None
+    else:
+        text = Path(classes).read_text("utf-8")
+        names = json.loads(text) if classes.endswith(".json") else text.splitlines()
+        while names and not str(names[-1]).strip():
+            names = names[:-1]
+    if not names:
+        raise ValueError(f"the class list {classes!r} is empty")
+    for label, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"class {label} of {classes if isinstance(classes, str) else 'the list'} is empty")
+    return names, folders
+
+
+def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str], str]]:
+    """Prompt makers from a list of strings holding `{}` or `{c}`, a file with one a line, or a name in TEMPLATES."""
+    if templates is None or len(templates) == 0:
+        raise ValueError(
+            f"zero-shot classification needs templates: a list such as ['a photo of a {{}}.'], a file with one a line, "
+            f"or one of {', '.join(sorted(TEMPLATES))}"
+        )
+    if isinstance(templates, str):
+        if templates in TEMPLATES:
+            templates = TEMPLATES[templates]()
+        elif Path(templates).is_file():
+            templates = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
+        else:
+            raise ValueError(f"{unknown('templates', templates, TEMPLATES)} It is no file either.")
+    return [template if callable(template) else _prompt_maker(template) for template in templates]
+
+
+def _prompt_maker(template: str) -> Callable[[str], str]:
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"template {template!r} has no place for the class: write {{}} or {{c}} there")
+    # Not str.format: class names and templates may hold other braces.
+    return lambda name: template.replace("{}", name).replace("{c}", name)
+
+
+def zero_shot_classifier(encoder: Encoder, classes: Sequence[str], templates: Sequence[Callable[[str], str]]) -> Tensor:
+    """(K, D) unit-norm class weights."""
+    prompts = [template(name) for name in classes for template in templates]
+    features = encoder.texts(prompts).reshape(len(classes), len(templates), -1).mean(dim=1)
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def zero_shot_logits(image_features: Tensor, classifier: Tensor) -> Tensor:
+    """(N, K) float32: 100 times the cosine of (N, D) and (K, D) unit-norm features."""
+    return 100.0 * image_features.float() @ classifier.float().T
+
+
+def classification_metrics(image_features: Tensor, classifier: Tensor, labels: Tensor) -> dict[str, float]:
+    """top1, top5 and mean_per_class (mean over the classes present of their top-1), as fractions of 1.
+
+    Args:
+        image_features: (N, D), unit norm.
+        classifier: (K, D).
+        labels: (N,) int64 in 0..K-1.
+    """
+    check_features(image_features, "image_features")
+    check_features(classifier, "class weights")
+    outside = torch.nonzero((labels < 0) | (labels >= len(classifier)))
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"image {row} has label {int(labels[row])}, but there are {len(classifier)} classes (from 0)")
+    hits = {1: [], 5: []}
+    tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
+    for start in range(0, len(labels), 1024):
+        truth = labels[start : start + 1024, None]
+        scores = image_features[start : start + 1024].double() @ classifier.double().T
+        own = scores.gather(1, truth)
+        scores.scatter_(1, truth, -torch.inf)
+        greater = torch.count_nonzero(scores > own + tolerance, dim=1)
+        tied = torch.count_nonzero(scores >= own - tolerance, dim=1) - greater
+        for k, found in hits.items():
+            found.append(hit_probability(greater, tied, torch.ones_like(tied), k))
+    top1, top5 = torch.cat(hits[1]), torch.cat(hits[5])
+    count = torch.bincount(labels, minlength=len(classifier))
+    per_class = torch.zeros(len(classifier), dtype=torch.float64).scatter_add_(0, labels, top1)
+    present = count > 0
+    return {
+        "top1": float(top1.mean()),
+        "top5": float(top5.mean()),
+        "mean_per_class": float((per_class[present] / count[present]).mean()),
+    }
+
+
+def image_labels(images: Any, what: str) -> Tensor:
+    """(N,) int64 labels of encoded images; ValueError naming the first image without one."""
+    for key, label in zip(images.keys, images.labels, strict=True):
+        if label is None:
+            raise ValueError(f"{what}: image {key!r} has no class id (KEY.cls, or label_key in its json)")
+    return torch.tensor(images.labels)

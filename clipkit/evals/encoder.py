@@ -1,0 +1,143 @@
+"""The model's side of an evaluation: data in, features out, each data set encoded once whatever the number of tasks.
+
+With a group every rank encodes its share and all ranks hold the whole features afterwards (CPU, float32: 2 GB for a
+million images of 512 dimensions), so that a metric is the same number on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from clipkit.evals.sources import ImageSource
+
+
+def check_features(features: Tensor, name: str, keys: Sequence[str] | None = None) -> None:
+    """Raise ValueError naming the first row of `features` (rows, D) that holds a NaN or an infinity."""
+    bad = torch.nonzero(~torch.isfinite(features).all(dim=1)).squeeze(1)
+    if len(bad):
+        first = int(bad[0])
+        which = f"row {first}" if keys is None else f"row {first}, {keys[first]!r}"
+        raise ValueError(
+            f"{name} has non-finite values in {len(bad)} of {len(features)} rows (first: {which}): "
+            "the model diverged or its checkpoint is damaged; no metric of it means anything"
+        )
+
+
+@dataclass
+class EncodedImages:
+    """A data set after the image tower.
+
+    Attributes:
+        image_features: (N, D) CPU float32, unit norm.
+        captions, labels, keys, meta: one entry an image; a label is None where the data has none.
+    """
+
+    image_features: Tensor
+    captions: list[list[str]]
+    labels: list[int | None]
+    keys: list[str]
+    meta: list[dict[str, Any]]
+    text: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+class Encoder:
+    """A model with its tokenizer on a device, remembering every data set it has encoded.
+
+    Args:
+        model: has `encode_image(image (B, 3, H, W) uint8) -> (B, D)` and `encode_text(tokens) -> (B, D)`, unit norm,
+            and `image_tower.image_size`; a text-only model needs the second alone.
+        tokenizer: list of str -> tokens with `.to(device)`.
+        group: ranks that share the encoding, or None for this process alone.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        group: ProcessGroup | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.device, self.batch_size, self.group = torch.device(device), batch_size, group
+        self._images: dict[Any, EncodedImages] = {}
+
+    @property
+    def world(self) -> tuple[int, int]:
+        """(rank, world size) of the group."""
+        return (self.group.rank(), self.group.size()) if self.group is not None else (0, 1)
+
+    @property
+    def ranking_device(self) -> torch.device:
+        """Where float64 scores are formed: the model's device, or the CPU where that has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    @torch.no_grad()
+    def images(self, source: ImageSource) -> EncodedImages:
+        """Encode every image of `source` once; asked again, the same object is returned."""
+        if source.identity not in self._images:
+            self._images[source.identity] = self._encode_images(source)
+        return self._images[source.identity]
+
+    def _encode_images(self, source: ImageSource) -> EncodedImages:
+        if not hasattr(self.model, "encode_image"):
+            raise ValueError(f"{type(self.model).__name__} encodes text only; {source.identity} holds images")
+        rank, world = self.world
+        image_size = self.model.image_tower.image_size
+        mine = []
+        for number, batch in source.batches(image_size, self.batch_size, rank=rank, world_size=world):
+            features = self.model.encode_image(batch.pop("image").to(self.device))
+            mine.append((number, features.float().cpu(), batch))
+        parts = sorted((part for ranks in self._gather(mine) for part in ranks), key=lambda part: part[0])
+        if not parts:
+            raise ValueError(f"{source.identity} holds no image; check the path")
+        merged = {name: [x for part in parts for x in part[2][name]] for name in ("captions", "labels", "keys", "meta")}
+        encoded = EncodedImages(torch.cat([part[1] for part in parts]), **merged)
+        check_features(encoded.image_features, f"image_features of {source.identity}", encoded.keys)
+        return encoded
+
+    def captions(self, source: ImageSource) -> tuple[Tensor, Tensor]:
+        """(text_features (M, D), text_to_image_index (M,)) of every caption of `source`, in file order."""
+        images = self.images(source)
+        if images.text is None:
+            for key, captions in zip(images.keys, images.captions, strict=True):
+                if not captions or not all(caption.strip() for caption in captions):
+                    raise ValueError(f"image {key!r} of {source.identity} has no caption (or an empty one)")
+            texts = [caption for captions in images.captions for caption in captions]
+            index = [i for i, captions in enumerate(images.captions) for _ in captions]
+            images.text = (self.texts(texts), torch.tensor(index))
+        return images.text
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), D) CPU float32, unit norm, in the order given."""
+        if not texts:
+            raise ValueError("there is no text to encode")
+        rank, world = self.world
+        # Texts of like length share a batch: a tokenizer that pads to the longest then pads little.
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        mine = []
+        for rows in batches[rank::world]:
+            tokens = self.tokenizer([texts[i] for i in rows]).to(self.device)
+            mine.append((rows, self.model.encode_text(tokens).float().cpu()))
+        parts = [part for ranks in self._gather(mine) for part in ranks]
+        features = torch.empty(len(texts), parts[0][1].shape[1])
+        for rows, values in parts:
+            features[rows] = values
+        check_features(features, "text_features", texts)
+        return features
+
+    def _gather(self, mine: list) -> list[list]:
+        if self.group is None:
+            return [mine]
+        everyone: list = [None] * self.group.size()
+        torch.distributed.all_gather_object(everyone, mine, group=self.group)
+        return everyone

@@ -1,0 +1,243 @@
+"""Where evaluation images come from: shards, CLIP_benchmark's layout, image folders, tars with a folder a class.
+
+Every source yields its images once, in a fixed order, numbered by batch, so that ranks share the work and the whole can
+be put together again. Images outside shards are decoded and resized by PIL (bicubic to the shorter side, centre crop):
+the pixels open_clip's evaluation transform makes, before its normalisation.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.registry import suggest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+SOURCE_SETTINGS = ("shards", "clip_benchmark", "folder", "tar")
+
+
+def load_image(data: bytes | Path, image_size: int) -> Tensor:
+    """(3, image_size, image_size) uint8 RGB: shorter side to `image_size` by bicubic, then the centre."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        # 16-bit greyscale would clip to white.
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+        image = image.convert("RGB")
+    short = min(image.size)
+    width, height = (int(image_size * side / short) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.BICUBIC)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    image = image.crop((left, top, left + image_size, top + image_size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class ImageSource:
+    """Images with captions or class labels.
+
+    Attributes:
+        identity: what the source reads; equal identities are encoded once.
+        classes: the class names or folder names the source itself knows, or None.
+    """
+
+    identity: str
+    classes: list[str] | None = None
+
+    def batches(
+        self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered batches {image (B, 3, H, W) uint8, captions, labels, keys, meta} of this rank, ascending."""
+        raise NotImplementedError
+
+
+class Shards(ImageSource):
+    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key`, `label` or `cls` in the json."""
+
+    def __init__(self, shards: str | list[str], label_key: str | None = None):
+        self.shards, self.identity = shards, f"shards {shards}"
+        self.label_keys = (label_key,) if label_key else ("label", "cls", "class_id")
+
+    def batches(self, image_size, batch_size, *, rank=0, world_size=1):
+        from clipkit.data import iter_eval
+
+        for number, batch in enumerate(iter_eval(self.shards, image_size=image_size, batch_size=batch_size)):
+            if number % world_size == rank:
+                labels = [next((meta[k] for k in self.label_keys if k in meta), None) for meta in batch["meta"]]
+                yield number, {
+                    "image": batch["image"],
+                    "captions": [list(captions) for captions in batch["captions"]],
+                    "labels": [None if label is None else int(label) for label in labels],
+                    "keys": list(batch["key"]),
+                    "meta": list(batch["meta"]),
+                }
+
+
+class _Items(ImageSource):
+    """Images listed beforehand; a subclass lists (key, label, captions) and reads the bytes of one."""
+
+    items: list[tuple[str, int | None, list[str]]]
+
+    def read(self, key: str) -> bytes:
+        raise NotImplementedError
+
+    def batches(self, image_size, batch_size, *, rank=0, world_size=1):
+        for number in range(rank, -(-len(self.items) // batch_size), world_size):
+            items = self.items[number * batch_size : (number + 1) * batch_size]
+            images = []
+            for key, _, _ in items:
+                try:
+                    images.append(load_image(self.read(key), image_size))
+                except OSError as error:
+                    raise ValueError(f"{self.identity}: {key} is not a readable image ({error})") from error
+            yield number, {
+                "image": torch.stack(images),
+                "captions": [captions for _, _, captions in items],
+                "labels": [label for _, label, _ in items],
+                "keys": [key for key, _, _ in items],
+                "meta": [{} for _ in items],
+            }
+
+    def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
+        """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
+        found = sorted({Path(key).parent.name for key in keys})
+        self.classes = list(folders) if folders is not None else found
+        for name in found:
+            if name not in self.classes:
+                raise ValueError(
+                    f"{self.identity}: folder {name!r} is none of the {len(self.classes)} classes."
+                    f"{suggest(name, self.classes)}"
+                )
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.items = [(key, labels[Path(key).parent.name], []) for key in sorted(keys)]
+        if not self.items:
+            raise ValueError(f"{self.identity} holds no image in a class folder; expected CLASS/NAME.jpg")
+
+
+class ImageFolder(_Items):
+    """`folder`/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
+
+    def __init__(self, folder: str | Path, folders: list[str] | None = None):
+        self.folder, self.identity = Path(folder), f"image folder {folder}"
+        if not self.folder.is_dir():
+            raise ValueError(f"image folder {folder} does not exist")
+        keys = [
+            str(path.relative_to(self.folder))
+            for path in self.folder.glob("*/*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        filled = {Path(key).parent.name for key in keys}
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir() and path.name not in filled:
+                raise ValueError(f"{self.identity}: class {path.name!r} is empty; add images or remove the folder")
+        self._label_by_folder(keys, folders)
+
+    def read(self, key):
+        return (self.folder / key).read_bytes()
+
+
+class ClassTar(_Items):
+    """One tar of PART/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
+
+    def __init__(self, tar: str | Path, folders: list[str] | None = None):
+        self.path, self.identity = Path(tar), f"tar {tar}"
+        if not self.path.is_file():
+            raise ValueError(f"tar {tar} does not exist")
+        with tarfile.open(self.path, "r:") as archive:
+            members = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES]
+        self._where = {m.name: (m.offset_data, m.size) for m in members}
+        self._label_by_folder(list(self._where), folders)
+
+    def read(self, key):
+        offset, size = self._where[key]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+class ClipBenchmark(_Items):
+    """CLIP_benchmark's webdataset layout: FOLDER/`split`/N.tar of KEY.jpg|png|webp with KEY.cls or KEY.txt.
+
+    Beside the splits, classnames.txt and zeroshot_classification_templates.txt hold one class and one template a line;
+    a retrieval set's .txt holds one caption a line.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "test"):
+        self.folder, self.identity = Path(folder), f"CLIP_benchmark folder {folder} split {split}"
+        tars = sorted((self.folder / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
+        if not tars:
+            splits = sorted(path.name for path in self.folder.glob("*") if path.is_dir())
+            raise ValueError(f"{self.identity} holds no tar; splits found: {', '.join(splits) or 'none'}")
+        count = self.folder / split / "nshards.txt"
+        if count.exists() and int(count.read_text()) != len(tars):
+            raise ValueError(f"{self.identity}: nshards.txt says {count.read_text().strip()}, found {len(tars)} tars")
+        self.classes = self.lines("classnames.txt")
+        self.templates = self.lines("zeroshot_classification_templates.txt")
+        self._where: dict[str, tuple[Path, int, int]] = {}
+        self.items = []
+        for tar in tars:
+            self._index(tar)
+
+    def lines(self, name: str) -> list[str] | None:
+        path = self.folder / name
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()] if path.exists() else None
+
+    def _index(self, tar: Path) -> None:
+        samples: dict[str, dict[str, Any]] = {}
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                stem, _, suffix = Path(member.name).name.partition(".")
+                sample = samples.setdefault(str(Path(member.name).parent / stem), {})
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    sample["image"] = (member.offset_data, member.size)
+                elif suffix in ("cls", "txt"):
+                    sample[suffix] = archive.extractfile(member).read().decode("utf-8").strip()
+        for name, sample in samples.items():
+            key = f"{tar.name}/{name}"
+            if "image" not in sample:
+                raise ValueError(f"{self.identity}: sample {key} has no image")
+            self._where[key] = (tar, *sample["image"])
+            captions = [line.strip() for line in sample.get("txt", "").splitlines() if line.strip()]
+            self.items.append((key, int(sample["cls"]) if "cls" in sample else None, captions))
+
+    def read(self, key):
+        tar, offset, size = self._where[key]
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def open_source(
+    what: str,
+    *,
+    shards: str | list[str] | None = None,
+    clip_benchmark: str | None = None,
+    folder: str | None = None,
+    tar: str | None = None,
+    split: str = "test",
+    label_key: str | None = None,
+    folders: list[str] | None = None,
+) -> ImageSource:
+    """The one source that is given; `what` names the task in the error for none or several."""
+    given = {
+        name: value
+        for name, value in zip(SOURCE_SETTINGS, (shards, clip_benchmark, folder, tar), strict=True)
+        if value is not None
+    }
+    if len(given) != 1:
+        raise ValueError(f"{what} needs exactly one of {', '.join(SOURCE_SETTINGS)}; got {', '.join(given) or 'none'}")
+    if shards is not None:
+        return Shards(shards, label_key)
+    if clip_benchmark is not None:
+        return ClipBenchmark(clip_benchmark, split)
+    return ImageFolder(folder, folders) if folder is not None else ClassTar(tar, folders)

@@ -1,0 +1,160 @@
+"""The registry of evaluation tasks and `evaluate`, which runs the ones a config names.
+
+A task is a class: its constructor's keyword arguments are the settings, checked before anything is encoded, and calling
+it with an Encoder gives {metric: value}.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from clipkit.evals.classification import (
+    classification_metrics,
+    image_labels,
+    read_classes,
+    read_templates,
+    zero_shot_classifier,
+)
+from clipkit.evals.encoder import Encoder
+from clipkit.evals.retrieval import retrieval_metrics
+from clipkit.evals.sources import ClipBenchmark, open_source
+from clipkit.registry import Registry, check_keys
+
+_TASKS = Registry("evaluation task")
+register_task = _TASKS.register
+list_tasks = _TASKS.names
+
+
+def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Build every task from its spec, so that a wrong setting or a missing file is an error before training starts.
+
+    Args:
+        tasks: {name: {"kind": registered name, settings...}}; a spec of None is left out.
+
+    Raises:
+        ValueError: names the task and what is wrong with it.
+    """
+    built = {}
+    for name, spec in tasks.items():
+        if spec is None:
+            continue
+        if not isinstance(spec, Mapping) or "kind" not in spec:
+            raise ValueError(f"evaluation {name!r} needs a `kind` (one of {', '.join(list_tasks())}); got {spec!r}")
+        task = _TASKS.get(spec["kind"])
+        settings = {key: value for key, value in spec.items() if key != "kind"}
+        parameters = inspect.signature(task).parameters
+        check_keys(settings, parameters, f"evaluation {name!r} ({spec['kind']})")
+        missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
+        if missing:
+            raise ValueError(f"evaluation {name!r} ({spec['kind']}) needs {', '.join(missing)}")
+        try:
+            built[name] = task(**settings)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evaluation {name!r}: {error}") from error
+    return built
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Mapping[str, Any] | None],
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    group: ProcessGroup | str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run evaluation tasks on a model; a data set used by several tasks is encoded once.
+
+    The model is put in evaluation mode and back. No random number of the global generators is drawn.
+
+    Args:
+        model, tokenizer: as clipkit.evals.encoder.Encoder takes them.
+        tasks: as create_tasks takes them: what `cfg.eval` is.
+        batch_size: images or texts a forward pass.
+        group: ranks that share the work ("auto": the default group, when there is one); every rank must call this and
+            every rank gets the same numbers. None: this process alone.
+
+    Returns:
+        {task: {metric: value}}.
+    """
+    if group is not None:
+        from clipkit.distributed import resolve_group
+
+        group = resolve_group(group)
+    built = create_tasks(tasks)
+    encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size, group=group)
+    training = bool(getattr(model, "training", False))
+    if training:
+        model.eval()
+    try:
+        return {name: task(encoder) for name, task in built.items()}
+    finally:
+        if training:
+            model.train()
+
+
+@register_task("retrieval")
+class Retrieval:
+    """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
+
+    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
+        self.source = open_source("retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        text_features, index = encoder.captions(self.source)
+        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
+        return retrieval_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
+
+
+@register_task("zero_shot")
+class ZeroShot:
+    """Zero-shot classification of one labelled data set.
+
+    Args:
+        shards, clip_benchmark, folder, tar: where the images are; exactly one.
+        split: of the CLIP_benchmark folder.
+        classes: as read_classes; CLIP_benchmark folders and image folders bring their own.
+        templates: as read_templates; CLIP_benchmark folders bring their own.
+        label_key: of the shards' json.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str | list[str] | None = None,
+        clip_benchmark: str | None = None,
+        folder: str | None = None,
+        tar: str | None = None,
+        split: str = "test",
+        classes: str | list[str] | None = None,
+        templates: str | list[str] | None = None,
+        label_key: str | None = None,
+    ):
+        names, folders = read_classes(classes) if classes is not None else (None, None)
+        self.source = open_source(
+            "zero_shot",
+            shards=shards,
+            clip_benchmark=clip_benchmark,
+            folder=folder,
+            tar=tar,
+            split=split,
+            label_key=label_key,
+            folders=folders or names,
+        )
+        self.classes = names or self.source.classes
+        if self.classes is None:
+            raise ValueError("zero_shot needs `classes`: a list of names or a file")
+        if templates is None and isinstance(self.source, ClipBenchmark):
+            templates = self.source.templates
+        self.templates = read_templates(templates)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        images = encoder.images(self.source)
+        labels = image_labels(images, "zero_shot")
+        classifier = zero_shot_classifier(encoder, self.classes, self.templates)
+        return classification_metrics(images.image_features, classifier, labels)
