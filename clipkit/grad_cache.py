@@ -1,0 +1,256 @@
+"""The exact gradient of a large contrastive batch, in the memory of a small one.
+
+A contrastive loss compares every pair of the batch, so summing the losses of micro-batches is another, weaker loss.
+The gradient cache (Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup", section 3) keeps the loss of the whole batch and recomputes the towers instead:
+
+    pass 1  micro-batch k --model, no graph--> features k          kept: (rows, D) per feature
+            all features  --loss, backward---> d loss / d features  the ranks of a group meet here, once
+    pass 2  micro-batch k --model, graph-----> features k --backward from the cached gradient--> parameters
+
+One forward more than a plain step; memory is one micro-batch of activations plus the loss on features. Random masks
+are those of pass 1, since the generators are set back for each micro-batch.
+
+    terms = cached_backward(model, loss, batch, micro_batch_size=256)
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit.batch_norm import UpdateOnce
+
+Features = dict[str, Any]
+
+
+def cached_backward(
+    model: nn.Module,
+    loss: Callable[[Features], dict[str, torch.Tensor] | torch.Tensor],
+    batch: dict[str, Any],
+    *,
+    micro_batch_size: int,
+    inputs: Sequence[str] | None = None,
+    backward_scale: float | torch.Tensor = 1.0,
+    autocast: contextlib.AbstractContextManager | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of `loss` on the whole batch to every parameter's `.grad`, a micro-batch at a time.
+
+    What is the same as one forward and backward of the whole batch: the loss, and the gradient of every parameter of
+    the model, the temperature, the bias and the loss's own, up to the rounding of another order of sums. Two things
+    can make a model itself see the split:
+
+    - BatchNorm in training normalises each micro-batch by its own statistics, as each of K data-parallel ranks would.
+      Its running statistics move once per step, by its momentum, towards the mean and variance of the whole batch.
+      Frozen BatchNorm (eval mode) is not touched and makes no difference.
+    - Dropout draws a micro-batch's masks at a time, so they are other masks than one large draw would give. Pass 2
+      sees exactly the masks of pass 1, and the run's generators end where one pass over the micro-batches ends.
+
+    Args:
+        model: called as `model(batch, inputs)`, or `model(batch)` when `inputs` is None and the loss names none; returns
+            a dict of features. A 0-dim tensor (logit_scale) belongs to the whole batch, any other has one row per item.
+        loss: takes that dict with the rows of the whole batch; returns a dict with "loss" (), or a () tensor. Its own
+            parameters get their gradient from its single backward. Wrap it in DDP too when it has parameters.
+        batch: tensors with at least one dimension and lists are split along their own rows, so that sentences (M, L)
+            may come in another number than images (B, 3, H, W); anything else goes to every micro-batch as it is.
+        micro_batch_size: the most rows of any entry that the model sees at once. Sizes differ by at most one row; an
+            entry with fewer rows than there are micro-batches gives the first of them an empty slice.
+        inputs: the features to ask the model for; None takes the loss's `inputs` where it has them.
+        backward_scale: multiplies the gradient, not the returned values (a GradScaler's scale, or 1 / steps).
+        autocast: such as `torch.autocast("cuda", torch.bfloat16)`, entered around each forward and the loss.
+        device: where micro-batches are moved one at a time; None leaves them where they are.
+
+    Returns:
+        The loss's terms, detached, each ().
+
+    Under DDP and FSDP2 gradients are reduced once, with the last micro-batch. Every rank needs the same number of rows.
+
+    Raises:
+        ValueError: a micro_batch_size below 1, a batch without rows, a loss without "loss".
+        RuntimeError: pass 2 gave other features than pass 1: the model draws randomness from somewhere else than
+            torch's generators, or changes as it runs.
+    """
+    if micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size is {micro_batch_size}: give at least 1 row")
+    names = inputs if inputs is not None else getattr(loss, "inputs", None)
+    autocast = contextlib.nullcontext() if autocast is None else autocast
+    parts = split_batch(batch, micro_batch_size)
+
+    def forward(module: nn.Module, part: dict[str, Any]) -> Features:
+        if device is not None:
+            part = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in part.items()}
+        # A weight cast to bf16 without a graph in pass 1 must not be met again in pass 2: it would get no gradient.
+        torch.clear_autocast_cache()
+        with autocast:
+            return module(part) if names is None else module(part, names)
+
+    if len(parts) == 1:
+        terms = _loss_backward(loss, forward(model, parts[0]), autocast, backward_scale)
+        return {name: value.detach() for name, value in terms.items()}
+
+    generators = _Generators(model, batch, device)
+    norms = UpdateOnce(model)
+    with norms:
+        starts, cached = [], []
+        plain = model.module if isinstance(model, DistributedDataParallel) else model
+        with torch.no_grad(), norms.recording():
+            for part in parts:
+                starts.append(generators.state())
+                cached.append(forward(plain, part))
+                norms.end_micro_batch()
+        whole = _concatenate(cached)
+        terms = _loss_backward(loss, whole, autocast, backward_scale)
+        resume = generators.state()
+        drift = _Drift(reduced_precision=torch.is_autocast_enabled() or not isinstance(autocast, contextlib.nullcontext))
+        for k, part in enumerate(parts):
+            generators.restore(starts[k])
+            last = k == len(parts) - 1
+            with _reducing(model, last):
+                features = forward(model, part)
+                _backward_part(features, whole, cached, k, drift, shared=last)
+        generators.restore(resume)
+        drift.check()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, Any]]:
+    """The batch as micro-batches of at most `micro_batch_size` rows, each entry split along its own rows, in order.
+
+    Larger pieces come last: of 9 rows in 2 pieces, 4 then 5; of 2 rows in 3 pieces, 0, 1, 1. An entry that shares no
+    rows with the batch (a 0-dim tensor, a string, a number) is in every piece.
+    """
+    rows = {name: len(value) for name, value in batch.items() if _has_rows(value)}
+    if not rows or max(rows.values()) == 0:
+        raise ValueError(f"the batch has no rows to split: entries {sorted(batch)}, rows {rows}")
+    pieces = -(-max(rows.values()) // micro_batch_size)
+    return [
+        {
+            name: value[rows[name] * k // pieces : rows[name] * (k + 1) // pieces] if name in rows else value
+            for name, value in batch.items()
+        }
+        for k in range(pieces)
+    ]
+
+
+def _has_rows(value: Any) -> bool:
+    return value.dim() > 0 if isinstance(value, torch.Tensor) else isinstance(value, (list, tuple))
+
+
+def _loss_backward(loss, features: Features, autocast, backward_scale) -> dict[str, torch.Tensor]:
+    with autocast:
+        terms = loss(features)
+    terms = {"loss": terms} if isinstance(terms, torch.Tensor) else terms
+    if "loss" not in terms or terms["loss"].dim() != 0:
+        shapes = {name: tuple(value.shape) for name, value in terms.items()}
+        raise ValueError(f'the loss must return a () tensor or a dict with a () tensor under "loss"; it returned {shapes}')
+    (terms["loss"] * backward_scale).backward()
+    return terms
+
+
+def _concatenate(cached: list[Features]) -> Features:
+    """Features of the whole batch; floating-point ones are leaves that collect the loss's gradient."""
+    for k, features in enumerate(cached):
+        if features.keys() != cached[0].keys():
+            raise ValueError(
+                f"micro-batch {k} gave features {sorted(features)}, micro-batch 0 gave {sorted(cached[0])}: "
+                "the model must return the same names for each"
+            )
+    whole: Features = {}
+    for name, value in cached[-1].items():
+        if not isinstance(value, torch.Tensor):
+            whole[name] = value
+            continue
+        joined = value.detach().clone() if value.dim() == 0 else torch.cat([features[name] for features in cached])
+        whole[name] = joined.requires_grad_(joined.is_floating_point())
+    return whole
+
+
+def _backward_part(
+    features: Features, whole: Features, cached: list[Features], k: int, drift: _Drift, *, shared: bool
+) -> None:
+    """Backward of micro-batch k from the cached gradient; that of 0-dim features goes with one micro-batch only."""
+    tensors, gradients = [], []
+    for name, leaf in whole.items():
+        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+            continue
+        value = features[name]
+        drift.add(name, cached[k][name], value)
+        if leaf.grad is None or not value.requires_grad or (leaf.dim() == 0 and not shared):
+            continue
+        start = sum(len(part[name]) for part in cached[:k]) if leaf.dim() else 0
+        tensors.append(value)
+        gradients.append(leaf.grad[start : start + len(value)] if leaf.dim() else leaf.grad)
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
+
+
+class _Generators:
+    """torch's default generators that the model may draw from: the CPU's and those of its and the batch's devices."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Any], device: torch.device | str | None):
+        found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        found |= {value.device for value in batch.values() if isinstance(value, torch.Tensor)}
+        found |= {torch.device(device)} if device is not None else set()
+        self.devices = sorted((d for d in found if d.type not in ("cpu", "meta")), key=str)
+
+    def state(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
+
+    def restore(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for d, state in zip(self.devices, states[1:], strict=True):
+            torch.get_device_module(d).set_rng_state(state, d)
+
+
+class _Drift:
+    """How far pass 2's features are from pass 1's; one device synchronisation, at the end."""
+
+    def __init__(self, *, reduced_precision: bool):
+        # Rounding of bf16 differs between kernels with and without a graph; another dropout mask moves far more.
+        self.limit = 0.05 if reduced_precision else 1e-3
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, first: torch.Tensor, second: torch.Tensor) -> None:
+        if first.shape != second.shape:
+            raise RuntimeError(
+                f"{name} had shape {tuple(first.shape)} without a graph and {tuple(second.shape)} with one: "
+                "the model must give the same features for the same micro-batch"
+            )
+        first, second = first.detach().float(), second.detach().float()
+        sums = torch.stack([(second - first).square().sum(), first.square().sum()])
+        self.sums[name] = sums + self.sums[name] if name in self.sums else sums
+
+    def check(self) -> None:
+        if not self.sums:
+            return
+        sums = torch.stack(list(self.sums.values())).sqrt().tolist()
+        for name, (moved, norm) in zip(self.sums, sums, strict=True):
+            # NaN fails no comparison: a non-finite loss is the caller's to see in the returned terms.
+            if moved > self.limit * max(norm, 1e-12):
+                raise RuntimeError(
+                    f"{name} moved by {moved / max(norm, 1e-12):.2g} of its norm between the two passes, so its gradient "
+                    "would be wrong. The model must draw randomness from torch's default generators alone (not from "
+                    "Python's, NumPy's or a generator of its own) and must not change as it runs"
+                )
+
+
+@contextlib.contextmanager
+def _reducing(model: nn.Module, now: bool) -> Iterator[None]:
+    """Forward and backward inside reduce gradients over the ranks only when `now`; DDP and FSDP2, nested or not."""
+    ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    fsdp = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    with contextlib.ExitStack() as stack:
+        if not now:
+            for module in ddp:
+                stack.enter_context(module.no_sync())
+            for module in fsdp:
+                module.set_requires_gradient_sync(False)
+                stack.callback(module.set_requires_gradient_sync, True)
+        yield
