@@ -1,0 +1,285 @@
+"""DualEncoder: two towers, their projections and the logit scale, as the dict of features that losses read.
+
+`forward(batch, inputs)` makes just the passes that `inputs` asks for, which is the union of what the chosen losses
+need. Every text pass of a step (captions, their second dropout view, sentences) goes through the tower as one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipkit.registry import check_keys, unknown
+from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
+
+# Feature name -> the batch entry it encodes, and the setting that brings that entry.
+_TEXT_PASSES = {
+    "text_features": ("text", "data: shards with captions"),
+    "text_features_view2": ("text", "data: shards with captions"),
+    "premise_features": ("premise", "data.sentences: NLI triplets"),
+    "entailment_features": ("entailment", "data.sentences: NLI triplets"),
+    "contradiction_features": ("contradiction", "data.sentences: NLI triplets"),
+    "pair_premise_features": ("pair_premise", "data.sentences: labelled NLI pairs"),
+    "pair_hypothesis_features": ("pair_hypothesis", "data.sentences: labelled NLI pairs"),
+}
+_IMAGE_PASSES = {
+    "image_features": ("image", "data: shards with images"),
+    "image_features_view1": ("image_view1", "data: two augmented views of each image"),
+    "image_features_view2": ("image_view2", "data: two augmented views of each image"),
+}
+# Entries handed from the batch to the losses as they are; pair_ids alone may be absent.
+_PASSED_ON = {
+    "nli_labels": "data.sentences: labelled NLI pairs",
+    "sample_index": "data: a stream that numbers its samples",
+    "pair_ids": None,
+}
+_OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
+FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
+
+
+class DualEncoder(nn.Module):
+    """Two towers into one space of unit vectors (Radford et al. 2021, figure 3).
+
+    Args:
+        image_tower, text_tower: as clipkit.towers makes them.
+        embed_dim: columns D of both kinds of features.
+        init_logit_scale: the multiplier of cosines at the start, 1 / temperature.
+        init_logit_bias: added to the scaled cosines at the start (SigLIP: -10); None: no such parameter.
+        mlm_probability: share of tokens hidden for mlm_logits, above 0 and below 1; None: no masked-language head.
+        mask_id: the id that hides a token; sot_id: the start token's, never hidden. Both needed with mlm_probability.
+        channels_last: hand images to the tower in the channels_last memory format, which convolutions run faster in.
+
+    The log of the scale is the parameter `log_logit_scale` of shape (1,), because FSDP2 refuses 0-d parameters.
+    """
+
+    def __init__(
+        self,
+        image_tower: ImageTower,
+        text_tower: TextTower,
+        *,
+        embed_dim: int,
+        init_logit_scale: float = 1 / 0.07,
+        init_logit_bias: float | None = None,
+        mlm_probability: float | None = None,
+        mask_id: int | None = None,
+        sot_id: int | None = None,
+        channels_last: bool = True,
+    ):
+        super().__init__()
+        if init_logit_scale <= 0:
+            raise ValueError(f"init_logit_scale is a multiplier above 0 (CLIP: 1 / 0.07 = 14.3), not {init_logit_scale}")
+        if image_tower.projects and image_tower.width != embed_dim:
+            raise ValueError(f"the image tower projects to {image_tower.width} columns but embed_dim is {embed_dim}")
+        self.embed_dim, self.channels_last = embed_dim, channels_last
+        self.image_tower, self.text_tower = image_tower, text_tower
+        self.image_projection = nn.Identity() if image_tower.projects else _projection(image_tower.width, embed_dim)
+        self.text_projection = _projection(text_tower.width, embed_dim)
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor([float(init_logit_bias)]))
+        self.mlm_head = None
+        if mlm_probability is not None:
+            self.mlm_head = MaskedLanguageHead(text_tower, mlm_probability, mask_id=mask_id, sot_id=sot_id)
+        # For values 0..255, so that uint8 is normalised in one subtraction and one division.
+        for name, values in (("image_mean", image_tower.mean), ("image_std", image_tower.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1) * 255, persistent=False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """() multiplier of the cosines, exp of the parameter."""
+        return self.log_logit_scale.float().exp()[0]
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, max: float = 100.0) -> None:  # noqa: A002
+        """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, section 2.5)."""
+        self.log_logit_scale.clamp_(max=math.log(max))
+
+    def normalize_image(self, image: Tensor) -> Tensor:
+        """image: (B, 3, H, W) uint8 -> the tower's normalised float input; float images pass, taken as normalised."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), not {tuple(image.shape)}")
+        if image.dtype == torch.uint8:
+            # In fp32 even under autocast: 255 levels do not survive a bf16 subtraction.
+            image = (image.float() - self.image_mean.float()) / self.image_std.float()
+        elif not image.is_floating_point():
+            raise ValueError(f"images must be uint8 in 0..255 or already normalised floats, not {image.dtype}")
+        image = image.to(next(self.image_tower.parameters()).dtype)
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image: (B, 3, H, W) uint8, or float normalised by the tower's mean and std -> (B, D), unit norm."""
+        return _unit(self.image_projection(self.image_tower(self.normalize_image(image))))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """text: (B, L) int64 token ids -> (B, D), unit norm."""
+        return _unit(self.text_projection(self.text_tower(text)))
+
+    def check_inputs(self, inputs: Sequence[str]) -> None:
+        """Raise ValueError, before the first step, for a feature that this model is not set up to make."""
+        for name in inputs:
+            if name not in FEATURES:
+                raise unknown("model output", name, FEATURES)
+        if "text_features_view2" in inputs and not self.text_tower.has_dropout:
+            raise ValueError(
+                "text_features_view2 is a second dropout pass over the captions, but this text tower drops nothing, so "
+                "both views would be identical: set text_tower.dropout (text_tower.hidden_dropout for hf) to 0.1, say"
+            )
+        if "logit_bias" in inputs and self.logit_bias is None:
+            raise ValueError("a loss asks for logit_bias, which this model lacks: set init_logit_bias (SigLIP: -10)")
+        if ("mlm_logits" in inputs or "mlm_labels" in inputs) and self.mlm_head is None:
+            raise ValueError("a loss asks for mlm_logits, but this model has no such head: set mlm_probability (BERT: 0.15)")
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        inputs: Sequence[str] = ("image_features", "text_features", "logit_scale"),
+    ) -> dict[str, Tensor]:
+        """The features named in `inputs`, made from `batch` with as few passes as they need.
+
+        Args:
+            batch: image (B, 3, H, W) uint8, text (B, L) int64, and premise, entailment, contradiction (M, L),
+                pair_premise, pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
+            inputs: names from `clipkit.model.FEATURES`.
+
+        Returns:
+            *_features (rows, D) of unit norm in fp32; logit_scale and logit_bias (); mlm_logits (T, V) and
+            mlm_labels (T,) over the T hidden tokens; labels and ids as they came.
+        """
+        self.check_inputs(inputs)
+        features = self._passes(_IMAGE_PASSES, batch, inputs, self._encode_images)
+        features |= self._passes(_TEXT_PASSES, batch, inputs, self._encode_texts)
+        for name, source in _PASSED_ON.items():
+            if name in inputs and (source is None and name in batch or source is not None):
+                features[name] = _entry(batch, name, name, source)
+        if "logit_scale" in inputs:
+            features["logit_scale"] = self.logit_scale
+        if "logit_bias" in inputs:
+            features["logit_bias"] = self.logit_bias.float()[0]
+        if "mlm_logits" in inputs or "mlm_labels" in inputs:
+            text = _entry(batch, "text", "mlm_logits", "data: shards with captions")
+            features["mlm_logits"], features["mlm_labels"] = self.mlm_head(self.text_tower, text)
+        return features
+
+    def _passes(self, table: Mapping[str, tuple[str, str]], batch, inputs, encode) -> dict[str, Tensor]:
+        wanted = {name: _entry(batch, entry, name, source) for name, (entry, source) in table.items() if name in inputs}
+        return dict(zip(wanted, encode(list(wanted.values())))) if wanted else {}
+
+    def _encode_images(self, images: list[Tensor]) -> Sequence[Tensor]:
+        # One pass over all views: BatchNorm sees the step's images once and updates its statistics once.
+        joined = images[0] if len(images) == 1 else torch.cat(images)
+        return self.encode_image(joined).split([len(image) for image in images])
+
+    def _encode_texts(self, texts: list[Tensor]) -> Sequence[Tensor]:
+        length = max(text.shape[1] for text in texts)
+        pad_id = self.text_tower.pad_id
+        texts = [F.pad(text, (0, length - text.shape[1]), value=pad_id) for text in texts]
+        # Dropout draws one mask an entry of the joined batch, so two rows of the same caption get independent masks.
+        return self.encode_text(torch.cat(texts)).split([len(text) for text in texts])
+
+
+class MaskedLanguageHead(nn.Module):
+    """Predicts hidden tokens from both sides (Devlin et al. 2019, section 3.1), with the token embedding as output.
+
+    Of the tokens that are not special, `probability` are drawn, at least one; of these 80 % become mask_id, 10 % a
+    random id and 10 % stay. logits = LayerNorm(GELU(dense(state))) @ embedding^T + bias, on the drawn tokens only.
+    """
+
+    def __init__(self, tower: TextTower, probability: float, *, mask_id: int | None, sot_id: int | None):
+        super().__init__()
+        if not 0 < probability < 1:
+            raise ValueError(f"mlm_probability is a share above 0 and below 1 (BERT: 0.15), not {probability}")
+        if tower.causal:
+            raise ValueError("mlm_probability needs a text tower that sees both sides of a token: set text_tower.causal: false")
+        if mask_id is None or sot_id is None:
+            raise ValueError("mlm_probability needs mask_id and sot_id, ids of the tokenizer's mask and start tokens")
+        self.probability, self.mask_id = probability, mask_id
+        self.kept = (tower.pad_id, tower.eot_id, sot_id)
+        width = tower.token_embedding.embedding_dim
+        self.dense = nn.Linear(tower.width, width)
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(tower.vocab_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def hide(self, text: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """text: (B, L) -> (the text with some tokens hidden (B, L), which were drawn (B, L) bool)."""
+        draw = torch.rand(text.shape, device=text.device)
+        for token in self.kept:
+            draw = draw.masked_fill(text == token, 2.0)
+        # The lowest draw is taken whatever its value: a batch without a hidden token would have no loss.
+        drawn = (draw < self.probability) | ((draw == draw.min()) & (draw < 2))
+        fate = torch.rand(text.shape, device=text.device)
+        other = torch.randint(vocab_size, text.shape, device=text.device)
+        hidden = torch.where(drawn & (fate < 0.8), torch.full_like(text, self.mask_id), text)
+        return torch.where(drawn & (fate >= 0.9), other, hidden), drawn
+
+    def forward(self, tower: TextTower, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text: (B, L) -> logits (T, V) and labels (T,) of the T drawn tokens."""
+        embedding = tower.token_embedding.weight
+        hidden, drawn = self.hide(text, embedding.shape[0])
+        states = tower.tokens(hidden)[drawn]
+        return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]
+
+
+def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
+    """The model that a config describes, for a tokenizer's ids.
+
+    Args:
+        config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and optionally
+            init_logit_scale, init_logit_bias, mlm_probability, channels_last.
+        tokenizer: anything with vocab_size, context_length, pad_id, sot_id, eot_id and perhaps mask_id.
+
+    Raises:
+        ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it holds.
+    """
+    optional = ("init_logit_scale", "init_logit_bias", "mlm_probability", "channels_last")
+    check_keys(config, ("embed_dim", "image_tower", "text_tower", *optional), "the model")
+    for key in ("embed_dim", "image_tower", "text_tower"):
+        if config.get(key) is None:
+            raise ValueError(f"the model's config has no {key!r}")
+    embed_dim = int(config["embed_dim"])
+    text_tower = create_text_tower(
+        config["text_tower"],
+        embed_dim=embed_dim,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        eot_id=tokenizer.eot_id,
+        context_length=tokenizer.context_length,
+    )
+    if tokenizer.context_length > text_tower.context_length:
+        raise ValueError(
+            f"the tokenizer makes texts of {tokenizer.context_length} tokens but the text tower holds "
+            f"{text_tower.context_length}: lower the tokenizer's context_length or raise text_tower.context_length"
+        )
+    mask_id = getattr(tokenizer, "mask_id", None)
+    return DualEncoder(
+        create_image_tower(config["image_tower"], embed_dim=embed_dim),
+        text_tower,
+        embed_dim=embed_dim,
+        # A vocabulary without a mask token lends its start token, which stands nowhere else but first.
+        mask_id=tokenizer.sot_id if mask_id is None else mask_id,
+        sot_id=tokenizer.sot_id,
+        **{key: config[key] for key in optional if config.get(key) is not None},
+    )
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection
+
+
+def _unit(features: Tensor) -> Tensor:
+    """features: (B, D) -> unit rows in fp32 (fp64 stays), whatever the autocast."""
+    features = features if features.dtype == torch.float64 else features.float()
+    return F.normalize(features, dim=-1)
+
+
+def _entry(batch: Mapping[str, Any], entry: str, feature: str, source: str | None) -> Tensor:
+    if batch.get(entry) is None:
+        raise ValueError(f"{feature} needs {entry!r} in the batch, which holds {sorted(batch)}: set up {source}")
+    return batch[entry]

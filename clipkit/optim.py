@@ -1,0 +1,193 @@
+"""Optimizers with named parameter groups, and learning-rate schedules in steps.
+
+Weight decay reaches matrices alone: norms, biases, the logit scale and every other 1-D parameter stay undecayed, as
+do learnt positions and class tokens' kin with one dimension. Layer-wise decay multiplies the rate of each tower's
+layers by depth (Clark et al. 2020, ELECTRA, section 3; Bao et al. 2022, BEiT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from clipkit.registry import Registry, check_keys
+from clipkit.towers.base import Tower
+
+_optimizers = Registry("optimizer")
+_schedules = Registry("schedule")
+
+
+def list_optimizers() -> list[str]:
+    """Names that create_optimizer knows."""
+    return _optimizers.names()
+
+
+def list_schedules() -> list[str]:
+    """Names that create_schedule knows."""
+    return _schedules.names()
+
+
+def parameter_groups(
+    modules: nn.Module | Iterable[nn.Module], *, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """Trainable parameters as optimizer groups with a `name`, `params`, `lr` and `weight_decay`.
+
+    Args:
+        modules: the model, or the model and the losses (some have parameters). A parameter met twice counts once.
+        lr: of what stands outside the towers and of their last layers.
+        layer_decay: above 0, at most 1. Layer d of a tower with n blocks gets lr * layer_decay ** (n + 1 - d).
+
+    Raises:
+        ValueError: nothing is trainable, or layer_decay is out of range.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is a factor above 0 and at most 1, not {layer_decay}")
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    groups: dict[str, dict] = {}
+    seen: set[int] = set()
+    for module in modules:
+        scales = _layer_scales(module, layer_decay)
+        for parameter in module.parameters():
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            decayed = parameter.ndim >= 2
+            scale = scales.get(id(parameter), 1.0)
+            name = ("decay" if decayed else "no_decay") + ("" if scale == 1.0 else f"_x{scale:.4g}")
+            group = groups.setdefault(
+                name, {"name": name, "params": [], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
+            )
+            group["params"].append(parameter)
+    if not groups:
+        raise ValueError("no parameter is trainable: unfreeze a tower (image_tower.freeze, text_tower.freeze)")
+    return list(groups.values())
+
+
+def create_optimizer(
+    modules: nn.Module | Iterable[nn.Module],
+    *,
+    name: str = "adamw",
+    lr: float,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
+    momentum: float | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of the model and the losses.
+
+    Args:
+        modules: the model, or a list of the model and the losses.
+        name: adamw, sgd (torch), lion, muon (timm; Chen et al. 2023; Jordan et al. 2024).
+        lr: peak learning rate of a step.
+        betas: of the running means; None: the optimizer's own (adamw 0.9, 0.999).
+        eps: added to the denominator; None: the optimizer's own (adamw 1e-8).
+        weight_decay: decoupled, times the learning rate, on matrices alone.
+        layer_decay: see parameter_groups.
+        momentum: of sgd and muon; None: the optimizer's own (0.9, 0.95).
+
+    Raises:
+        ValueError: an unknown name, a setting that the optimizer does not have, or nothing to train.
+    """
+    factory, valid = _optimizers.get(name)
+    if lr <= 0:
+        raise ValueError(f"lr must be above 0, not {lr}")
+    settings = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    check_keys(settings, valid, f"the optimizer {name!r}")
+    groups = parameter_groups(modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    return factory(groups, lr, settings)
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, *, name: str = "cosine", warmup_steps: int, total_steps: int, final: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A learning-rate schedule; call its .step() after each optimizer.step().
+
+    Step t (from 0) of T with W warm-up steps has the factor (t + 1) / W while t < W; then, with p = (t - W) / (T - W),
+    cosine: final + (1 - final) (1 + cos pi p) / 2; linear: 1 - (1 - final) p; constant: 1. Past T it stays as at T.
+
+    Args:
+        warmup_steps, total_steps: in optimizer steps.
+        final: factor at the end, 0 to 1.
+
+    Raises:
+        ValueError: an unknown name, or a warm-up that is not shorter than the training.
+    """
+    shape = _schedules.get(name)
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps {warmup_steps} is not shorter than the {total_steps} steps of training, so the peak rate would "
+            "never be held: lower optim.warmup_steps or train longer"
+        )
+    if not 0 <= final <= 1:
+        raise ValueError(f"final is a factor of the peak rate from 0 to 1, not {final}")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return shape(min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)), final)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@_schedules.register("cosine")
+def _cosine(progress: float, final: float) -> float:
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@_schedules.register("linear")
+def _linear(progress: float, final: float) -> float:
+    return 1 - (1 - final) * progress
+
+
+@_schedules.register("constant")
+def _constant(progress: float, final: float) -> float:
+    return 1.0
+
+
+def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:
+    """Factor of the learning rate by the id of each tower parameter."""
+    scales: dict[int, float] = {}
+    if layer_decay == 1.0:
+        return scales
+    for tower in module.modules():
+        if isinstance(tower, Tower):
+            for name, parameter in tower.named_parameters():
+                scales[id(parameter)] = layer_decay ** (tower.num_layers + 1 - tower.layer_of(name))
+    return scales
+
+
+def _adamw(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups), **settings)
+
+
+def _sgd(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, fused=_fusable(groups), **{"momentum": 0.9, **settings})
+
+
+def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
+    from timm.optim import Lion
+
+    return Lion(groups, lr=lr, **settings)
+
+
+def _muon(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
+    from timm.optim import Muon
+
+    return Muon(groups, lr=lr, **settings)
+
+
+_optimizers.register("adamw")((_adamw, ("betas", "eps")))
+_optimizers.register("sgd")((_sgd, ("momentum",)))
+_optimizers.register("lion")((_lion, ("betas",)))
+_optimizers.register("muon")((_muon, ("betas", "eps", "momentum")))
+
+
+def _fusable(groups: list[dict]) -> bool:
+    """torch's fused step wants floating-point parameters, all on devices it was written for."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(p.is_floating_point() and p.device.type in ("cuda", "cpu") for p in parameters)

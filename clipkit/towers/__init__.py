@@ -1,0 +1,99 @@
+"""Image and text encoders by name, behind one interface each.
+
+`create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it is:
+`name` is the registry name, the rest are that tower's settings. Two settings belong to every tower: `freeze`
+(0, a number of blocks, or all) and `activation_checkpointing`. timm, open_clip and transformers are imported by the
+towers that need them, when one is created.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from clipkit.registry import Registry, check_keys
+from clipkit.towers.base import ImageTower, TextTower, Tower
+
+_image_towers = Registry("image tower")
+_text_towers = Registry("text tower")
+register_image_tower = _image_towers.register
+register_text_tower = _text_towers.register
+
+# Registers the built-in names; below the registries because these modules import them.
+from clipkit.towers import hugging_face, image, text  # noqa: E402, F401
+
+
+def list_image_towers() -> list[str]:
+    """Names that create_image_tower knows."""
+    return _image_towers.names()
+
+
+def list_text_towers() -> list[str]:
+    """Names that create_text_tower knows."""
+    return _text_towers.names()
+
+
+def create_image_tower(spec: Mapping[str, Any] | str, *, embed_dim: int) -> ImageTower:
+    """The image tower `spec["name"]` with the other entries of `spec` as its settings.
+
+    Raises ValueError for an unknown name or setting (with the nearest match and the valid ones).
+    """
+    return _create(_image_towers, spec, {"embed_dim": embed_dim})
+
+
+def create_text_tower(
+    spec: Mapping[str, Any] | str,
+    *,
+    embed_dim: int,
+    vocab_size: int,
+    pad_id: int,
+    eot_id: int,
+    context_length: int | None = None,
+) -> TextTower:
+    """The text tower `spec["name"]` for a tokenizer's vocabulary, with the other entries of `spec` as its settings.
+
+    Args:
+        context_length: the tokenizer's; used where `spec` has none.
+
+    Raises ValueError for an unknown name or setting, or for a vocabulary or length the tower cannot hold.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if spec.get("context_length") is None:
+        spec["context_length"] = context_length
+        if context_length is None:
+            raise ValueError("no context_length: set text_tower.context_length, in tokens (CLIP: 77)")
+    given = {"embed_dim": embed_dim, "vocab_size": vocab_size, "pad_id": pad_id, "eot_id": eot_id}
+    return _create(_text_towers, spec, given)
+
+
+def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = settings.pop("name", None)
+    factory: Callable[..., Tower] = registry.get(name)
+    freeze = settings.pop("freeze", 0)
+    recompute = settings.pop("activation_checkpointing", False)
+    parameters = inspect.signature(factory).parameters
+    valid = [key for key in parameters if key not in given]
+    check_keys(settings, [*valid, "freeze", "activation_checkpointing"], f"the {registry.what} {name!r}")
+    missing = [key for key in valid if parameters[key].default is inspect.Parameter.empty and key not in settings]
+    if missing:
+        raise ValueError(f"the {registry.what} {name!r} needs the setting {missing[0]!r}; its settings: {', '.join(valid)}")
+    tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)
+    tower.freeze(0 if freeze is None else freeze)
+    if recompute:
+        tower.set_activation_checkpointing()
+    return tower
+
+
+__all__ = [
+    "ImageTower",
+    "TextTower",
+    "Tower",
+    "create_image_tower",
+    "create_text_tower",
+    "list_image_towers",
+    "list_text_towers",
+    "register_image_tower",
+    "register_text_tower",
+]

@@ -1,0 +1,184 @@
+"""What every tower shares: numbered layers, freezing that lasts, and activation checkpointing.
+
+A tower's parameters are numbered by depth: 0 is the stem or the embeddings, 1..n the blocks or stages, and n + 1
+what follows them (final norm, pooling). Freezing and layer-wise learning-rate decay both read that one numbering.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Tower(nn.Module):
+    """Base of both towers. A subclass sets `num_layers` and `blocks()` and says the depth of a parameter."""
+
+    num_layers: int
+    width: int
+
+    def layer_of(self, name: str) -> int:
+        """Depth of the parameter called `name` (as in named_parameters): 0 stem, 1..num_layers, num_layers + 1."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated modules, in order: what FSDP wraps one by one and checkpointing recomputes one by one."""
+        raise NotImplementedError
+
+    def freeze(self, layers: int | str) -> None:
+        """Stop the training of the first layers, for locked-image tuning (Zhai et al. 2022, LiT) and its kin.
+
+        Args:
+            layers: 0 freezes nothing, n >= 1 the stem or embeddings and the first n blocks or stages, "all" the
+                whole tower. A frozen BatchNorm keeps its running statistics: it stays in eval mode through .train().
+
+        Raises:
+            ValueError: `layers` is not one of these, or more than the tower has.
+        """
+        if layers == "all":
+            depth = self.num_layers + 1
+        elif isinstance(layers, int) and not isinstance(layers, bool) and 0 <= layers <= self.num_layers:
+            depth = layers if layers else -1
+        else:
+            raise ValueError(
+                f"freeze={layers!r}: give 0 (nothing), 1 to {self.num_layers} (this tower's blocks) or 'all'"
+            )
+        for name, parameter in self.named_parameters():
+            if self.layer_of(name) <= depth:
+                parameter.requires_grad_(False)
+        self._frozen_depth = depth
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Tower:
+        """As nn.Module.train, with frozen BatchNorm kept in eval mode."""
+        super().train(mode)
+        depth = getattr(self, "_frozen_depth", -1)
+        if mode and depth >= 0:
+            for name, module in self.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.layer_of(f"{name}.weight") <= depth:
+                    module.eval()
+        return self
+
+    def set_activation_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them.
+
+        About one more forward pass of time for memory that no longer grows with depth. Same gradients: the random
+        state is replayed, and BatchNorm's running statistics are updated by the first pass only.
+        """
+        blocks = self.blocks()
+        if enable and not blocks:
+            raise ValueError(f"{type(self).__name__} names no blocks to checkpoint: set activation_checkpointing: false")
+        for block in blocks:
+            plain = getattr(block.forward, "func", None) is _recomputed
+            if enable and not plain:
+                block.forward = partial(_recomputed, block, block.forward)
+            elif not enable and plain:
+                del block.forward
+
+
+def _recomputed(block: nn.Module, forward, *args, **kwargs):
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)), **kwargs
+    )
+
+
+@contextmanager
+def _still_statistics(block: nn.Module):
+    """Within it a training BatchNorm normalises by the batch but leaves its running statistics alone."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = getattr(norm, name)
+            setattr(norm, name, None if buffer is None else buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept):
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = buffers
+
+
+class ImageTower(Tower):
+    """An image encoder: forward(image (B, 3, H, W) float, normalised by `mean` and `std`) -> (B, width).
+
+    Attributes:
+        width: columns of the output.
+        image_size: side of the square image it expects, in pixels.
+        mean, std: channel statistics of its input for values in [0, 1], three floats each.
+        projects: True when the output already has the embedding's width, so that no projection follows.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    projects: bool = False
+
+    def forward(self, image: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TextTower(Tower):
+    """A text encoder: forward(text (B, L) int64) -> (B, width), pooled from tokens(text) -> (B, L, width).
+
+    Attributes:
+        width: columns of the output.
+        context_length: the longest text it takes, in tokens; shorter batches are fine.
+        vocab_size: rows of its token embedding.
+        has_dropout: True when two training passes over one text differ, as SimCSE's two views need.
+        causal: True when a token sees only those before it.
+    """
+
+    context_length: int
+    vocab_size: int
+    pad_id: int
+    eot_id: int
+    pooling: str
+    causal: bool = False
+
+    @property
+    def has_dropout(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The (vocab_size, width) embedding, for heads that share its weights."""
+        raise NotImplementedError
+
+    def tokens(self, text: Tensor) -> Tensor:
+        """text: (B, L) int64 -> every token's final state (B, L, width)."""
+        raise NotImplementedError
+
+    def forward(self, text: Tensor) -> Tensor:
+        """text: (B, L) int64 with L <= context_length -> pooled text (B, width), not projected, not normalised."""
+        return self.pool(self.tokens(text), text)
+
+    def pool(self, states: Tensor, text: Tensor) -> Tensor:
+        """states: (B, L, width), text: (B, L) -> (B, width) by `pooling`: eot, cls (first token) or mean (no padding)."""
+        if self.pooling == "cls":
+            return states[:, 0]
+        if self.pooling == "eot":
+            at = (text == self.eot_id).int().argmax(dim=-1)
+            return states[torch.arange(len(text), device=text.device), at]
+        keep = self.attention_mask(text).to(states.dtype).unsqueeze(-1)
+        return (states * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
+
+    def attention_mask(self, text: Tensor) -> Tensor:
+        """text: (B, L) -> (B, L) bool, False on the padding after the last real token.
+
+        Only trailing padding counts: CLIP's padding id 0 is also the token "!", which may stand inside a text.
+        """
+        return (text != self.pad_id).flip(-1).cummax(dim=-1).values.flip(-1)
+
+    def _check_text(self, text: Tensor) -> None:
+        if text.ndim != 2 or text.is_floating_point():
+            raise ValueError(f"text must be (B, L) of token ids, not {tuple(text.shape)} {text.dtype}")
+        if text.shape[1] > self.context_length:
+            raise ValueError(
+                f"texts of {text.shape[1]} tokens do not fit this text tower's context_length {self.context_length}: "
+                "lower the tokenizer's context_length or raise text_tower.context_length"
+            )

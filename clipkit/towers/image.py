@@ -1,0 +1,196 @@
+"""Image towers: any timm model, CLIP's ResNet and CLIP's ViT (Radford et al. 2021, section 2.4 and table 20)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from clipkit.registry import suggest
+from clipkit.towers import register_image_tower
+from clipkit.towers.base import ImageTower
+
+_BLOCKS = ("blocks", "stages", "layers")
+
+
+@register_image_tower("timm")
+class TimmTower(ImageTower):
+    """A timm model without its classifier: forward(image (B, 3, H, W)) -> (B, width).
+
+    Args:
+        model: a timm name, such as resnet50 or vit_base_patch32_224.
+        pretrained: load timm's weights (needs the network once), else timm's own random initialisation.
+        image_size: pixels; fixed-size models such as ViTs are built for it. None: the model's own.
+        drop_path: rate of stochastic depth, 0 to 1; None: the model's own. Not every model takes one.
+        pool: timm's global_pool, such as avg, token or map; None: the model's own.
+        mean, std: override the channel statistics of the model's config.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        pretrained: bool = False,
+        image_size: int | None = None,
+        drop_path: float | None = None,
+        pool: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        import timm
+        from timm.models import group_parameters
+
+        known = model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(model)
+        if not known:
+            raise ValueError(
+                f"timm has no model {model!r}.{suggest(model, timm.list_models())} "
+                f"timm.list_models('*{model[:4]}*') lists its names"
+            )
+        settings = {"drop_path_rate": drop_path, "global_pool": pool}
+        if image_size is not None and not model.startswith(("hf", "local")):
+            config = timm.get_pretrained_cfg(model)
+            settings["img_size"] = image_size if config is not None and config.fixed_input_size else None
+        settings = {key: value for key, value in settings.items() if value is not None}
+        try:
+            self.trunk = timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
+        except TypeError as error:
+            raise ValueError(f"timm's {model} does not take one of {sorted(settings)}: {error}") from error
+        config = self.trunk.pretrained_cfg
+        self.image_size = image_size or config["input_size"][-1]
+        self.mean = tuple(config["mean"] if mean is None else mean)
+        self.std = tuple(config["std"] if std is None else std)
+        # Some heads keep a hidden layer before the classifier (MobileNetV3): the wider of the two comes out.
+        self.width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
+        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
+        self._depth = {f"trunk.{name}": depth for depth, names in groups.items() for name in names}
+        self.num_layers = max(groups)
+
+    def layer_of(self, name: str) -> int:
+        return self._depth.get(name, self.num_layers + 1)
+
+    def blocks(self) -> list[nn.Module]:
+        for attribute in _BLOCKS:
+            if hasattr(self.trunk, attribute):
+                return list(getattr(self.trunk, attribute).children())
+        return _resnet_stages(self.trunk)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.trunk(image)
+
+
+class _ClipTower(ImageTower):
+    """What CLIP's two own image towers share: its channel statistics, and a last layer that projects."""
+
+    projects = True
+
+    def __init__(self, body: nn.Module, embed_dim: int, image_size: int):
+        super().__init__()
+        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+        self.body = body
+        self.width = embed_dim
+        self.image_size = image_size
+        self.mean, self.std = tuple(OPENAI_DATASET_MEAN), tuple(OPENAI_DATASET_STD)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image)
+
+
+@register_image_tower("clip_resnet50")
+class ClipResNet(_ClipTower):
+    """CLIP's modified ResNet: three-convolution stem, anti-aliased strides, attention pooling that projects.
+
+    The defaults are CLIP's RN50; RN101 has layers [3, 4, 23, 3], RN50x4 layers [4, 6, 10, 6] with width 80.
+
+    Args:
+        image_size: pixels, a multiple of 32.
+        layers: blocks of the four stages.
+        width: channels of the first stage; the last has 32 * width.
+    """
+
+    num_layers = 4
+
+    def __init__(
+        self, *, embed_dim: int, image_size: int = 224, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64
+    ):
+        from open_clip.modified_resnet import ModifiedResNet
+
+        if image_size % 32 or len(layers) != 4:
+            raise ValueError(f"clip_resnet50 needs image_size in multiples of 32 and four stages, not {image_size} and {layers}")
+        # CLIP keeps 64 columns a head: 32 heads over RN50's 2048.
+        heads = width * 32 // 64
+        body = ModifiedResNet(list(layers), output_dim=embed_dim, heads=heads, image_size=image_size, width=width)
+        super().__init__(body, embed_dim, image_size)
+
+    def layer_of(self, name: str) -> int:
+        stage = re.match(r"body\.layer(\d)\.", name)
+        if stage:
+            return int(stage[1])
+        return self.num_layers + 1 if name.startswith("body.attnpool") else 0
+
+    def blocks(self) -> list[nn.Module]:
+        return _resnet_stages(self.body)
+
+
+@register_image_tower("clip_vit")
+class ClipViT(_ClipTower):
+    """CLIP's Vision Transformer, with a pre-norm before the blocks and the class token projected.
+
+    Args:
+        image_size: pixels, a multiple of patch_size.
+        patch_size: pixels.
+        width, layers, heads: of the Transformer; the defaults are ViT-B/32. heads None: width / 64.
+        mlp_ratio: hidden width of the MLP over width.
+        patch_dropout: share of patches left out in training, 0 to 1 (Li et al. 2023, FLIP).
+        quick_gelu: OpenAI's GELU approximation, x * sigmoid(1.702 x); needed for its published weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        image_size: int = 224,
+        patch_size: int = 32,
+        width: int = 768,
+        layers: int = 12,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        patch_dropout: float = 0.0,
+        quick_gelu: bool = False,
+    ):
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        heads = heads or max(1, width // 64)
+        if image_size % patch_size or width % heads:
+            raise ValueError(
+                f"clip_vit needs image_size a multiple of patch_size and width of heads, "
+                f"not {image_size} / {patch_size} and {width} / {heads}"
+            )
+        body = VisionTransformer(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            output_dim=embed_dim,
+            patch_dropout=patch_dropout,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )
+        super().__init__(body, embed_dim, image_size)
+        self.num_layers = layers
+
+    def layer_of(self, name: str) -> int:
+        block = re.match(r"body\.transformer\.resblocks\.(\d+)\.", name)
+        if block:
+            return int(block[1]) + 1
+        return self.num_layers + 1 if name.startswith(("body.ln_post", "body.proj")) else 0
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.body.transformer.resblocks)
+
+
+def _resnet_stages(body: nn.Module) -> list[nn.Module]:
+    return [stage for stage in (getattr(body, f"layer{i}", None) for i in range(1, 5)) if stage is not None]

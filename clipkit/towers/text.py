@@ -1,0 +1,118 @@
+"""CLIP's text Transformer, with dropout that is really applied (Radford et al. 2021, section 2.4)."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.towers import register_text_tower
+from clipkit.towers.base import TextTower
+
+_POOLINGS = ("eot", "cls", "mean")
+
+
+@register_text_tower("transformer")
+class TransformerTower(TextTower):
+    """open_clip's TextTransformer as the body: pre-norm blocks, learnt positions, a causal mask, the end token pooled.
+
+    Args:
+        context_length: tokens, the end token included. None in a config means the tokenizer's.
+        width, layers, heads: the defaults are the text tower of CLIP's RN50 and ViT-B/32.
+        mlp_ratio: hidden width of the MLP over width.
+        dropout: probability, 0 to below 1, on the embeddings and on both branches of every block; 0.1 in SimCSE.
+        attention_dropout: probability on the attention weights; None: the same as dropout.
+        pooling: eot (end token), mean, or cls (the start token; needs causal false).
+        causal: a token sees only those before it, as in CLIP; false sees all but the padding.
+        quick_gelu: OpenAI's GELU approximation; needed for its published weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        pad_id: int,
+        eot_id: int,
+        context_length: int = 77,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
+        pooling: str = "eot",
+        causal: bool = True,
+        quick_gelu: bool = False,
+    ):
+        super().__init__()
+        from open_clip.transformer import QuickGELU, TextTransformer
+
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        _check(width, heads, dropout, attention_dropout, pooling, causal)
+        self.body = TextTransformer(
+            context_length=context_length,
+            vocab_size=vocab_size,
+            width=width,
+            heads=heads,
+            layers=layers,
+            mlp_ratio=mlp_ratio,
+            output_dim=None,
+            no_causal_mask=not causal,
+            pad_id=pad_id,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )
+        self.embedding_dropout = nn.Dropout(dropout)
+        for block in self.body.transformer.resblocks:
+            # These two slots scale a branch's output (identity here) just before it joins the residual stream,
+            # which is where dropout belongs; neither has weights, so the state-dict keys stay open_clip's.
+            block.ls_1, block.ls_2 = nn.Dropout(dropout), nn.Dropout(dropout)
+            block.attn.dropout = attention_dropout
+        self.width, self.num_layers, self.heads = width, layers, heads
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.pad_id, self.eot_id, self.pooling, self.causal = pad_id, eot_id, pooling, causal
+        self.dropout, self.attention_dropout = dropout, attention_dropout
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.dropout > 0 or self.attention_dropout > 0
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.body.token_embedding
+
+    def tokens(self, text: Tensor) -> Tensor:
+        self._check_text(text)
+        length = text.shape[1]
+        states = self.body.token_embedding(text) + self.body.positional_embedding[:length]
+        if self.causal:
+            mask = self.body.attn_mask[:length, :length]
+        else:
+            # (B * heads, L, L), as nn.MultiheadAttention takes it.
+            mask = torch.zeros(text.shape, dtype=states.dtype, device=text.device)
+            mask = mask.masked_fill(~self.attention_mask(text), float("-inf"))
+            mask = mask[:, None, :].expand(-1, length, -1).repeat_interleave(self.heads, dim=0)
+        states = self.body.transformer(self.embedding_dropout(states), attn_mask=mask)
+        return self.body.ln_final(states)
+
+    def layer_of(self, name: str) -> int:
+        block = re.match(r"body\.transformer\.resblocks\.(\d+)\.", name)
+        if block:
+            return int(block[1]) + 1
+        return self.num_layers + 1 if name.startswith("body.ln_final") else 0
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.body.transformer.resblocks)
+
+
+def _check(width: int, heads: int, dropout: float, attention_dropout: float, pooling: str, causal: bool) -> None:
+    if width % heads:
+        raise ValueError(f"text_tower.width {width} is not a multiple of text_tower.heads {heads}")
+    for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"text_tower.{name} is a probability from 0 to below 1, not {rate}")
+    if pooling not in _POOLINGS:
+        raise ValueError(f"text_tower.pooling {pooling!r} is not one of {', '.join(_POOLINGS)}")
+    if pooling == "cls" and causal:
+        raise ValueError("text_tower.pooling cls reads the first token, which sees no other while causal is true: "
+                         "use pooling eot, or causal false")
