@@ -1,0 +1,295 @@
+"""Rows, sums and log-sum-exps over the ranks of a group, each with its gradient.
+
+A loss over a group is written as one global sum, `all_reduce_sum(own rows' part)`, and its collectives keep one
+convention: backward on a rank yields W times its share of the gradient (W = the group's size), so that the mean over
+ranks, which DDP and FSDP take, is the gradient of one process on the whole batch. The value is the same on every rank.
+
+    own rows x (B, D) ----------------------------------.
+    own rows y (B, D) --all_gather_rows--> y (N, D) -----+--> partial sums --all_reduce_sum--> loss ()
+                      <--reduce-scatter--  dy (N, D) ----'
+
+Rank r of the group owns rows r B .. (r + 1) B of every gathered tensor. With `group=None` each function is the
+identity and costs nothing. Only torch is needed; the collectives work on gloo and NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+Group = Any  # torch.distributed.ProcessGroup | None; that name is missing from builds without distributed
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed is initialised with more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def resolve_group(group: Group | str = "auto") -> Group:
+    """The process group that `group` stands for, or None where there is no other rank to meet.
+
+    Args:
+        group: "auto" is the default group when torch.distributed runs with more than one rank, else None; a
+            ProcessGroup or None stands for itself, and a group of one rank is None.
+
+    Raises:
+        ValueError: any other string, or a group this rank is no member of.
+    """
+    if isinstance(group, str):
+        if group != "auto":
+            raise ValueError(f'group is {group!r}: give "auto", a torch.distributed.ProcessGroup or None')
+        return dist.group.WORLD if is_distributed() else None
+    if group is None:
+        return None
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is no member of the group it was given: give each rank the group it belongs to")
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def rank(group: Group | str = "auto") -> int:
+    """This process's place in the group; 0 where there is none."""
+    group = resolve_group(group)
+    return 0 if group is None else dist.get_rank(group)
+
+
+def world_size(group: Group | str = "auto") -> int:
+    """The number of ranks in the group; 1 where there is none."""
+    group = resolve_group(group)
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def barrier(group: Group | str = "auto") -> None:
+    """Return when every rank of the group has come here."""
+    group = resolve_group(group)
+    if group is not None:
+        dist.barrier(group)
+
+
+def gather_objects(obj: Any, group: Group | str = "auto") -> list[Any]:
+    """Every rank's picklable `obj`, in rank order, on every rank."""
+    group = resolve_group(group)
+    if group is None:
+        return [obj]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
+
+
+def check_same_rows(rows: int, group: Group, device: torch.device, what: str = "features") -> None:
+    """ValueError, on every rank alike, unless each rank of the group brings the same number of rows.
+
+    One small all-gather; on CUDA the host waits for it, about a launch latency per step. Without it an uneven last
+    batch would hang in the next collective or read memory that was never written.
+    """
+    if group is None:
+        return
+    counts = _gather(torch.tensor([rows], device=device), group).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"every rank of a group must bring the same number of {what} rows, but ranks 0..{len(counts) - 1} brought "
+            f"{counts}: drop the uneven last batch (drop_last=True) or give each rank an equal share"
+        )
+
+
+def all_gather_rows(x: torch.Tensor, group: Group = None, *, check: bool = True) -> torch.Tensor:
+    """Every rank's rows, in rank order, with a gradient.
+
+    Args:
+        x: (B, ...), the same shape on each rank.
+        group: a ProcessGroup or None (x itself comes back).
+        check: refuse ranks with different numbers of rows. Pass False where a call just before checked the same B.
+
+    Returns:
+        (W B, ...). Backward is a reduce-scatter SUM: each rank receives what all ranks' parts want of its rows.
+
+    Raises:
+        ValueError: the ranks' row counts differ; the message lists them.
+    """
+    if group is None:
+        return x
+    if check:
+        check_same_rows(len(x), group, x.device)
+    return _AllGatherRows.apply(x, group)
+
+
+def all_reduce_sum(x: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """The SUM of x over the group's ranks, for a result that every rank then uses in the same way.
+
+    Backward multiplies by W and needs no communication: each rank's W-fold share is what the mean over ranks expects.
+    Use it for the final sum of a loss, and for statistics from which each rank computes the same loss.
+    """
+    return x if group is None else _AllReduceSum.apply(x, group)
+
+
+def logsumexp_over_ranks(x: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """This rank's rows of the elementwise log-sum-exp over ranks.
+
+    Args:
+        x: (N,), each rank's partial log-sums of the same N columns, N = W B. An empty sum is -inf.
+
+    Returns:
+        (B,): log sum_r exp(x_r) for the columns this rank owns. Backward gathers the owners' gradients.
+    """
+    return x if group is None else _LogSumExpOverRanks.apply(x, group)
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.ranks = dist.get_world_size(group)
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.ranks, None
+
+
+class _LogSumExpOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        top = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        # A column without any term has top = -inf; shifting by it would make NaN of the honest -inf.
+        shift = torch.where(top.isfinite(), top, torch.zeros_like(top))
+        total = (x - shift).exp()
+        dist.all_reduce(total, group=group)
+        total = total.log() + shift
+        ctx.group = group
+        ctx.save_for_backward(x, total)
+        return _own_rows(total, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, total = ctx.saved_tensors
+        share = torch.where(x == -torch.inf, torch.zeros_like(x), (x - total).exp())
+        return _gather(grad, ctx.group) * share, None
+
+
+def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    ranks = dist.get_world_size(group)
+    out = x.new_empty((ranks * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.detach().contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    x = x.contiguous()
+    if x.is_cuda and "nccl" in str(dist.get_backend(group)):
+        out = x.new_empty((len(x) // dist.get_world_size(group), *x.shape[1:]))
+        dist.reduce_scatter_tensor(out, x, group=group)
+        return out
+    # gloo has no reduce-scatter in every torch release that clipkit runs on.
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return _own_rows(total, group).clone()
+
+
+def _own_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    rows = len(x) // dist.get_world_size(group)
+    return x.narrow(0, dist.get_rank(group) * rows, rows)
+
+
+def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """Run `fn(*args)` on `world_size` gloo ranks, new processes of this machine, and return what each returned.
+
+    For tests, examples and benchmarks on one machine; training starts under torchrun. Each rank uses one thread.
+
+    Args:
+        fn: a function importable by name (spawned processes import it); it finds torch.distributed initialised.
+        world_size: the number of ranks, at least 1.
+        args: picklable arguments, the same for every rank.
+        timeout_s: seconds a collective waits for the other ranks, and all ranks have to finish.
+
+    Returns:
+        The ranks' results, in rank order.
+
+    Raises:
+        RuntimeError: a rank failed (its traceback is in the message) or did not finish in time.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}: give at least 1")
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="clipkit-launch-") as folder:
+        workers = [
+            context.Process(target=_worker, args=(fn, index, world_size, folder, timeout_s, args), daemon=True)
+            for index in range(world_size)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            _join(workers, Path(folder), timeout_s)
+            return [pickle.loads((Path(folder) / f"result-{index}").read_bytes()) for index in range(world_size)]
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                if worker.pid is not None:
+                    worker.join()
+
+
+def _worker(fn: Callable[..., Any], index: int, ranks: int, folder: str, timeout_s: float, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks)})
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=index,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        result = fn(*args)
+        (Path(folder) / f"result-{index}").write_bytes(pickle.dumps(result))
+        # The first rank to leave would take the file store with it while another still connects.
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"error-{index}").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _join(workers: list[Any], folder: Path, timeout_s: float) -> None:
+    """Wait until all workers ended well; RuntimeError as soon as one failed, or after `timeout_s`."""
+    left = timeout_s
+    while any(worker.is_alive() for worker in workers) and left > 0:
+        if any(worker.exitcode for worker in workers):
+            break
+        for worker in workers:
+            worker.join(timeout=0.02)
+        left -= 0.02
+    failed = [index for index, worker in enumerate(workers) if worker.exitcode != 0]
+    if not failed:
+        return
+    # A rank that fails makes the others fail on its closed connection a moment later: show the first that wrote.
+    reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime)
+    if reports:
+        report = reports[0]
+        raise RuntimeError(f"rank {report.name.removeprefix('error-')} of {len(workers)} failed:\n{report.read_text()}")
+    codes = [worker.exitcode for worker in workers]
+    raise RuntimeError(f"ranks {failed} of {len(workers)} did not finish in {timeout_s:g} s; exit codes {codes}")

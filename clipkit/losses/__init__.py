@@ -1,0 +1,29 @@
+"""Losses with one gradient, however the batch is split. Only torch is imported.
+
+Each is an `nn.Module` on features, `InfoNCE()(image_features, text_features, logit_scale) -> ()`, registered under its
+file's name; `create_loss` builds a weighted sum of them from a config. Their parameters' gradients, averaged over the
+ranks of a group as DDP and FSDP do, are those of one process on the whole batch, whatever the group, the
+implementation or the micro-batches; the value is the whole batch's on every rank.
+"""
+
+from clipkit.losses.compose import WeightedSum, create_loss
+from clipkit.losses.cyclic import CyclicGeometry
+from clipkit.losses.infonce import InfoNCE
+from clipkit.losses.nli_contrastive import NLIContrastive
+from clipkit.losses.nli_softmax import NLISoftmax
+from clipkit.losses.registry import list_losses, register_loss
+from clipkit.losses.sigmoid import Sigmoid
+from clipkit.losses.simcse import SimCSE
+
+__all__ = [
+    "CyclicGeometry",
+    "InfoNCE",
+    "NLIContrastive",
+    "NLISoftmax",
+    "Sigmoid",
+    "SimCSE",
+    "WeightedSum",
+    "create_loss",
+    "list_losses",
+    "register_loss",
+]

@@ -1,0 +1,150 @@
+"""From a config's `loss` to one module: build each term by name, route features to it, add the terms up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipkit.distributed import Group
+from clipkit.losses.checks import check_number
+from clipkit.losses.registry import losses
+from clipkit.registry import check_keys, suggest
+
+_MODEL = "the model's forward: pass it this loss's `inputs`"
+_SUPPLIED_BY = {
+    "image_features": _MODEL,
+    "text_features": _MODEL,
+    "logit_scale": _MODEL,
+    "logit_bias": "the model's init_logit_bias",
+}
+
+
+class WeightedSum(nn.Module):
+    """sum_k weight_k L_k over a dict of features; each term receives the features it names in its `inputs`.
+
+    Args:
+        terms: name to loss module, at least one.
+        weights: name to weight, finite and >= 0; 1.0 where absent. A term of weight 0 is computed and reported, but
+            adds nothing.
+
+    Attributes:
+        inputs: the features that the terms need together; give them to the model, which makes just those passes.
+        optional_inputs: features that some term uses where they are present.
+
+    Raises:
+        ValueError: no terms, a weight for no term, or a weight that is negative or not finite.
+    """
+
+    def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None):
+        super().__init__()
+        if not terms:
+            raise ValueError(
+                f"the loss is empty: name at least one term, such as loss=clip or loss=[infonce]. Losses: {', '.join(losses.names())}"
+            )
+        weights = dict(weights or {})
+        check_keys(weights, terms, "the weights")
+        for name in terms:
+            if name == "loss":
+                raise ValueError("a term cannot be called 'loss': that key holds the weighted sum")
+        self.terms = nn.ModuleDict(dict(terms))
+        self.weights = {name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms}
+        self.inputs = _union(term.inputs for term in terms.values())
+        optional = _union(getattr(term, "optional_inputs", ()) for term in terms.values())
+        self.optional_inputs = tuple(name for name in optional if name not in self.inputs)
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": (), "<term>": () unweighted, ...}.
+
+        Args:
+            features: name to tensor; what no term names is ignored.
+
+        Raises:
+            ValueError: a term's input is missing; the message says which setting supplies it.
+        """
+        values = {name: self._term(name, features) for name in self.terms}
+        total = sum(self.weights[name] * value for name, value in values.items())
+        return {"loss": total, **values}
+
+    def _term(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
+        term = self.terms[name]
+        given = {}
+        for key in term.inputs:
+            if features.get(key) is None:
+                raise ValueError(_missing(name, term, key, features))
+            given[key] = features[key]
+        for key in getattr(term, "optional_inputs", ()):
+            if features.get(key) is not None:
+                given[key] = features[key]
+        return term(**given)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
+
+
+def create_loss(
+    spec: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None], *, group: Group | str = "auto"
+) -> WeightedSum:
+    """The weighted sum of losses that a config's `loss` describes.
+
+        create_loss("infonce")
+        create_loss(["infonce", "cyclic"])
+        create_loss({"infonce": {}, "cyclic": {"weight": 0.5, "in_modal": 0.25}})
+
+    Args:
+        spec: a loss name, a list of names, or name to settings: `weight` (default 1) and the keyword arguments of the
+            loss's class.
+        group: passed to each loss that takes a group and whose settings give none.
+
+    Raises:
+        ValueError: an unknown loss or setting (with the nearest match and the list), an empty sum, a setting that
+            the loss needs and did not get, a weight that is negative or not finite.
+    """
+    if isinstance(spec, str):
+        spec = {spec: {}}
+    elif isinstance(spec, Mapping):
+        spec = dict(spec)
+    elif isinstance(spec, Sequence):
+        if len(set(spec)) != len(spec):
+            raise ValueError(f"the loss names a term twice: {list(spec)}; give it once, with a weight")
+        spec = {name: {} for name in spec}
+    else:
+        raise ValueError(f"loss is {spec!r}: give a name, a list of names, or a mapping from names to settings")
+    terms, weights = {}, {}
+    for name, settings in spec.items():
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ValueError(f"the settings of loss {name!r} are {settings!r}: give a mapping such as {{'weight': 0.5}}")
+        settings = dict(settings or {})
+        weights[name] = settings.pop("weight", 1.0)
+        terms[name] = build(name, settings, group=group)
+    return WeightedSum(terms, weights)
+
+
+def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto") -> nn.Module:
+    """One loss by name, its settings checked against its constructor; `group` is added where the class takes it."""
+    factory = losses.get(name)
+    accepted = inspect.signature(factory).parameters
+    check_keys(settings, [*accepted, "weight"], f"loss {name!r}")
+    needed = [key for key, value in accepted.items() if value.default is value.empty and key not in settings]
+    if needed:
+        raise ValueError(f"loss {name!r} needs the setting {', '.join(needed)}: give it as loss.{name}.{needed[0]}=...")
+    settings = dict(settings)
+    if "group" in accepted:
+        settings.setdefault("group", group)
+    loss = factory(**settings)
+    if not getattr(loss, "inputs", None):
+        raise ValueError(f"loss {name!r} names no `inputs`: list the features that its forward takes")
+    return loss
+
+
+def _missing(name: str, term: nn.Module, key: str, features: Mapping[str, Tensor]) -> str:
+    source = {**_SUPPLIED_BY, **getattr(term, "supplied_by", {})}.get(key)
+    supplied = f" It is supplied by {source}." if source else suggest(key, features)
+    return f"loss {name!r} needs the feature {key!r}, which is missing.{supplied} Features given: {', '.join(sorted(features)) or 'none'}."
+
+
+def _union(names: Any) -> tuple[str, ...]:
+    """The distinct names of several tuples, in order of first appearance."""
+    return tuple(dict.fromkeys(name for group in names for name in group))

@@ -1,0 +1,127 @@
+"""InfoNCE over image-text pairs: CLIP's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.distributed import (
+    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+)
+from clipkit.kernels import pair_lse
+from clipkit.kernels.reference import compute_dtype
+from clipkit.losses.checks import (
+    check_choice, check_ids, check_matrix, check_number, check_scalar, check_unit_norm, paired_logits, reads_values, softplus,
+)
+from clipkit.losses.registry import register_loss
+
+
+@register_loss("infonce")
+class InfoNCE(nn.Module):
+    """Symmetric cross entropy of matching every image to its text and every text to its image.
+
+        L = 1/(2N) sum_i [ -log e^{s_ii} / sum_j e^{s_ij}  -  log e^{s_ii} / sum_j e^{s_ji} ],   s_ij = scale <x_i, y_j>
+
+    computed as softplus(log sum_{j != i} e^{s_ij} - s_ii), which stays exact when the loss is near zero. Radford et al.
+    2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.3 and figure 3. N are the
+    pairs of the whole group: own rows stay, the texts are gathered, the columns' sums meet by an all-reduce.
+
+    With `label_smoothing` e, the target of a row is (1 - e) on its positives and e spread evenly over all N columns
+    (Szegedy et al. 2016, section 7). With `pair_ids`, rows that share an id carry the same content:
+
+    - `same_ids="positive"`: the target is even over all of them (Khosla et al. 2020, eq. 2; Yang et al. 2022, UniCL);
+    - `same_ids="mask"`: they are left out of the row's sum, and out of its smoothing, as false negatives.
+
+    Args:
+        label_smoothing: e in [0, 1).
+        same_ids: "positive" or "mask"; used only where forward receives `pair_ids`.
+        group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows alone.
+        impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+
+    Siblings: `sigmoid` (no normalisation over the batch), `infoloob` (the positive left out of its denominator),
+    `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
+    """
+
+    inputs = ("image_features", "text_features", "logit_scale")
+    optional_inputs = ("pair_ids",)
+
+    def __init__(
+        self, *, label_smoothing: float = 0.0, same_ids: str = "positive", group: Group | str = "auto", impl: str = "auto"
+    ):
+        super().__init__()
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
+        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
+        self.group = group
+        self.impl = impl
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, pair_ids: Tensor | None = None
+    ) -> Tensor:
+        """The loss of the group's pairs, (); the order of arguments is open_clip's ClipLoss's.
+
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm; row i belongs to image i.
+            logit_scale: (), the multiplier (the inverse of the temperature), not its log.
+            pair_ids: (B,) integers, the same id for rows with the same content, or None.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B.
+        """
+        check_matrix("text_features", text_features, like=("image_features", image_features))
+        check_matrix("image_features", image_features)
+        check_scalar("logit_scale", logit_scale)
+        if reads_values(self, image_features.device):
+            check_unit_norm(image_features=image_features, text_features=text_features)
+        group = resolve_group(self.group)
+        rows = len(image_features)
+        check_same_rows(rows, group, image_features.device)
+        texts = all_gather_rows(text_features, group, check=False)
+        ids = all_ids = None
+        if pair_ids is not None:
+            check_ids("pair_ids", pair_ids, rows)
+            ids, all_ids = pair_ids, all_gather_rows(pair_ids, group, check=False)
+        masked = ids is not None and self.same_ids == "mask"
+        row_lse, col_lse = pair_lse(
+            image_features,
+            texts,
+            logit_scale,
+            row_offset=rank(group) * rows,
+            row_ids=ids if masked else None,
+            col_ids=all_ids if masked else None,
+            impl=self.impl,
+        )
+        col_lse = logsumexp_over_ranks(col_lse, group)
+        positive = paired_logits(image_features, text_features, logit_scale)
+        loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
+        if self.label_smoothing > 0 or (ids is not None and not masked):
+            own = slice(rank(group) * rows, rank(group) * rows + rows)
+            target = self._mean_target(texts, all_ids, own)
+            loss = loss + positive - paired_logits(image_features, target, logit_scale)
+        return all_reduce_sum(loss.sum() / len(texts), group)
+
+    def _mean_target(self, texts: Tensor, all_ids: Tensor | None, own: slice) -> Tensor:
+        """(B, D): the mean text under each own row's target; logits are linear, so no N x N matrix is needed.
+
+        Summed over rows it is the target of both directions: "shares an id" is symmetric. Where masking makes the
+        number of columns differ by row, the mean of the two directions' smoothing is taken.
+        """
+        texts = texts.to(compute_dtype(texts))
+        total = len(texts)
+        if all_ids is None:
+            return (1 - self.label_smoothing) * texts[own] + self.label_smoothing * texts.mean(0)
+        classes = _class_numbers(all_ids)
+        shared = torch.zeros_like(texts).index_add(0, classes, texts)[classes]
+        counts = torch.zeros_like(texts[:, 0]).index_add(0, classes, torch.ones_like(texts[:, 0]))[classes][:, None]
+        if self.same_ids == "positive":
+            return (1 - self.label_smoothing) * (shared / counts)[own] + self.label_smoothing * texts.mean(0)
+        weight = 1 / (total - counts + 1)
+        smooth = weight * (texts.sum(0) + 2 * (texts - shared)) + (weight * texts).sum(0)
+        return (1 - self.label_smoothing) * texts[own] + self.label_smoothing / 2 * smooth[own]
+
+
+def _class_numbers(ids: Tensor) -> Tensor:
+    """(N,) numbers 0, 1, ... of the distinct ids; `torch.unique` would make the host wait for their count."""
+    ordered, order = ids.sort()
+    numbers = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).to(ordered.dtype)]).cumsum(0)
+    return torch.empty_like(numbers).scatter(0, order, numbers).long()

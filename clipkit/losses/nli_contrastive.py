@@ -1,0 +1,88 @@
+"""Supervised SimCSE: entailed sentences are positives, contradictions are hard negatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.kernels import pair_lse
+from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, paired_logits, reads_values, softplus
+from clipkit.losses.registry import register_loss
+
+_TRIPLETS = "a stream of NLI triplets beside the image-text pairs: set data.sentences (a file with sent0, sent1, hard_neg)"
+
+
+@register_loss("nli_contrastive")
+class NLIContrastive(nn.Module):
+    """Cross entropy of finding each premise's entailed sentence among all entailed and all contradicted ones.
+
+        L = -1/M sum_i log e^{<h_i, h+_i> / t} / sum_j (e^{<h_i, h+_j> / t} + alpha^{1[i = j]} e^{<h_i, h-_j> / t})
+
+    Gao et al. 2021, "SimCSE", equation 5 with t = 0.05; alpha weighs a premise's own contradiction, as in the
+    paper's ablation of hard negatives (equation 8 in its appendix), and alpha = 1 is equation 5. M are the triplets of
+    the whole group.
+
+    Args:
+        temperature: t > 0.
+        hard_negative_weight: alpha >= 0; 0 drops each premise's own contradiction, not the other rows'.
+        group: "auto", a ProcessGroup or None.
+        impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+
+    Siblings: `simcse` (unsupervised), `nli_softmax` (labelled pairs in place of triplets).
+    """
+
+    inputs = ("premise_features", "entailment_features", "contradiction_features")
+    supplied_by = {name: _TRIPLETS for name in inputs}
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        hard_negative_weight: float = 1.0,
+        group: Group | str = "auto",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
+        self.hard_negative_weight = check_number("hard_negative_weight", hard_negative_weight, 0.0)
+        self.group = group
+        self.impl = impl
+
+    def forward(self, premise_features: Tensor, entailment_features: Tensor, contradiction_features: Tensor) -> Tensor:
+        """The loss of the group's triplets, ().
+
+        Args:
+            premise_features: (M, D), unit norm.
+            entailment_features: (M, D), unit norm; row i follows from premise i.
+            contradiction_features: (M, D), unit norm; row i contradicts premise i.
+
+        Raises:
+            ValueError: shapes that differ or are not (M, D), features off unit norm, ranks with different M.
+        """
+        check_matrix("premise_features", premise_features)
+        check_matrix("entailment_features", entailment_features, like=("premise_features", premise_features))
+        check_matrix("contradiction_features", contradiction_features, like=("premise_features", premise_features))
+        if reads_values(self, premise_features.device):
+            check_unit_norm(
+                premise_features=premise_features,
+                entailment_features=entailment_features,
+                contradiction_features=contradiction_features,
+            )
+        group = resolve_group(self.group)
+        rows = len(premise_features)
+        check_same_rows(rows, group, premise_features.device)
+        entailed = all_gather_rows(entailment_features, group, check=False)
+        contradicted = all_gather_rows(contradiction_features, group, check=False)
+        offset = rank(group) * rows
+        scale = constant(1 / self.temperature, premise_features)
+        negatives, _ = pair_lse(premise_features, entailed, scale, row_offset=offset, impl=self.impl)
+        others, _ = pair_lse(premise_features, contradicted, scale, row_offset=offset, impl=self.impl)
+        negatives = torch.logaddexp(negatives, others)
+        if self.hard_negative_weight > 0:
+            own = paired_logits(premise_features, contradiction_features, scale) + math.log(self.hard_negative_weight)
+            negatives = torch.logaddexp(negatives, own)
+        loss = softplus(negatives - paired_logits(premise_features, entailment_features, scale))
+        return all_reduce_sum(loss.sum() / len(entailed), group)
