@@ -1,0 +1,55 @@
+"""What a run prints: a bar on a terminal, plain lines elsewhere (a redrawn bar floods a log file)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+
+class Progress:
+    """Shows step, loss terms, learning rate, speed and time left; silent on ranks other than 0.
+
+    Args:
+        step: where the run starts, more than 0 when it resumes.
+        total: steps in all.
+        batch_size: pairs a step, for the speed.
+        every: steps between plain lines.
+        enabled: False on ranks other than 0.
+    """
+
+    def __init__(self, *, step: int, total: int, batch_size: int, every: int, enabled: bool = True):
+        self.total, self.batch_size, self.every, self.enabled = total, batch_size, every, enabled
+        self.first, self.started = step, time.monotonic()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Report one finished step; `numbers` are shown as they are named."""
+        if not self.enabled:
+            return
+        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step % self.every == 0 or step == self.total or step == self.first + 1:
+            rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
+            left = (self.total - step) / rate
+            print(f"step {step}/{self.total}  {text}  {rate * self.batch_size:,.0f} pairs/s  "
+                  f"{int(left) // 60}:{int(left) % 60:02d} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,104 @@
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, summary.json; what tells a finished run from one to resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Settings that may differ between the sessions of one run.
+FREE = ("output_dir", "resume", "device", "num_threads", "log_every", "logger", "name")
+
+
+def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Make or enter a run's folder; the summary if the run in it is finished, else None.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, or holds one and `resume=false`.
+        OSError: the folder cannot be written.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the run folder {run_dir} cannot be made ({error}); give output_dir= a folder you can write") from error
+    if not os.access(run_dir, os.W_OK):
+        raise OSError(f"the run folder {run_dir} cannot be written; give output_dir= a folder you can write")
+    record = run_dir / "config.yaml"
+    if record.exists():
+        if not config["resume"]:
+            raise ValueError(f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder")
+        before = OmegaConf.to_container(OmegaConf.load(record))
+        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, config) if key.split(".")[0] not in FREE]
+        if changed:
+            raise ValueError(
+                f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "
+                "give name=ANOTHER to start beside it, or delete the folder"
+            )
+        summary = run_dir / "summary.json"
+        if summary.exists() and (found := json.loads(summary.read_text(encoding="utf-8"))).get("finished"):
+            return found
+    else:
+        temporary = run_dir / f".config.yaml.{os.getpid()}"
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
+        os.replace(temporary, record)
+    return None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested mappings differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}, key=str):
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new
+
+
+def write_summary(run_dir: Path, **entries: Any) -> None:
+    """summary.json: final metrics, samples seen, skip counts by cause, wall-clock, versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from clipkit.checkpoint import write_json
+
+    versions = {"python": platform.python_version()}
+    for package in ("clipkit", "torch", "timm", "open_clip_torch", "transformers", "webdataset"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    write_json(run_dir / "summary.json", {**entries, "versions": versions, "command": sys.argv})
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """The final table: a line a task, its metrics beside it; fractions in per cent."""
+    tasks: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        task, _, metric = name.rpartition("/")
+        tasks.setdefault(task, []).append(f"{metric:<24} {value:10.4f}")
+    lines = []
+    for task, rows in tasks.items():
+        for index, row in enumerate(rows):
+            lines.append(f"  {task if index == 0 else '':<22} {row}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def failure_recorded(run_dir: Path) -> Iterator[None]:
+    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; removed by the next success."""
+    import traceback
+
+    try:
+        yield
+    except Exception:
+        try:
+            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError:
+            pass
+        raise
+    (run_dir / "error.txt").unlink(missing_ok=True)
