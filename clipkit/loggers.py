@@ -102,7 +102,6 @@ class WeightsAndBiases:
         # A run left open by an earlier job of a sweep would be returned instead of a new one.
         if wandb.run is not None:
             wandb.finish()
-        self._wandb = wandb
         self._run = wandb.init(
             project=project,
             entity=entity,
@@ -117,7 +116,7 @@ class WeightsAndBiases:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._wandb.finish(quiet=True)
+        self._run.finish()
 
 
 class Loggers:
