@@ -79,7 +79,7 @@ def cached_backward(
     """
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: give at least 1 row")
-    names = inputs if inputs is not None else getattr(loss, "inputs", None)
+    names = _wanted(loss, batch) if inputs is None else tuple(inputs)
     autocast = contextlib.nullcontext() if autocast is None else autocast
     parts = split_batch(batch, micro_batch_size)
 
@@ -137,6 +137,13 @@ def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, 
         }
         for k in range(pieces)
     ]
+
+
+def _wanted(loss: Any, batch: dict[str, Any]) -> tuple[str, ...] | None:
+    """The features that the loss names; its optional ones where the batch has an entry of that name."""
+    if getattr(loss, "inputs", None) is None:
+        return None
+    return (*loss.inputs, *(name for name in getattr(loss, "optional_inputs", ()) if name in batch))
 
 
 def _has_rows(value: Any) -> bool:

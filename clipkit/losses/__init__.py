@@ -7,6 +7,7 @@ implementation or the micro-batches; the value is the whole batch's on every ran
 """
 
 from clipkit.losses.compose import WeightedSum, create_loss
+from clipkit.losses.contract import ContractCase, GradientReport, check_gradient_contract, check_gradient_contracts
 from clipkit.losses.cyclic import CyclicGeometry
 from clipkit.losses.infonce import InfoNCE
 from clipkit.losses.nli_contrastive import NLIContrastive
@@ -16,13 +17,17 @@ from clipkit.losses.sigmoid import Sigmoid
 from clipkit.losses.simcse import SimCSE
 
 __all__ = [
+    "ContractCase",
     "CyclicGeometry",
+    "GradientReport",
     "InfoNCE",
     "NLIContrastive",
     "NLISoftmax",
     "Sigmoid",
     "SimCSE",
     "WeightedSum",
+    "check_gradient_contract",
+    "check_gradient_contracts",
     "create_loss",
     "list_losses",
     "register_loss",
