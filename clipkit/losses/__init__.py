@@ -6,28 +6,37 @@ ranks of a group as DDP and FSDP do, are those of one process on the whole batch
 implementation or the micro-batches; the value is the whole batch's on every rank.
 """
 
+from clipkit.losses.cloob import CLOOB
 from clipkit.losses.compose import WeightedSum, create_loss
-from clipkit.losses.contract import ContractCase, GradientReport, check_gradient_contract, check_gradient_contracts
 from clipkit.losses.cyclic import CyclicGeometry
+from clipkit.losses.fastclip import FastCLIP
+from clipkit.losses.infoloob import InfoLOOB
 from clipkit.losses.infonce import InfoNCE
+from clipkit.losses.matryoshka import Matryoshka
+from clipkit.losses.mlm import MaskedLanguageModel
 from clipkit.losses.nli_contrastive import NLIContrastive
 from clipkit.losses.nli_softmax import NLISoftmax
 from clipkit.losses.registry import list_losses, register_loss
 from clipkit.losses.sigmoid import Sigmoid
 from clipkit.losses.simcse import SimCSE
+from clipkit.losses.slip import SLIP
+from clipkit.losses.uniformity import Uniformity
 
 __all__ = [
-    "ContractCase",
+    "CLOOB",
     "CyclicGeometry",
-    "GradientReport",
+    "FastCLIP",
+    "InfoLOOB",
     "InfoNCE",
+    "MaskedLanguageModel",
+    "Matryoshka",
     "NLIContrastive",
     "NLISoftmax",
+    "SLIP",
     "Sigmoid",
     "SimCSE",
+    "Uniformity",
     "WeightedSum",
-    "check_gradient_contract",
-    "check_gradient_contracts",
     "create_loss",
     "list_losses",
     "register_loss",

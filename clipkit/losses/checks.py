@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.kernels.reference import compute_dtype
+from clipkit.registry import unknown
 
 # bf16 rounds a unit vector's norm by up to 0.4 %; raw features are off by far more.
 NORM_TOLERANCE = 0.02
@@ -51,6 +52,12 @@ def check_ids(name: str, ids: Tensor, rows: int) -> None:
         raise ValueError(f"{name} must be integers of shape ({rows},), but is {ids.dtype} of shape {tuple(ids.shape)}")
 
 
+def check_negatives(loss: str, pairs: int) -> None:
+    """ValueError for a group with a single pair, in a loss without a value there."""
+    if pairs < 2:
+        raise ValueError(f"{loss} needs at least 2 pairs in the group, but got {pairs}: a pair alone has no negative")
+
+
 def reads_values(module: nn.Module, device: torch.device) -> bool:
     """Whether this call may look at values: always on the CPU, else a module's first call, never when compiled."""
     if torch.compiler.is_compiling():
@@ -87,8 +94,6 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`; ValueError with the nearest otherwise."""
-    from clipkit.registry import unknown
-
     if value not in choices:
         raise unknown(name, value, choices)
     return value
@@ -103,6 +108,13 @@ def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), to rounding at every argument; torch's default turns into the identity at 20 already."""
     return nn.functional.softplus(x, threshold=40.0)
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b) whose gradient is 0, not NaN, where both are -inf (two empty sums)."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    total = torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0))
+    return total.masked_fill(empty, -torch.inf)
 
 
 def constant(value: float, like: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
-from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, paired_logits, reads_values, softplus
+from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, logaddexp, paired_logits, reads_values, softplus
 from clipkit.losses.registry import register_loss
 
 _TRIPLETS = "a stream of NLI triplets beside the image-text pairs: set data.sentences (a file with sent0, sent1, hard_neg)"
@@ -80,9 +79,9 @@ class NLIContrastive(nn.Module):
         scale = constant(1 / self.temperature, premise_features)
         negatives, _ = pair_lse(premise_features, entailed, scale, row_offset=offset, impl=self.impl)
         others, _ = pair_lse(premise_features, contradicted, scale, row_offset=offset, impl=self.impl)
-        negatives = torch.logaddexp(negatives, others)
+        negatives = logaddexp(negatives, others)
         if self.hard_negative_weight > 0:
             own = paired_logits(premise_features, contradiction_features, scale) + math.log(self.hard_negative_weight)
-            negatives = torch.logaddexp(negatives, own)
+            negatives = logaddexp(negatives, own)
         loss = softplus(negatives - paired_logits(premise_features, entailment_features, scale))
         return all_reduce_sum(loss.sum() / len(entailed), group)

@@ -1,0 +1,164 @@
+"""FastCLIP-v3's global contrastive loss: each sample remembers its denominator over the whole data set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.distributed import (
+    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+)
+from clipkit.kernels import pair_lse
+from clipkit.losses.checks import (
+    check_ids, check_matrix, check_negatives, check_number, check_scalar, check_unit_norm, paired_logits, reads_values,
+)
+from clipkit.losses.registry import register_loss
+
+
+@register_loss("fastclip")
+class FastCLIP(nn.Module):
+    """Robust global contrastive loss with one learned temperature t = 1 / logit_scale.
+
+        g1_i = 1/(N - 1) sum_{j != i} e^{(<x_i, y_j> - <x_i, y_i>) / t},     g2_i the same over images for text i
+        u_i <- (1 - gamma) u_i + gamma g_i                                   (at a sample's first visit: u_i <- g_i)
+        L = 1/N sum_i [ t/2 (log(eps + u1_i) + log(eps + u2_i)) ] + rho t
+        dL = 1/N sum_i [ t/2 (dg1_i / (eps + u1_i) + dg2_i / (eps + u2_i)) ] + dt (L / t)
+
+    Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate CLIP Training with Limited Resources",
+    problem RGCL-g and its version v3, halved as the paper's code has it, so that it weighs as `infonce` does. The moving averages
+    u estimate each sample's denominator over all the data, so a small batch does not bias the gradient. The gradient is
+    not the derivative of the value at fixed u, but the paper's estimator above; with gamma = 1 it is.
+
+    u is kept as log u (it spans e^{2 logit_scale}) in two buffers indexed by the sample, updated in training mode,
+    equal on all ranks and saved in the state dict: 8 bytes a sample. They grow as indices appear unless `num_samples` is given,
+    which also spares the GPU a wait per step. Exact resume needs them, and a stable `sample_index`.
+
+    Args:
+        num_samples: size of the data set, or None to grow.
+        gamma: final weight of the newest value, in (0, 1]; 0.2 (CC3M) to 0.8 in the paper.
+        gamma_decay_steps: training steps of the cosine from 1 to gamma; 0 starts at gamma. The paper decays by epoch, over half
+            of the training.
+        rho: weight of the temperature's price, >= 0; the paper uses 6.5 (CC3M) to 8.5.
+        eps: > 0.
+        group: "auto", a ProcessGroup or None.
+        impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+
+    With gamma = 1 and eps -> 0 it is t (infoloob - log(N - 1) + rho). Siblings: `infonce`, `infoloob`.
+    """
+
+    inputs = ("image_features", "text_features", "logit_scale", "sample_index")
+    supplied_by = {"sample_index": "the data stream, which numbers every sample; take it from the batch into the features"}
+
+    def __init__(
+        self,
+        *,
+        num_samples: int | None = None,
+        gamma: float = 0.2,
+        gamma_decay_steps: int = 0,
+        rho: float = 6.5,
+        eps: float = 1e-14,
+        group: Group | str = "auto",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.num_samples = None if num_samples is None else int(check_number("num_samples", num_samples, 1))
+        self.gamma = check_number("gamma", gamma, 0.0, 1.0, open_low=True)
+        self.gamma_decay_steps = int(check_number("gamma_decay_steps", gamma_decay_steps, 0))
+        self.rho = check_number("rho", rho, 0.0)
+        self.eps = check_number("eps", eps, 0.0, open_low=True)
+        self.group = group
+        self.impl = impl
+        for name in ("log_u1", "log_u2"):
+            self.register_buffer(name, torch.full((self.num_samples or 0,), -torch.inf))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, sample_index: Tensor
+    ) -> Tensor:
+        """The loss of the group's pairs, (); in training mode it also updates their u.
+
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm; row i belongs to image i.
+            logit_scale: (), the multiplier 1/t.
+            sample_index: (B,) integers >= 0, each sample's stable number in the data set.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, a single
+                pair in the group, an index out of range.
+        """
+        check_matrix("text_features", text_features, like=("image_features", image_features))
+        check_matrix("image_features", image_features)
+        check_scalar("logit_scale", logit_scale)
+        check_ids("sample_index", sample_index, len(image_features))
+        if reads_values(self, image_features.device):
+            check_unit_norm(image_features=image_features, text_features=text_features)
+        group = resolve_group(self.group)
+        rows = len(image_features)
+        check_same_rows(rows, group, image_features.device)
+        texts = all_gather_rows(text_features, group, check=False)
+        total = len(texts)
+        check_negatives("fastclip", total)
+        offset = rank(group) * rows
+        row_lse, col_lse = pair_lse(image_features, texts, logit_scale, row_offset=offset, impl=self.impl)
+        col_lse = logsumexp_over_ranks(col_lse, group)
+        positive = paired_logits(image_features, text_features, logit_scale)
+        log_g = torch.stack([row_lse, col_lse]) - positive - math.log(total - 1)
+
+        index = sample_index.to(log_g.device, torch.int64)
+        all_index = all_gather_rows(index, group, check=False)
+        self._reserve(all_index)
+        log_u = self._moving_average(log_g.detach(), index)
+        if self.training:
+            gathered = all_gather_rows(log_u.T.contiguous(), group, check=False)
+            self.log_u1[all_index] = gathered[:, 0].to(self.log_u1.dtype)
+            self.log_u2[all_index] = gathered[:, 1].to(self.log_u2.dtype)
+            self.steps += 1
+
+        temperature = 1 / logit_scale.to(log_g.dtype).reshape(())
+        log_total = torch.logaddexp(log_u, torch.full_like(log_u, math.log(self.eps)))
+        # dg / (eps + u) = e^{log g - log(eps + u)} d log g; its value is taken out again, only its gradient stays.
+        ascent = (log_g.detach() - log_total).exp() * log_g
+        loss = temperature * log_total.sum() / 2 + temperature.detach() * (ascent - ascent.detach()).sum() / 2
+        return all_reduce_sum(loss / total, group) + self.rho * temperature
+
+    def _moving_average(self, log_g: Tensor, index: Tensor) -> Tensor:
+        """(2, B): log of the updated u of own rows, from log g (2, B)."""
+        gamma = torch.full((), self.gamma, device=log_g.device, dtype=log_g.dtype)
+        if self.gamma_decay_steps > 0:
+            part = (self.steps.to(log_g.dtype) / self.gamma_decay_steps).clamp(max=1.0)
+            gamma = gamma + (1 - gamma) * (1 + torch.cos(math.pi * part)) / 2
+        old = torch.stack([self.log_u1[index], self.log_u2[index]]).to(log_g.dtype)
+        mixed = torch.logaddexp(torch.log1p(-gamma) + old, gamma.log() + log_g)
+        return torch.where(old == -torch.inf, log_g, mixed)
+
+    @torch.no_grad()
+    def _reserve(self, index: Tensor) -> None:
+        """Room for every index: grown buffers, or a ValueError where num_samples fixed their size."""
+        if self.num_samples is not None and not reads_values(self, index.device):
+            return
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or (self.num_samples is not None and high >= self.num_samples):
+            raise ValueError(
+                f"sample_index goes from {low} to {high}, but fastclip has num_samples={self.num_samples}: number samples "
+                "from 0, and set num_samples to the data set's size, or to null for a state that grows"
+            )
+        if high >= len(self.log_u1):
+            self._resize(max(high + 1, 2 * len(self.log_u1)))
+
+    def _resize(self, size: int) -> None:
+        for name in ("log_u1", "log_u2"):
+            old = getattr(self, name)
+            grown = old.new_full((size,), -torch.inf)
+            grown[: len(old)] = old
+            setattr(self, name, grown)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_u1")
+        if self.num_samples is None and saved is not None and len(saved) != len(self.log_u1):
+            for name in ("log_u1", "log_u2"):
+                setattr(self, name, getattr(self, name).new_full((len(saved),), -torch.inf))
+        super()._load_from_state_dict(state_dict, prefix, *args)

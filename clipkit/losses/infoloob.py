@@ -1,0 +1,69 @@
+"""InfoLOOB over image-text pairs: InfoNCE with the positive left out of its own denominator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clipkit.distributed import (
+    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+)
+from clipkit.kernels import pair_lse
+from clipkit.losses.checks import (
+    check_matrix, check_negatives, check_scalar, check_unit_norm, paired_logits, reads_values,
+)
+from clipkit.losses.registry import register_loss
+
+
+@register_loss("infoloob")
+class InfoLOOB(nn.Module):
+    """Symmetric "leave one out bound" of image-text pairs.
+
+        L = 1/(2N) sum_i [ -log e^{s_ii} / sum_{j != i} e^{s_ij}  -  log e^{s_ii} / sum_{j != i} e^{s_ji} ],
+        s_ij = scale <x_i, y_j>
+
+    Poole et al. 2019, "On Variational Bounds of Mutual Information", section 2.3 (the bound); Fuerst et al. 2022, "CLOOB:
+    Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2.2 (as a loss). Without the positive below, the
+    gradient does not fade as the positive wins. The loss has no lower bound in the scale: keep logit_scale fixed or
+    clamped, as CLOOB does (30 on CC3M). Yeh et al. 2022 call the same form decoupled contrastive learning.
+
+    Args:
+        group: "auto", a ProcessGroup or None.
+        impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+
+    Siblings: `infonce`; `cloob`, which retrieves from a Hopfield memory first.
+    """
+
+    inputs = ("image_features", "text_features", "logit_scale")
+
+    def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
+        super().__init__()
+        self.group = group
+        self.impl = impl
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        """The loss of the group's pairs, (); it may be negative.
+
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm; row i belongs to image i.
+            logit_scale: (), the multiplier.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, or a
+                single pair in the group, which has no negative.
+        """
+        check_matrix("text_features", text_features, like=("image_features", image_features))
+        check_matrix("image_features", image_features)
+        check_scalar("logit_scale", logit_scale)
+        if reads_values(self, image_features.device):
+            check_unit_norm(image_features=image_features, text_features=text_features)
+        group = resolve_group(self.group)
+        rows = len(image_features)
+        check_same_rows(rows, group, image_features.device)
+        texts = all_gather_rows(text_features, group, check=False)
+        check_negatives("infoloob", len(texts))
+        offset = rank(group) * rows
+        row_lse, col_lse = pair_lse(image_features, texts, logit_scale, row_offset=offset, impl=self.impl)
+        col_lse = logsumexp_over_ranks(col_lse, group)
+        loss = (row_lse + col_lse) / 2 - paired_logits(image_features, text_features, logit_scale)
+        return all_reduce_sum(loss.sum() / len(texts), group)

@@ -1,0 +1,63 @@
+"""Masked language modelling for the text tower."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clipkit.distributed import Group, all_reduce_sum, resolve_group
+from clipkit.kernels.reference import compute_dtype
+from clipkit.losses.checks import check_ids, reads_values
+from clipkit.losses.registry import register_loss
+
+_TOKENS = "a masked pass through a text tower with a vocabulary head, which gives the logits and labels of its masked tokens"
+
+
+@register_loss("mlm")
+class MaskedLanguageModel(nn.Module):
+    """Mean cross entropy of the masked tokens' predictions, over every masked token of the group.
+
+        L = -1/T sum_k log softmax(logits_k)[label_k]
+
+    Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", section 3.1.
+    Ranks mask different numbers of tokens: the mean is over the group's T tokens, not a mean of the ranks' means.
+    The head that makes the logits belongs to the model.
+
+    Args:
+        ignore_index: label of tokens that do not count.
+        group: "auto", a ProcessGroup or None.
+    """
+
+    inputs = ("mlm_logits", "mlm_labels")
+    supplied_by = {name: _TOKENS for name in inputs}
+
+    def __init__(self, *, ignore_index: int = -100, group: Group | str = "auto"):
+        super().__init__()
+        self.ignore_index = int(ignore_index)
+        self.group = group
+
+    def forward(self, mlm_logits: Tensor, mlm_labels: Tensor) -> Tensor:
+        """The loss of the group's masked tokens, ().
+
+        Args:
+            mlm_logits: (T, V); a rank without masked tokens gives (0, V).
+            mlm_labels: (T,) integers in [0, V), or ignore_index.
+
+        Raises:
+            ValueError: shapes that do not fit, or no masked token in the whole group.
+        """
+        if mlm_logits.ndim != 2 or not mlm_logits.is_floating_point():
+            raise ValueError(f"mlm_logits must be floating (T, V), but is {mlm_logits.dtype} of shape {tuple(mlm_logits.shape)}")
+        check_ids("mlm_labels", mlm_labels, len(mlm_logits))
+        group = resolve_group(self.group)
+        dtype = compute_dtype(mlm_logits)
+        counted = (mlm_labels != self.ignore_index).sum().to(dtype)
+        counted = all_reduce_sum(counted, group)
+        if reads_values(self, mlm_logits.device) and counted == 0:
+            raise ValueError(
+                "mlm got no masked token in the whole group, so it has nothing to teach: raise the masking probability "
+                "or the batch size, and check that labels are not all ignore_index"
+            )
+        loss = nn.functional.cross_entropy(
+            mlm_logits.to(dtype), mlm_labels.long(), ignore_index=self.ignore_index, reduction="sum"
+        )
+        return all_reduce_sum(loss / counted, group)

@@ -1,0 +1,79 @@
+"""Uniformity of features on the sphere, as a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.kernels import pair_lse
+from clipkit.losses.checks import check_matrix, check_negatives, check_number, check_unit_norm, constant, reads_values
+from clipkit.losses.registry import register_loss
+
+
+@register_loss("uniformity")
+class Uniformity(nn.Module):
+    """Log of the mean Gaussian potential between distinct rows, averaged over the named features.
+
+        L(x) = log 1/(N (N - 1)) sum_{i != j} e^{-t ||x_i - x_j||^2}
+
+    Wang and Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+    Hypersphere", section 4.1.2, t = 2. For unit rows the potential is e^{2t (<x_i, x_j> - 1)}. N are the rows of the
+    whole group. It falls as rows spread; 0 is total collapse, about -2 t the floor in high dimension.
+
+    Args:
+        of: names of the features to spread, each on its own.
+        t: > 0.
+        group: "auto", a ProcessGroup or None.
+        impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+
+    Siblings: `infonce`, whose denominator contains it; `cyclic`.
+    """
+
+    def __init__(
+        self,
+        *,
+        of: Sequence[str] = ("image_features", "text_features"),
+        t: float = 2.0,
+        group: Group | str = "auto",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        of = (of,) if isinstance(of, str) else tuple(of)
+        if not of or len(set(of)) != len(of):
+            raise ValueError(f"of is {list(of)}: name one or more different features, such as text_features")
+        self.inputs = of
+        self.t = check_number("t", t, 0.0, open_low=True)
+        self.group = group
+        self.impl = impl
+
+    def forward(self, **features: Tensor) -> Tensor:
+        """The mean over `of` of L, ().
+
+        Args:
+            features: one (B, D) tensor of unit norm for each name in `of`, as a keyword.
+
+        Raises:
+            ValueError: a name that is missing or not in `of`, a shape other than (B, D), rows off unit norm, ranks
+                with different B, or a single row in the group.
+        """
+        if set(features) != set(self.inputs):
+            raise ValueError(f"uniformity of {', '.join(self.inputs)} got {', '.join(features) or 'nothing'}: give exactly those")
+        for name, value in features.items():
+            check_matrix(name, value)
+        if reads_values(self, features[self.inputs[0]].device):
+            check_unit_norm(**features)
+        return sum(self._potential(features[name]) for name in self.inputs) / len(self.inputs)
+
+    def _potential(self, x: Tensor) -> Tensor:
+        group = resolve_group(self.group)
+        check_same_rows(len(x), group, x.device)
+        columns = all_gather_rows(x, group, check=False)
+        total = len(columns)
+        check_negatives("uniformity", total)
+        offset = rank(group) * len(x)
+        row_lse, _ = pair_lse(x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl)
+        # No potential exceeds 1, so the plain sum over rows and ranks cannot overflow.
+        return all_reduce_sum((row_lse - 2 * self.t).exp().sum(), group).log() - math.log(total * (total - 1))
