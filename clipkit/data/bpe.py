@@ -1,0 +1,133 @@
+"""CLIP's byte-pair encoding with open_clip's exact ids, an order of magnitude faster.
+
+Two observations make it fast without changing an id. Byte pairs never cross white space, so every white-space
+separated chunk can be looked up whole in a cache. And the cleaning (ftfy, HTML entities) leaves printable ASCII
+without '&' as it is, so the common caption skips it.
+
+Sources: Sennrich, Haddow, Birch, "Neural machine translation of rare words with subword units" (ACL 2016), section
+3.2; the vocabulary is OpenAI CLIP's, read from the merges file that the open_clip package carries.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+_PLAIN = re.compile(r"[\t\n\r -%'-~]*")
+_ASCII_WORDS = re.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII
+)
+_MERGES = 49152 - 256 - 2
+_CACHED_CHUNKS = 200_000
+
+
+def merges_path() -> Path:
+    """The merges file inside the installed open_clip package, found without importing the package."""
+    spec = find_spec("open_clip")
+    path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz" if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise RuntimeError("the clip_bpe tokenizer reads its merges from open_clip: pip install open_clip_torch, "
+                           "or give tokenizer.merges=PATH of bpe_simple_vocab_16e6.txt.gz")
+    return path
+
+
+def _byte_letters() -> dict[int, str]:
+    """Bytes to printable letters: printable Latin-1 stands for itself, the rest is moved to U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in printable}
+    moved = (byte for byte in range(256) if byte not in letters)
+    letters.update({byte: chr(256 + i) for i, byte in enumerate(moved)})
+    return letters
+
+
+class BytePairs:
+    """Text to ids.
+
+    Args:
+        merges: path of the gzip merges file; None finds open_clip's.
+    """
+
+    def __init__(self, merges: str | Path | None = None):
+        path = Path(merges) if merges else merges_path()
+        lines = gzip.open(path).read().decode("utf-8").split("\n")[1 : _MERGES + 1]
+        pairs = [tuple(line.split()) for line in lines]
+        self._letters = _byte_letters()
+        alphabet = list(self._letters.values())
+        vocabulary = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in pairs]
+        vocabulary += ["<start_of_text>", "<end_of_text>"]
+        self._ids = {token: i for i, token in enumerate(vocabulary)}
+        self._ranks = {pair: i for i, pair in enumerate(pairs)}
+        self.vocab_size = len(vocabulary)
+        self.sot_id, self.eot_id = self._ids["<start_of_text>"], self._ids["<end_of_text>"]
+        self._chunks: dict[str, tuple[int, ...]] = {}
+        self._any_word = None
+
+    def ids(self, text: str, limit: int) -> list[int]:
+        """The text's ids without start and end, at least the first `limit` of them when there are so many."""
+        if "&" in text or not text.isascii() or not _PLAIN.fullmatch(text):
+            text = _clean(text)
+        out: list[int] = []
+        chunks = self._chunks
+        for chunk in text.lower().split():
+            found = chunks.get(chunk)
+            out += self._encode(chunk) if found is None else found
+            if len(out) >= limit:
+                break
+        return out
+
+    def _encode(self, chunk: str) -> tuple[int, ...]:
+        if chunk.isascii():
+            words = _ASCII_WORDS.findall(chunk)
+        else:
+            words = self._unicode_words(chunk)
+        ids = tuple(i for word in words for i in self._pairs(word))
+        if len(chunk) <= 64:
+            if len(self._chunks) >= _CACHED_CHUNKS:
+                self._chunks.clear()
+            self._chunks[chunk] = ids
+        return ids
+
+    def _unicode_words(self, chunk: str) -> list[str]:
+        if self._any_word is None:
+            import regex
+
+            self._any_word = regex.compile(
+                r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+                regex.IGNORECASE,
+            )
+        return self._any_word.findall(chunk)
+
+    def _pairs(self, word: str) -> list[int]:
+        """One word's ids: the lowest-ranked neighbouring pair is merged everywhere, until none has a rank."""
+        if word in ("<start_of_text>", "<end_of_text>"):
+            return [self._ids[word]]
+        letters = self._letters
+        parts = [letters[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        ranks = self._ranks
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, _MERGES))
+            if best not in ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        return [self._ids[part] for part in parts]
+
+
+def _clean(text: str) -> str:
+    """open_clip's cleaning: mojibake mended, entities unescaped twice, white space collapsed."""
+    import html
+
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return " ".join(text.split())

@@ -1,0 +1,229 @@
+"""Image bytes to uint8 pixels: guarded, converted, cropped and resized.
+
+The header is read first, so that a file claiming a billion pixels costs a microsecond. JPEG goes to libjpeg-turbo through
+simplejpeg; for training it decodes straight to a half, quarter, ... of the size when the crop leaves enough pixels.
+Everything else, and what simplejpeg does not take (CMYK), goes to Pillow. Resizing is torch's antialiased filter on
+uint8, within 2 of 255 of Pillow's.
+
+Greyscale, palette, CMYK and 16-bit images are converted to RGB, transparency is laid on white, of an animation the first
+frame is used, and the EXIF orientation is applied.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from clipkit.data.faults import DataError
+
+MAX_PIXELS = 100_000_000
+
+
+def decode_train(data: bytes, size: int, *, draws: Sequence[float], scale: tuple[float, float] = (0.9, 1.0),
+                 ratio: tuple[float, float] = (0.75, 4 / 3), max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """A random resized crop: (3, size, size) uint8.
+
+    Args:
+        data: the file's bytes.
+        size: pixels a side.
+        draws: at least 4 numbers in [0, 1), the only randomness (area, shape, left, top).
+        scale: smallest and largest area of the crop, as fractions of the picture.
+        ratio: smallest and largest width/height of the crop.
+        max_pixels: a header that claims more is refused unread.
+
+    Raises:
+        DataError: empty_image, corrupt_image or image_too_large.
+    """
+    height, width, jpeg, turn = _header(data, max_pixels)
+    if turn > 4:
+        height, width = width, height
+    top, left, h, w = crop_box(height, width, draws, scale, ratio)
+    # Decode no larger than the crop needs: the picture may shrink by size/h and size/w.
+    shrink = min(1.0, max(size / h, size / w))
+    least = (math.ceil(height * shrink), math.ceil(width * shrink)) if jpeg and shrink < 1 else None
+    pixels = _pixels(data, jpeg, turn, least)
+    fy, fx = pixels.shape[0] / height, pixels.shape[1] / width
+    y0, x0 = round(top * fy), round(left * fx)
+    y1, x1 = max(y0 + 1, round((top + h) * fy)), max(x0 + 1, round((left + w) * fx))
+    return resize(torch.from_numpy(pixels[y0:y1, x0:x1]), size, size, mode="bilinear")
+
+
+def decode_eval(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Shorter side to `size` (bicubic, antialiased), centre crop: (3, size, size) uint8. Raises as `decode_train`."""
+    pixels = decode(data, max_pixels=max_pixels)
+    height, width = pixels.shape[:2]
+    if height <= width:
+        h, w = size, max(size, int(size * width / height))
+    else:
+        h, w = max(size, int(size * height / width)), size
+    image = resize(torch.from_numpy(pixels), h, w, mode="bicubic")
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return image[:, top : top + size, left : left + size].contiguous()
+
+
+def decode_squashed(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, float]:
+    """The whole picture as (3, size, size) uint8 whatever its shape, and its width/height; for the in-memory cache."""
+    pixels = decode(data, max_pixels=max_pixels)
+    return resize(torch.from_numpy(pixels), size, size, mode="bicubic"), pixels.shape[1] / pixels.shape[0]
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The upright picture, (H, W, 3) uint8 RGB. Raises as `decode_train`."""
+    _, _, jpeg, turn = _header(data, max_pixels)
+    return _pixels(data, jpeg, turn, None)
+
+
+def crop_box(height: float, width: float, draws: Sequence[float], scale: tuple[float, float],
+             ratio: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Top, left, height, width of a random crop (Szegedy et al. 2015, section 6), clipped to the picture."""
+    area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
+    aspect = math.exp(math.log(ratio[0]) + draws[1] * (math.log(ratio[1]) - math.log(ratio[0])))
+    # A crop that does not fit is narrowed to the side it exceeds, keeping its area where the other side allows.
+    w = min(width, math.sqrt(area * aspect))
+    h = min(height, area / w)
+    w = min(width, area / h)
+    return draws[3] * (height - h), draws[2] * (width - w), h, w
+
+
+def resize(pixels: torch.Tensor, height: int, width: int, *, mode: str) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, height, width) uint8, antialiased."""
+    image = pixels.permute(2, 0, 1)
+    if image.shape[1:] == (height, width):
+        return image.contiguous()
+    out = torch.nn.functional.interpolate(image[None], size=(height, width), mode=mode, align_corners=False,
+                                          antialias=True)
+    return out[0].contiguous()
+
+
+def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
+    """Stored height and width, whether simplejpeg takes it, and the EXIF orientation (1 to 8)."""
+    if not data:
+        raise DataError("empty_image")
+    jpeg, turn = False, 1
+    if data[:2] == b"\xff\xd8":
+        import simplejpeg
+
+        try:
+            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise DataError("corrupt_image", str(error)) from None
+        jpeg = colour not in ("CMYK", "YCCK")
+        turn = _jpeg_orientation(data)
+    else:
+        width, height = _pillow_size(data)
+    if height * width > max_pixels:
+        raise DataError("image_too_large", f"{width} x {height} is more than max_pixels = {max_pixels}")
+    return height, width, jpeg, turn
+
+
+def _pixels(data: bytes, jpeg: bool, turn: int, least: tuple[int, int] | None) -> np.ndarray:
+    """The upright picture as (H, W, 3) uint8; a JPEG may come scaled down to no less than `least` (upright)."""
+    if not jpeg:
+        return _pillow(data)
+    import simplejpeg
+
+    if least and turn > 4:
+        least = (least[1], least[0])
+    try:
+        if least:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=1.0)
+        else:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        raise DataError("corrupt_image", str(error)) from None
+    return _upright(pixels, turn)
+
+
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Undo an EXIF orientation (Exif 2.3, tag 0x0112)."""
+    if turn == 1:
+        return pixels
+    if turn > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    if turn in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The orientation tag of a JPEG's Exif segment; 1 when there is none or it is broken."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return _tiff_orientation(data[position + 10 : position + 2 + length])
+        if length < 2:
+            break
+        position += 2 + length
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        start = struct.unpack_from(order + "I", tiff, 4)[0] if order else len(tiff)
+        for i in range(struct.unpack_from((order or "<") + "H", tiff, start)[0]):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i)
+            if tag == 0x0112:
+                return value if kind == 3 and 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _open(data: bytes):
+    import warnings
+
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # max_pixels decides, not Pillow's warning.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data))
+
+
+def _pillow_size(data: bytes) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        return _open(data).size
+    except Image.DecompressionBombError as error:
+        raise DataError("image_too_large", str(error)) from None
+    except Exception as error:  # a fuzzed header can make Pillow raise nearly anything
+        raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+
+
+def _pillow(data: bytes) -> np.ndarray:
+    """Any format Pillow reads, as (H, W, 3) uint8."""
+    from PIL import ImageOps
+
+    try:
+        image = _open(data)
+        image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+
+
+def _rgb(image) -> np.ndarray:
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        # 16-bit greyscale is scaled to 8; Pillow's own convert clips it to white.
+        values = values / 257.0 if image.mode != "F" or values.max(initial=0) > 255 else values
+        grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,95 @@
+"""Faults in data: one exception, the list of causes, and a counter with limits.
+
+A bad sample never ends a run by itself and never disappears unseen: it is skipped, counted under one of `CAUSES`,
+and when a cause passes its limit the run stops with the shard and the key in the message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from clipkit.registry import check_keys
+
+CAUSES = {
+    # Whole shards, found while indexing.
+    "empty_shard": "the shard has no bytes or no complete sample",
+    "unreadable_shard": "the shard is not a tar file, or could not be fetched",
+    "truncated_shard": "the tar ends in the middle of a member; the samples before are used",
+    # Members of a tar, found while indexing.
+    "corrupt_header": "a tar header fails its checksum; reading resumes at the next valid one",
+    "not_a_file": "a directory, link, FIFO or device in the tar; never followed or opened",
+    "unsafe_path": "a member with an absolute path or '..' in it; never written anywhere",
+    "duplicate_key": "a key's image, caption or json comes twice in a shard; the first is used",
+    # Samples, found while indexing.
+    "missing_image": "a key without an image",
+    "missing_caption": "a key with neither a caption file nor a json",
+    "empty_image": "an image of zero bytes",
+    # Samples, found while decoding.
+    "corrupt_image": "the image does not decode",
+    "image_too_large": "the image's header claims more pixels than max_pixels",
+    "empty_caption": "no caption has a visible character",
+    "caption_not_utf8": "the caption is not valid UTF-8",
+    "broken_json": "the json does not parse, or is not an object",
+}
+
+
+class DataError(RuntimeError):
+    """A fault in the data. `cause` is a key of CAUSES; `shard` and `key` say where, when known."""
+
+    def __init__(self, cause: str, detail: str = "", *, shard: str = "", key: str = ""):
+        self.cause, self.detail, self.shard, self.key = cause, detail, shard, key
+        where = " ".join(part for part in (shard and f"shard {shard}", key and f"key {key!r}") if part)
+        super().__init__(": ".join(part for part in (where, cause, detail or CAUSES.get(cause, "")) if part))
+
+    def __reduce__(self):
+        return (_rebuild, (self.cause, self.detail, self.shard, self.key))
+
+
+def _rebuild(cause: str, detail: str, shard: str, key: str) -> DataError:
+    return DataError(cause, detail, shard=shard, key=key)
+
+
+class FaultCounter:
+    """Counts distinct faults by cause and enforces limits.
+
+    Args:
+        max_bad_fraction: the largest tolerated fraction of bad samples, per cause: one number for all, or a mapping
+            {cause: fraction} whose "default" (0.05 when absent) holds for the rest.
+        total: how many samples the fraction is of.
+    """
+
+    def __init__(self, max_bad_fraction: float | Mapping[str, float], *, total: int):
+        limits = dict(max_bad_fraction) if isinstance(max_bad_fraction, Mapping) else {"default": max_bad_fraction}
+        check_keys(limits, [*CAUSES, "default"], "max_bad_fraction")
+        for cause, limit in limits.items():
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
+                raise ValueError(f"max_bad_fraction of {cause} is {limit!r}; expected a fraction from 0 to 1")
+        self.limits, self.total = limits, max(1, total)
+        self.counts: Counter[str] = Counter()
+        self._seen: dict[str, str] = {}
+
+    def add(self, cause: str, *, shard: str, key: str, detail: str = "") -> None:
+        """Count a fault once per (shard, key, cause); RuntimeError when the cause passes its limit."""
+        where = f"{shard}\x1f{key}\x1f{cause}"
+        if where in self._seen:
+            return
+        self._seen[where] = cause
+        self.counts[cause] += 1
+        limit = self.limits.get(cause, self.limits.get("default", 0.05))
+        if self.counts[cause] > limit * self.total:
+            raise RuntimeError(
+                f"{self.counts[cause]} of {self.total} samples are bad by {cause} ({CAUSES[cause]}), more than "
+                f"max_bad_fraction = {limit:g}. The last was key {key!r} of shard {shard}"
+                f"{': ' + detail if detail else ''}. Mend the shards (clipkit-data check lists every fault) or raise "
+                f"max_bad_fraction."
+            )
+
+    def state_dict(self) -> list[str]:
+        """Every fault met so far, as strings; small because it is bounded by the limits."""
+        return sorted(self._seen)
+
+    def load_state_dict(self, state: list[str]) -> None:
+        """Continue counting from a saved list."""
+        self._seen = {where: where.rsplit("\x1f", 1)[1] for where in state}
+        self.counts = Counter(self._seen.values())

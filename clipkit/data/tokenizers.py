@@ -1,0 +1,263 @@
+"""Tokenizers: text to a (B, L) table of ids, padded, truncated so that the end token stays.
+
+    clip_bpe   CLIP's byte pairs, open_clip's exact ids (49,408 of them), pad 0
+    words      a closed vocabulary of the words of the training captions; small, for generated data
+    hf         any fast Hugging Face tokenizer, by hub name or local folder
+
+`save` writes everything a run needs to make the same ids again as one JSON file; `load_tokenizer` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipkit.data.bpe import BytePairs
+from clipkit.registry import Registry, check_keys
+
+_registry = Registry("tokenizer")
+
+
+class Tokenizer:
+    """What every tokenizer has.
+
+    Attributes:
+        name: its registry name.
+        context_length: L, the number of columns.
+        vocab_size: ids are in [0, vocab_size).
+        pad_id, sot_id, eot_id: padding, first and last token of a text.
+    """
+
+    name: str
+    context_length: int
+    vocab_size: int
+    pad_id: int
+    sot_id: int
+    eot_id: int
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of one text without start, end and padding; may stop once context_length is filled."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What `load_tokenizer` needs, as JSON values."""
+        raise NotImplementedError
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        """Ids of one text or a list of B texts: (B, L) int64."""
+        texts = [texts] if isinstance(texts, str) else texts
+        room = self.context_length - 2
+        rows = []
+        for text in texts:
+            ids = self.ids(text)
+            if len(ids) > room:
+                ids = ids[:room]
+            rows.append([self.sot_id, *ids, self.eot_id, *[self.pad_id] * (room - len(ids))])
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON, in one step."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"tokenizer": self.name, **self.state()}), encoding="utf-8")
+        os.replace(part, path)
+
+
+@_registry.register("clip_bpe")
+class ClipBPE(Tokenizer):
+    """CLIP's tokenizer (Radford et al. 2021, section 2.4), ids equal to open_clip's `SimpleTokenizer`.
+
+    Args:
+        context_length: tokens a text, start and end included.
+        merges: the merges file; None takes the one inside the open_clip package.
+    """
+
+    name = "clip_bpe"
+
+    def __init__(self, *, context_length: int = 77, merges: str | None = None):
+        self.context_length = _check_length(context_length)
+        self._pairs = BytePairs(merges)
+        self._merges = str(merges) if merges else None
+        self.vocab_size = self._pairs.vocab_size
+        self.pad_id, self.sot_id, self.eot_id = 0, self._pairs.sot_id, self._pairs.eot_id
+
+    def ids(self, text: str) -> list[int]:
+        return self._pairs.ids(text, self.context_length)
+
+    def state(self) -> dict[str, Any]:
+        return {"context_length": self.context_length, "merges": self._merges}
+
+
+_WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
+
+
+@_registry.register("words")
+class Words(Tokenizer):
+    """A closed vocabulary: ids 0 padding, 1 unknown, 2 start, then the words by alphabet, the end token last.
+
+    Args:
+        vocabulary: the words.
+        context_length: tokens a text, start and end included.
+    """
+
+    name = "words"
+
+    def __init__(self, *, vocabulary: Iterable[str], context_length: int = 16):
+        self.context_length = _check_length(context_length)
+        self.words = sorted(set(vocabulary))
+        self._ids = {word: i for i, word in enumerate(self.words, start=3)}
+        self.pad_id, self.unk_id, self.sot_id, self.eot_id = 0, 1, 2, len(self.words) + 3
+        self.vocab_size = self.eot_id + 1
+
+    @classmethod
+    def build(cls, captions: Iterable[str], *, context_length: int = 16, max_words: int = 50_000,
+              min_count: int = 1) -> Words:
+        """The vocabulary of `captions`: the `max_words` commonest words seen at least `min_count` times."""
+        counts: Counter[str] = Counter()
+        for caption in captions:
+            counts.update(_WORD.findall(caption.lower()))
+        if not counts:
+            raise ValueError("the words tokenizer found no word in the training captions: give data.train shards "
+                             "whose captions are not empty")
+        kept = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
+        return cls(vocabulary=kept[:max_words], context_length=context_length)
+
+    def ids(self, text: str) -> list[int]:
+        return [self._ids.get(word, self.unk_id) for word in _WORD.findall(text.lower())]
+
+    def state(self) -> dict[str, Any]:
+        return {"context_length": self.context_length, "vocabulary": self.words}
+
+
+@_registry.register("hf")
+class HuggingFace(Tokenizer):
+    """A fast Hugging Face tokenizer with its own special tokens.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        context_length: tokens a text, special tokens included.
+        special: {"pad": id, "sot": id, "eot": id}.
+    """
+
+    name = "hf"
+
+    def __init__(self, *, backend: Any, context_length: int, special: Mapping[str, int]):
+        self.context_length = _check_length(context_length)
+        self._backend = backend
+        self.pad_id, self.sot_id, self.eot_id = special["pad"], special["sot"], special["eot"]
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        backend.enable_truncation(self.context_length)
+        backend.enable_padding(length=self.context_length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+
+    @classmethod
+    def build(cls, model: str, *, context_length: int = 77) -> HuggingFace:
+        """Load `model`, a hub name or a folder (a folder may hold nothing but the vocabulary files)."""
+        fast = _load_hf(model)
+        pad, sot, eot = fast.pad_token_id, fast.cls_token_id, fast.sep_token_id
+        eot = fast.eos_token_id if eot is None else eot
+        sot = fast.bos_token_id if sot is None else sot
+        if eot is None:
+            raise ValueError(f"the tokenizer {model!r} has no end token (sep_token or eos_token), which pools the text")
+        special = {"pad": eot if pad is None else pad, "sot": eot if sot is None else sot, "eot": eot}
+        return cls(backend=fast.backend_tokenizer, context_length=context_length, special=special)
+
+    def ids(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = [encoding.ids for encoding in self._backend.encode_batch(texts)]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+
+    def state(self) -> dict[str, Any]:
+        special = {"pad": self.pad_id, "sot": self.sot_id, "eot": self.eot_id}
+        return {"context_length": self.context_length, "special": special, "backend": self._backend.to_str()}
+
+
+def list_tokenizers() -> list[str]:
+    """The names `create_tokenizer` knows."""
+    return _registry.names()
+
+
+def create_tokenizer(spec: str | Mapping[str, Any],
+                     *, captions: Iterable[str] | Callable[[], Iterable[str]] | None = None) -> Tokenizer:
+    """A tokenizer from its settings.
+
+    Args:
+        spec: a name, or {"name": ..., settings}. clip_bpe: context_length (tokens), merges (path). words:
+            context_length, max_words, min_count. hf: model (hub name or folder), context_length. Any of them: path
+            alone, a JSON file that `save` wrote.
+        captions: the training captions (or a function that gives them), read by "words" alone.
+
+    Raises:
+        ValueError: an unknown name or setting, or "words" without captions.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = spec.pop("name", None)
+    if spec.get("path"):
+        return load_tokenizer(spec["path"])
+    spec.pop("path", None)
+    _registry.get(name)
+    if name == "clip_bpe":
+        check_keys(spec, ["context_length", "merges"], "tokenizer clip_bpe")
+        return ClipBPE(**spec)
+    if name == "hf":
+        check_keys(spec, ["model", "context_length"], "tokenizer hf")
+        if not spec.get("model"):
+            raise ValueError("tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder")
+        return HuggingFace.build(**spec)
+    check_keys(spec, ["context_length", "max_words", "min_count"], "tokenizer words")
+    if captions is None:
+        raise ValueError("tokenizer words is built from the training captions: pass captions=..., or tokenizer.path of "
+                         "a saved one")
+    return Words.build(captions() if callable(captions) else captions, **spec)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that `save` wrote to `path`."""
+    path = Path(path)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        name = state.pop("tokenizer")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a tokenizer file written by clipkit: {error}") from None
+    cls = _registry.get(name)
+    if name == "hf":
+        import tokenizers
+
+        state["backend"] = tokenizers.Tokenizer.from_str(state["backend"])
+    return cls(**state)
+
+
+def _check_length(context_length: int) -> int:
+    if not isinstance(context_length, int) or context_length < 3:
+        raise ValueError(f"context_length is {context_length!r}; expected a whole number of tokens, 3 or more (start, "
+                         "one word, end)")
+    return context_length
+
+
+def _load_hf(model: str) -> Any:
+    """The transformers tokenizer of a hub name or folder; vocabulary files alone are enough for RoBERTa and BERT."""
+    import transformers
+
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        if (folder / "merges.txt").exists():
+            return transformers.RobertaTokenizerFast.from_pretrained(str(folder))
+        if (folder / "vocab.txt").exists():
+            return transformers.BertTokenizerFast.from_pretrained(str(folder))
+    try:
+        fast = transformers.AutoTokenizer.from_pretrained(model, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer hf could not load {model!r}: {str(error).splitlines()[0]} Give a hub name that is "
+                         "in the local cache, or a folder with the tokenizer's files.") from None
+    if not getattr(fast, "is_fast", False):
+        raise ValueError(f"{model!r} has no fast tokenizer; convert it (save tokenizer.json) and give the folder")
+    return fast
