@@ -1,8 +1,8 @@
 """Optimizers with named parameter groups, and learning-rate schedules in steps.
 
-Weight decay reaches matrices alone: norms, biases, the logit scale and every other 1-D parameter stay undecayed, as
-do learnt positions and class tokens' kin with one dimension. Layer-wise decay multiplies the rate of each tower's
-layers by depth (Clark et al. 2020, ELECTRA, section 3; Bao et al. 2022, BEiT).
+Weight decay reaches matrices and higher alone: norms, biases, class tokens, the logit scale and all else of one
+dimension stay undecayed. Layer-wise decay multiplies the rate of each tower's layers by depth (Clark et al. 2020,
+ELECTRA; Bao et al. 2022, BEiT).
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def list_schedules() -> list[str]:
 
 
 def parameter_groups(
-    modules: nn.Module | Iterable[nn.Module], *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    modules: nn.Module | Iterable[nn.Module],
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    separate_tables: bool = False,
 ) -> list[dict]:
     """Trainable parameters as optimizer groups with a `name`, `params`, `lr` and `weight_decay`.
 
@@ -39,6 +44,7 @@ def parameter_groups(
         modules: the model, or the model and the losses (some have parameters). A parameter met twice counts once.
         lr: of what stands outside the towers and of their last layers.
         layer_decay: above 0, at most 1. Layer d of a tower with n blocks gets lr * layer_decay ** (n + 1 - d).
+        separate_tables: token and position embeddings in groups of their own, named "tables", decayed as matrices.
 
     Raises:
         ValueError: nothing is trainable, or layer_decay is out of range.
@@ -50,13 +56,15 @@ def parameter_groups(
     seen: set[int] = set()
     for module in modules:
         scales = _layer_scales(module, layer_decay)
+        tables = _tables(module) if separate_tables else set()
         for parameter in module.parameters():
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             decayed = parameter.ndim >= 2
             scale = scales.get(id(parameter), 1.0)
-            name = ("decay" if decayed else "no_decay") + ("" if scale == 1.0 else f"_x{scale:.4g}")
+            kind = "tables" if id(parameter) in tables else "decay" if decayed else "no_decay"
+            name = kind + ("" if scale == 1.0 else f"_x{scale:.4g}")
             group = groups.setdefault(
                 name, {"name": name, "params": [], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
             )
@@ -98,7 +106,9 @@ def create_optimizer(
     settings = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
     settings = {key: value for key, value in settings.items() if value is not None}
     check_keys(settings, valid, f"the optimizer {name!r}")
-    groups = parameter_groups(modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    groups = parameter_groups(
+        modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, separate_tables=name == "muon"
+    )
     return factory(groups, lr, settings)
 
 
@@ -161,6 +171,13 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:
     return scales
 
 
+def _tables(module: nn.Module) -> set[int]:
+    """Ids of the embedding matrices: nn.Embedding weights, and bare parameters called so (positions)."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    named = {id(p) for name, p in module.named_parameters() if p.ndim >= 2 and "embed" in name.rpartition(".")[2]}
+    return tables | named
+
+
 def _adamw(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, fused=_fusable(groups), **settings)
 
@@ -176,9 +193,13 @@ def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimize
 
 
 def _muon(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-    from timm.optim import Muon
+    try:
+        from timm.optim import Muon
+    except ImportError as error:
+        raise RuntimeError("the optimizer muon needs a newer timm: pip install -U timm") from error
 
-    return Muon(groups, lr=lr, **settings)
+    # Muon orthogonalises maps between features; a table, whose rows are looked up one by one, goes to its AdamW.
+    return Muon([{**group, "use_fallback": group["name"].startswith("tables")} for group in groups], lr=lr, **settings)
 
 
 _optimizers.register("adamw")((_adamw, ("betas", "eps")))

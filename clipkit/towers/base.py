@@ -162,7 +162,11 @@ class TextTower(Tower):
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":
-            at = (text == self.eot_id).int().argmax(dim=-1)
+            ends = text == self.eot_id
+            # Read on the CPU alone: on a device the answer would hold up the step.
+            if text.device.type == "cpu" and not torch.compiler.is_compiling() and not ends.any(dim=-1).all():
+                raise ValueError(f"a text has no end token {self.eot_id}, whose state is its feature: was it cut without one?")
+            at = ends.int().argmax(dim=-1)
             return states[torch.arange(len(text), device=text.device), at]
         keep = self.attention_mask(text).to(states.dtype).unsqueeze(-1)
         return (states * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)

@@ -13,19 +13,20 @@ from clipkit.registry import check_keys, unknown
 from clipkit.towers import register_text_tower
 from clipkit.towers.base import TextTower
 
-# What each family calls its dropouts, and whether its positions start after the padding id (RoBERTa's do).
+# What each family calls its dropouts.
 _FAMILIES = {
-    "roberta": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob", "offset": True},
-    "xlm-roberta": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob", "offset": True},
-    "mpnet": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob", "offset": True},
-    "bert": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob", "offset": False},
-    "electra": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob", "offset": False},
-    "distilbert": {"hidden": "dropout", "attention": "attention_dropout", "offset": False},
-    "t5": {"hidden": "dropout_rate", "attention": "dropout_rate", "offset": False},
+    "roberta": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob"},
+    "xlm-roberta": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob"},
+    "mpnet": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob"},
+    "bert": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob"},
+    "electra": {"hidden": "hidden_dropout_prob", "attention": "attention_probs_dropout_prob"},
+    "distilbert": {"hidden": "dropout", "attention": "attention_dropout"},
+    "t5": {"hidden": "dropout_rate"},
 }
 _POOLINGS = ("mean", "cls", "eot")
 # Published embeddings are padded to a round number of rows (T5: 32,100 tokens in 32,128 rows).
 _SPARE_ROWS = 128
+_FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
 
 
 @register_text_tower("hf")
@@ -73,11 +74,13 @@ class HuggingFaceTower(TextTower):
             settings = _pretrained_config(pretrained, model_type)
             _check_vocabulary(pretrained, settings, vocab_size, pad_id)
         family = _FAMILIES[settings.model_type]
-        _check_positions(settings, family, context_length)
+        _check_positions(settings, context_length)
         for name, rate in (("hidden", hidden_dropout), ("attention", attention_dropout)):
             if rate is not None:
                 if not 0 <= rate < 1:
                     raise ValueError(f"text_tower.{name}_dropout is a probability from 0 to below 1, not {rate}")
+                if name not in family:
+                    raise ValueError(f"{settings.model_type} has one rate for all its dropout: set text_tower.hidden_dropout alone")
                 setattr(settings, family[name], rate)
         self.model_type = settings.model_type
         if self.model_type == "t5" and pooling == "cls":
@@ -112,7 +115,7 @@ class HuggingFaceTower(TextTower):
 
 
 def _random_config(model_type: str | None, config: Mapping[str, Any], vocab_size: int, pad_id: int, eot_id: int):
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if model_type is None:
         raise ValueError(
@@ -121,7 +124,7 @@ def _random_config(model_type: str | None, config: Mapping[str, Any], vocab_size
         )
     _check_family(model_type)
     default = AutoConfig.for_model(model_type)
-    valid = {*default.to_dict(), *default.attribute_map} - {"vocab_size", "pad_token_id", "model_type"}
+    valid = {*default.to_dict(), *default.attribute_map} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
     check_keys(config, valid, f"text_tower.config for {model_type}")
     return AutoConfig.for_model(
         model_type, **{**config, "vocab_size": vocab_size, "pad_token_id": pad_id, "eos_token_id": eot_id}
@@ -158,11 +161,13 @@ def _check_vocabulary(pretrained: str, settings, vocab_size: int, pad_id: int) -
         )
 
 
-def _check_positions(settings, family: Mapping[str, Any], context_length: int) -> None:
+def _check_positions(settings, context_length: int) -> None:
     positions = getattr(settings, "max_position_embeddings", None)
     if settings.model_type == "t5" or positions is None:
         return
-    taken = settings.pad_token_id + 1 if family["offset"] else 0
+    # RoBERTa's positions start after its padding id; MPNet has the same rule with the 1 written into its code.
+    taken = {"roberta": settings.pad_token_id + 1, "xlm-roberta": settings.pad_token_id + 1, "mpnet": 2}
+    taken = taken.get(settings.model_type, 0)
     if context_length + taken > positions:
         reason = f" (its positions start at {taken})" if taken else ""
         raise ValueError(

@@ -1,0 +1,303 @@
+"""DualEncoder: which passes it makes, how it normalises, and what it refuses before the first step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipkit.model import FEATURES, DualEncoder, create_model
+from clipkit.towers import create_image_tower, create_text_tower
+
+PAD, SOT, EOT, V = 0, 48, 49, 50
+TOKENIZER = SimpleNamespace(vocab_size=V, context_length=12, pad_id=PAD, sot_id=SOT, eot_id=EOT)
+IMAGE = {"name": "timm", "model": "test_resnet", "image_size": 32}
+TEXT = {"name": "transformer", "width": 32, "layers": 2, "heads": 4}
+
+
+def model(text=None, image=None, **settings):
+    torch.manual_seed(0)
+    config = {"embed_dim": 24, "image_tower": {**IMAGE, **(image or {})}, "text_tower": {**TEXT, **(text or {})}, **settings}
+    return create_model(config, tokenizer=TOKENIZER)
+
+
+def texts(rows, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, SOT, (rows, length), generator=generator)
+    text[:, 0] = SOT
+    for row in range(rows):
+        end = 2 + row % (length - 2)
+        text[row, end], text[row, end + 1 :] = EOT, PAD
+    return text
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8) for _ in range(3)]
+    return {
+        "image": images[0],
+        "image_view1": images[1],
+        "image_view2": images[2],
+        "text": texts(4),
+        "key": ["a", "b", "c", "d"],
+        "sample_index": torch.arange(4),
+        "premise": texts(3, 8, seed=1),
+        "entailment": texts(3, 9, seed=2),
+        "contradiction": texts(3, 7, seed=3),
+        "pair_premise": texts(2, 6, seed=4),
+        "pair_hypothesis": texts(2, 6, seed=5),
+        "nli_labels": torch.tensor([0, 2]),
+    }
+
+
+def test_default_inputs_are_clips(batch):
+    features = model()(batch)
+    assert set(features) == {"image_features", "text_features", "logit_scale"}
+    assert features["image_features"].shape == features["text_features"].shape == (4, 24)
+    assert features["logit_scale"].shape == ()
+    for name in ("image_features", "text_features"):
+        torch.testing.assert_close(features[name].norm(dim=1), torch.ones(4))
+
+
+def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
+    dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
+    batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
+    features = dual(batch, FEATURES)
+    assert set(features) == set(FEATURES)
+    rows = {"image": 4, "text": 4, "premise": 3, "entailment": 3, "contradiction": 3, "pair": 2}
+    for name, value in features.items():
+        if "_features" in name:
+            assert value.shape == (rows[name.split("_")[0]], 24), name
+    assert features["mlm_logits"].shape == (len(features["mlm_labels"]), V)
+    assert features["logit_bias"].item() == -10.0 and features["logit_bias"].shape == ()
+    sum((value.float() * torch.rand_like(value.float())).sum() for value in features.values()).backward()
+    assert [name for name, parameter in dual.named_parameters() if parameter.grad is None] == []
+
+
+def test_one_joined_text_pass_equals_separate_passes(batch):
+    dual = model().eval()
+    names = ("text_features", "premise_features", "entailment_features", "contradiction_features",
+             "pair_premise_features", "pair_hypothesis_features")
+    joined = dual(batch, names)
+    for name in names:
+        torch.testing.assert_close(joined[name], dual.encode_text(batch[name.removesuffix("_features")]), atol=1e-6, rtol=0)
+
+
+def test_only_the_passes_asked_for_are_made(batch):
+    dual = model({"dropout": 0.1})
+    seen = []
+    dual.image_tower.register_forward_hook(lambda module, inputs, output: seen.append(("image", len(output))))
+    dual.text_tower.register_forward_hook(lambda module, inputs, output: seen.append(("text", len(output))))
+    dual({"text": batch["text"]}, ("text_features", "text_features_view2"))
+    assert seen == [("text", 8)]
+    seen.clear()
+    dual(batch, ("image_features", "image_features_view1", "image_features_view2"))
+    assert seen == [("image", 12)]
+    seen.clear()
+    assert set(dual({}, ("logit_scale",))) == {"logit_scale"} and seen == []
+
+
+def test_two_text_views_have_independent_masks(batch):
+    dual = model({"dropout": 0.2}).train()
+    names = ("text_features", "text_features_view2")
+    views = dual(batch, names)
+    assert (views["text_features"] - views["text_features_view2"]).abs().amax(dim=1).min() > 1e-4
+    dual.eval()
+    still = dual(batch, names)
+    torch.testing.assert_close(still["text_features"], still["text_features_view2"], atol=1e-6, rtol=0)
+
+
+def test_a_second_view_without_dropout_is_refused(batch):
+    with pytest.raises(ValueError, match="text_tower.dropout"):
+        model()(batch, ("text_features", "text_features_view2"))
+    with pytest.raises(ValueError, match="text_tower.dropout"):
+        model().check_inputs(("text_features_view2",))
+
+
+def test_uint8_images_are_normalised_as_the_tower_says(batch):
+    dual = model(image={"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}).eval()
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    normalised = (batch["image"].double() / 255 - mean) / std
+    torch.testing.assert_close(dual.normalize_image(batch["image"]).double(), normalised, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        dual.encode_image(batch["image"]), dual.encode_image(normalised.float()), atol=1e-6, rtol=0
+    )
+
+
+def test_normalisation_stays_in_fp32_under_bf16(batch):
+    dual = model().eval()
+    exact = dual.normalize_image(batch["image"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(dual.normalize_image(batch["image"]), exact, atol=0, rtol=0)
+        features = dual(batch)
+    assert features["image_features"].dtype == features["text_features"].dtype == torch.float32
+    torch.testing.assert_close(features["image_features"].norm(dim=1), torch.ones(4))
+    # Weights in bf16: the image is rounded once, after the arithmetic.
+    half = dual.to(torch.bfloat16)
+    assert half.normalize_image(batch["image"]).dtype == torch.bfloat16
+    assert half(batch)["image_features"].dtype == torch.float32
+
+
+def test_channels_last_changes_the_layout_and_not_the_features(batch):
+    last, first = model().eval(), model(channels_last=False).eval()
+    assert last.normalize_image(batch["image"]).is_contiguous(memory_format=torch.channels_last)
+    assert first.normalize_image(batch["image"]).is_contiguous()
+    torch.testing.assert_close(last.encode_image(batch["image"]), first.encode_image(batch["image"]), atol=1e-5, rtol=0)
+
+
+def test_float64_models_give_float64_features(batch):
+    features = model().double()(batch)
+    assert features["image_features"].dtype == features["text_features"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.long)])
+def test_images_of_another_kind_are_refused(image):
+    with pytest.raises(ValueError, match="images must be"):
+        model().encode_image(image)
+
+
+def test_logit_scale_starts_at_clips_temperature_and_is_clamped():
+    dual = model()
+    assert dual.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert dual.log_logit_scale.shape == (1,)
+    with torch.no_grad():
+        dual.log_logit_scale.fill_(math.log(250.0))
+    dual.clamp_logit_scale()
+    assert dual.logit_scale.item() == pytest.approx(100.0, rel=1e-6)
+    dual.clamp_logit_scale(max=20.0)
+    assert dual.logit_scale.item() == pytest.approx(20.0, rel=1e-6)
+    dual.clamp_logit_scale(max=50.0)
+    assert dual.logit_scale.item() == pytest.approx(20.0, rel=1e-6)
+    dual.logit_scale.backward()
+    assert dual.log_logit_scale.grad.item() == pytest.approx(20.0, rel=1e-6)
+
+
+def test_towers_that_project_get_no_second_projection():
+    spec = {"name": "clip_vit", "image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    config = {"embed_dim": 24, "image_tower": spec, "text_tower": TEXT}
+    dual = create_model(config, tokenizer=TOKENIZER)
+    assert [name for name, _ in dual.image_projection.named_parameters()] == []
+    assert model().image_projection.weight.shape == (24, 96) and model().image_projection.bias is None
+    tower = create_image_tower(spec, embed_dim=16)
+    text = create_text_tower(TEXT, embed_dim=24, vocab_size=V, pad_id=PAD, eot_id=EOT, context_length=12)
+    with pytest.raises(ValueError, match="projects to 16 columns but embed_dim is 24"):
+        DualEncoder(tower, text, embed_dim=24)
+
+
+def test_state_dict_keys_are_stable():
+    keys = set(model({"dropout": 0.1}, init_logit_bias=0.0).state_dict())
+    assert {"log_logit_scale", "logit_bias", "image_projection.weight", "text_projection.weight"} < keys
+    assert "image_tower.trunk.layer1.0.conv1.weight" in keys
+    assert "text_tower.body.transformer.resblocks.0.attn.in_proj_weight" in keys
+    assert keys == set(model({"activation_checkpointing": True}, init_logit_bias=0.0).state_dict())
+
+
+def test_mlm_head_is_berts_on_the_hidden_tokens(batch):
+    dual = model({"causal": False}, mlm_probability=0.5).eval()
+    torch.manual_seed(1)
+    features = dual(batch, ("mlm_logits", "mlm_labels"))
+    torch.manual_seed(1)
+    hidden, drawn = dual.mlm_head.hide(batch["text"], V)
+    torch.testing.assert_close(features["mlm_labels"], batch["text"][drawn])
+    # The definition, one token at a time.
+    states = dual.text_tower.tokens(hidden)
+    rows = []
+    for row, column in drawn.nonzero().tolist():
+        state = F.gelu(dual.mlm_head.dense.weight @ states[row, column] + dual.mlm_head.dense.bias)
+        state = F.layer_norm(state, state.shape, dual.mlm_head.norm.weight, dual.mlm_head.norm.bias)
+        rows.append(dual.text_tower.token_embedding.weight @ state + dual.mlm_head.bias)
+    torch.testing.assert_close(features["mlm_logits"], torch.stack(rows), atol=1e-5, rtol=1e-5)
+    assert not any("embedding" in name for name, _ in dual.mlm_head.named_parameters())
+
+
+def test_mlm_hides_the_stated_shares_and_no_special_token():
+    dual = model({"causal": False, "context_length": 12}, mlm_probability=0.15)
+    text = torch.randint(1, SOT, (20000, 12))
+    text[:, 0], text[:, 9], text[:, 10:] = SOT, EOT, PAD
+    torch.manual_seed(0)
+    hidden, drawn = dual.mlm_head.hide(text, V)
+    special = (text == SOT) | (text == EOT) | (text == PAD)
+    assert not (drawn & special).any() and torch.equal(hidden[~drawn], text[~drawn])
+    share = drawn[~special].float().mean().item()
+    masked = (hidden[drawn] == SOT).float().mean().item()
+    kept = (hidden[drawn] == text[drawn]).float().mean().item()
+    # 160,000 tokens, 24,000 drawn. A random id is the mask's or the token's own once in 50.
+    assert share == pytest.approx(0.15, abs=0.005)
+    assert masked == pytest.approx(0.8 + 0.1 / V, abs=0.01)
+    assert kept == pytest.approx(0.1 + 0.1 / V, abs=0.01)
+
+
+def test_mlm_always_hides_at_least_one_token():
+    dual = model({"causal": False}, mlm_probability=1e-6)
+    _, drawn = dual.mlm_head.hide(texts(3), V)
+    assert drawn.sum() == 1
+    nothing = torch.full((2, 3), PAD)
+    assert not dual.mlm_head.hide(nothing, V)[1].any()
+
+
+def test_mlm_uses_the_tokenizers_mask_where_it_has_one():
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.mask_id = 47
+    config = {"embed_dim": 8, "image_tower": IMAGE, "text_tower": {**TEXT, "causal": False}, "mlm_probability": 0.5}
+    assert create_model(config, tokenizer=tokenizer).mlm_head.mask_id == 47
+    assert create_model(config, tokenizer=TOKENIZER).mlm_head.mask_id == SOT
+
+
+@pytest.mark.parametrize(
+    ("missing", "name", "message"),
+    [
+        ("premise", "premise_features", "premise_features needs 'premise'.*data.sentences"),
+        ("nli_labels", "nli_labels", "nli_labels needs 'nli_labels'"),
+        ("image", "image_features", "image_features needs 'image'"),
+        ("sample_index", "sample_index", "sample_index needs 'sample_index'"),
+    ],
+)
+def test_a_missing_batch_entry_is_named_with_its_source(batch, missing, name, message):
+    del batch[missing]
+    with pytest.raises(ValueError, match=message):
+        model()(batch, (name,))
+
+
+def test_pair_ids_are_optional(batch):
+    assert "pair_ids" not in model()(batch, ("logit_scale", "pair_ids"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text_feature", "'text_feature'.*'text_features'"),
+        ("logit_bias", "init_logit_bias"),
+        ("mlm_logits", "mlm_probability"),
+    ],
+)
+def test_inputs_the_model_cannot_make_are_named(batch, name, message):
+    with pytest.raises(ValueError, match=message):
+        model()(batch, (name,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embed_dims": 3}, "'embed_dims'.*'embed_dim'"),
+        ({"embed_dim": None}, "no 'embed_dim'"),
+        ({"init_logit_scale": -1.0}, "above 0"),
+        ({"text": {"context_length": 8}}, "12 tokens but the text tower holds 8"),
+        ({"mlm_probability": 0.15}, "causal: false"),
+        ({"mlm_probability": 2.0, "text": {"causal": False}}, "mlm_probability is a share"),
+    ],
+)
+def test_wrong_model_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        model(**settings)
+
+
+def test_compiles_without_graph_breaks(batch):
+    dual = model().eval()
+    compiled = torch.compile(dual, fullgraph=True, backend="eager")
+    for name, value in dual(batch).items():
+        torch.testing.assert_close(compiled(batch)[name], value, atol=1e-6, rtol=0)

@@ -1,0 +1,212 @@
+"""Optimizer groups counted by hand, schedules against their formulas, and the maintained optimizers by name."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from clipkit.model import create_model
+from clipkit.optim import create_optimizer, create_schedule, list_optimizers, list_schedules, parameter_groups
+
+TOKENIZER = SimpleNamespace(vocab_size=50, context_length=12, pad_id=0, sot_id=48, eot_id=49)
+
+
+def model(image=None, text=None, **settings):
+    config = {
+        "embed_dim": 24,
+        "image_tower": {"name": "clip_vit", "image_size": 32, "patch_size": 16, "width": 64, "layers": 2, **(image or {})},
+        "text_tower": {"name": "transformer", "width": 32, "layers": 2, "heads": 4, **(text or {})},
+        **settings,
+    }
+    return create_model(config, tokenizer=TOKENIZER)
+
+
+def names_by_group(module, groups):
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+
+
+def test_groups_counted_by_hand():
+    dual = model(init_logit_bias=0.0)
+    groups = parameter_groups(dual, lr=1e-3, weight_decay=0.1)
+    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] in (
+        [("decay", 1e-3, 0.1), ("no_decay", 1e-3, 0.0)],
+        [("no_decay", 1e-3, 0.0), ("decay", 1e-3, 0.1)],
+    )
+    count = {group["name"]: len(group["params"]) for group in groups}
+    # A block has 4 matrices (in_proj, out_proj, c_fc, c_proj), their 4 biases and 2 norms of 2.
+    # Image: patches, positions, projection; class token, ln_pre, ln_post. Text: tokens, positions; ln_final.
+    assert count["decay"] == 2 * 4 + 3 + 2 * 4 + 2 + 1
+    assert count["no_decay"] == 2 * 8 + 1 + 4 + 2 * 8 + 2 + 2
+    undecayed = names_by_group(dual, groups)["no_decay"]
+    assert {"log_logit_scale", "logit_bias", "image_tower.body.class_embedding", "text_tower.body.ln_final.weight"} < undecayed
+    assert all(dual.get_parameter(name).ndim == 1 for name in undecayed)
+
+
+def test_frozen_parameters_are_left_out_and_losses_are_taken_in():
+    dual = model(image={"freeze": "all"})
+    head = nn.Linear(24, 3)
+    groups = names_by_group(nn.ModuleList([dual, head]), parameter_groups([dual, head], lr=1.0, weight_decay=0.1))
+    every = groups["decay"] | groups["no_decay"]
+    assert not any("image_tower" in name for name in every)
+    assert "1.weight" in groups["decay"] and "1.bias" in groups["no_decay"]
+    assert len(every) == sum(p.requires_grad for p in (*dual.parameters(), *head.parameters()))
+
+
+def test_a_shared_parameter_is_stepped_once():
+    dual = model()
+    groups = parameter_groups([dual, dual.text_tower], lr=1.0, weight_decay=0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(dual.parameters()))
+
+
+def test_nothing_to_train_is_an_error():
+    head = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="freeze"):
+        create_optimizer(head, lr=1e-3)
+
+
+def test_layer_decay_by_depth():
+    dual = model()
+    groups = parameter_groups(dual, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    rate = {name: g["lr"] for g in groups for name in names_by_group(dual, [g])[g["name"]]}
+    # Two blocks: embeddings at 0.5^3, block 0 at 0.5^2, block 1 at 0.5, final norm and what is outside at 1.
+    assert rate["text_tower.body.token_embedding.weight"] == 0.125
+    assert rate["text_tower.body.transformer.resblocks.0.mlp.c_fc.weight"] == 0.25
+    assert rate["image_tower.body.transformer.resblocks.1.mlp.c_fc.bias"] == 0.5
+    assert rate["image_tower.body.conv1.weight"] == 0.125
+    for name in ("text_tower.body.ln_final.bias", "image_tower.body.proj", "text_projection.weight", "log_logit_scale"):
+        assert rate[name] == 1.0
+    assert len({group["name"] for group in groups}) == len(groups) == 8
+    with pytest.raises(ValueError, match="layer_decay"):
+        parameter_groups(dual, lr=1.0, weight_decay=0.1, layer_decay=0.0)
+
+
+def test_adamw_is_fused_and_decays_matrices_alone():
+    linear = nn.Linear(3, 2)
+    before = [p.detach().clone() for p in linear.parameters()]
+    optimizer = create_optimizer(linear, lr=0.1, betas=[0.9, 0.98], eps=1e-6, weight_decay=0.5)
+    assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["eps"] == 1e-6
+    for parameter in linear.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    # With no gradient only decoupled decay acts: w (1 - lr * weight_decay).
+    torch.testing.assert_close(linear.weight, before[0] * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(linear.bias, before[1], atol=0, rtol=0)
+
+
+def test_adamws_first_step_is_the_learning_rate():
+    linear = nn.Linear(3, 2)
+    before = linear.weight.detach().clone()
+    optimizer = create_optimizer(linear, lr=0.01, weight_decay=0.0)
+    linear.weight.grad, linear.bias.grad = torch.randn(2, 3), torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(linear.weight, before - 0.01 * linear.weight.grad.sign(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_every_optimizer_lowers_a_loss(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x, y = torch.randn(64, 8), torch.randn(64, 4)
+    optimizer = create_optimizer(net, name=name, lr=1e-2, weight_decay=0.01)
+    first = nn.functional.mse_loss(net(x), y).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.9 * first
+    assert name in list_optimizers()
+
+
+def test_muon_leaves_embeddings_to_adamw():
+    dual = model()
+    optimizer = create_optimizer(dual, name="muon", lr=1e-3, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in dual.named_parameters()}
+    by_adam = {names[id(p)] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]}
+    assert {"text_tower.body.token_embedding.weight", "text_tower.body.positional_embedding"} <= by_adam
+    assert not any("resblocks" in name and name.endswith("weight") and "ln" not in name for name in by_adam)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adamW2"}, "'adamW2'.*'adamw'"),
+        ({"name": "lion", "eps": 1e-8}, "'eps'"),
+        ({"name": "adamw", "momentum": 0.9}, "'momentum'"),
+        ({"lr": 0.0}, "lr must be above 0"),
+    ],
+)
+def test_wrong_optimizer_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(nn.Linear(2, 2), **{"lr": 1e-3, **settings})
+
+
+def rates(name, warmup, total, steps, final=0.0, peak=2.0):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule = create_schedule(optimizer, name=name, warmup_steps=warmup, total_steps=total, final=final)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_cosine_schedule_by_its_formula():
+    expected = [2.0 * (step + 1) / 4 for step in range(4)]
+    expected += [2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 6))) for step in range(4, 10)]
+    assert rates("cosine", 4, 10, 12, final=0.1) == pytest.approx([*expected, 0.2, 0.2])
+
+
+def test_linear_and_constant_schedules_by_hand():
+    assert rates("linear", 2, 6, 8) == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
+    assert rates("constant", 2, 6, 7) == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert rates("cosine", 0, 2, 2) == pytest.approx([2.0, 1.0])
+    assert list_schedules() == ["constant", "cosine", "linear"]
+
+
+def test_schedule_scales_every_group_by_the_same_factor():
+    dual = model()
+    optimizer = create_optimizer(dual, lr=1.0, layer_decay=0.5)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    create_schedule(optimizer, warmup_steps=4, total_steps=10)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([peak / 4 for peak in peaks])
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 10), (11, 10), (-1, 10), (0, 0)])
+def test_warmup_as_long_as_training_is_an_error(warmup, total):
+    with pytest.raises(ValueError, match=f"warmup_steps {warmup} is not shorter than the {total}"):
+        rates("cosine", warmup, total, 1)
+
+
+def test_unknown_schedules_and_final_factors_are_named():
+    with pytest.raises(ValueError, match="'cosin'.*'cosine'"):
+        rates("cosin", 1, 10, 1)
+    with pytest.raises(ValueError, match="final"):
+        rates("cosine", 1, 10, 1, final=1.5)
+
+
+def test_schedule_resumes_where_it_stopped():
+    def build():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        return optimizer, create_schedule(optimizer, warmup_steps=3, total_steps=10)
+
+    whole = rates("cosine", 3, 10, 10)
+    optimizer, schedule = build()
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    later_optimizer, later = build()
+    later_optimizer.load_state_dict(optimizer.state_dict())
+    later.load_state_dict(schedule.state_dict())
+    seen = []
+    for _ in range(5):
+        seen.append(later_optimizer.param_groups[0]["lr"])
+        later_optimizer.step()
+        later.step()
+    assert seen == pytest.approx(whole[5:])
