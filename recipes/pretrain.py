@@ -41,9 +41,7 @@ def main() -> None:
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """One run from its config; returns the final metrics."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = resolved(cfg)
     finished = run_folder.open_run(run_dir, config)
     if finished:
         print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
@@ -53,6 +51,17 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         state = build(config, run_dir)
         resume(state)
         return train(state)
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values. Generated data is written first, so that `${data.val}` names real shards."""
+    from omegaconf import OmegaConf, open_dict
+
+    from clipkit.data import resolve_data
+
+    with open_dict(cfg):
+        cfg.data = resolve_data(OmegaConf.to_container(cfg.data, resolve=True))
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 @dataclass
@@ -83,7 +92,8 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
     import torch
 
     from clipkit.checkpoint import model_config
-    from clipkit.data import create_sentences, create_stream, create_tokenizer, prepare
+    from clipkit.data import create_stream, create_tokenizer, train_captions
+    from clipkit.evals import create_tasks
     from clipkit.losses import create_loss
     from clipkit.model import create_model
     from clipkit.optim import create_optimizer, create_schedule
@@ -93,8 +103,8 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
     device = choose_device(config["device"])
     torch.manual_seed(config["seed"])
     loss = create_loss(config["loss"])
-    data = prepare(config["data"], inputs=loss.inputs)
-    tokenizer = create_tokenizer(data["tokenizer"])
+    data = config["data"]
+    tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
     model = create_model(model_config(config), tokenizer=tokenizer)
     model.check_inputs(loss.inputs)
     model, loss = model.to(device), loss.to(device)
@@ -102,8 +112,9 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
         model.image_tower.to(memory_format=torch.channels_last)
     stream = create_stream(
         data, tokenizer=tokenizer, image_size=model.image_tower.image_size, batch_size=config["batch_size"],
-        seed=config["seed"])
-    sentences = create_sentences(data, tokenizer=tokenizer, inputs=loss.inputs, seed=config["seed"])
+        seed=config["seed"], num_workers=data["num_workers"])
+    sentences = sentence_stream(config, loss.inputs, tokenizer)
+    create_tasks(config["eval"] or {})
     total = total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
@@ -112,10 +123,27 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
     return State(config, run_dir, device, model, loss, tokenizer, stream, sentences, optimizer, schedule, total)
 
 
+def sentence_stream(config: dict[str, Any], inputs: tuple[str, ...], tokenizer: Any) -> Any:
+    """The second stream, of NLI sentences, when a loss asks for it; None otherwise."""
+    from clipkit.data import create_sentences
+
+    needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
+    if not any(needed.values()):
+        return None
+    given = config["data"]["sentences"] or {}
+    for name in (name for name in needed if needed[name]):
+        if not given.get(name):
+            raise ValueError(f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave it out")
+    return create_sentences(
+        {name: given[name] for name in needed if needed[name]}, tokenizer=tokenizer, batch_size=given["batch_size"],
+        seed=config["seed"])
+
+
 def train(state: State) -> dict[str, float]:
     """The loop: batch, features, losses, backward, step; then the final evaluation and summary."""
     import torch
 
+    from clipkit.data import create_augment
     from clipkit.grad_cache import cached_backward
     from clipkit.loggers import Loggers
 
@@ -125,6 +153,7 @@ def train(state: State) -> dict[str, float]:
     progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     wanted = (*loss.inputs, *loss.optional_inputs)
+    augment = create_augment(config["data"]["augmentation"], seed=config["seed"])
     encode = torch.compile(model) if config["compile"] else model
     autocast = precision(config["precision"], state.device)
     stop = StopRequest()
@@ -133,7 +162,7 @@ def train(state: State) -> dict[str, float]:
     model.train()
     while state.step < state.total:
         waited = time.monotonic()
-        batch = to_device(next(batches), state.device)
+        batch = augmented(to_device(next(batches), state.device), augment, wanted, state.step)
         waited = time.monotonic() - waited
         if config["micro_batch_size"]:
             terms = cached_backward(
@@ -190,7 +219,7 @@ def score(state: State) -> dict[str, float]:
         state.model, state.tokenizer, state.config["eval"] or {}, device=state.device,
         batch_size=state.config["batch_size"])
     state.model.train()
-    return {f"{task}/{name}": value for task, numbers in results.items() for name, value in numbers.items()}
+    return run_folder.flatten(results)
 
 
 def save(state: State, progress: Progress) -> None:
@@ -291,6 +320,12 @@ def joined_batches(stream: Any, sentences: Any) -> Iterator[dict[str, Any]]:
     second = iter(sentences) if sentences else None
     for batch in stream:
         yield {**batch, **next(second)} if second else batch
+
+
+def augmented(batch: dict[str, Any], augment: Any, wanted: tuple[str, ...], step: int) -> dict[str, Any]:
+    """The batch with its images augmented on the device, and the extra views that a loss asks for."""
+    views = {f"image_view{n}": augment(batch["image"], draw=step, view=n) for n in (1, 2) if f"image_features_view{n}" in wanted}
+    return {**batch, **views, "image": augment(batch["image"], draw=step)}
 
 
 def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def write_summary(run_dir: Path, **entries: Any) -> None:
     write_json(run_dir / "summary.json", {**entries, "versions": versions, "command": sys.argv})
 
 
+def flatten(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{task: {metric: value}} as {"task/metric": value}."""
+    return {f"{task}/{name}": value for task, numbers in results.items() for name, value in numbers.items()}
+
+
 def table(metrics: Mapping[str, float]) -> str:
     """The final table: a line a task, its metrics beside it; fractions in per cent."""
     tasks: dict[str, list[str]] = {}

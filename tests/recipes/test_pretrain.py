@@ -1,0 +1,178 @@
+"""The main job as a user runs it: subprocesses of recipes/pretrain.py on data the package draws itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = ["data.train_size=600", "data.val_size=40", "batch_size=32", "optim.warmup_steps=2", "log_every=1", "num_threads=1"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> str:
+    """One small set of drawn shapes for every run of this file."""
+    return f"data.root={tmp_path_factory.mktemp('shapes')}"
+
+
+def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes" / recipe), *overrides], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+
+
+def run(*overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> str:
+    process = start(*overrides, recipe=recipe, env=env)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from clipkit.checkpoint import latest_checkpoint, load_checkpoint
+
+    return load_checkpoint(latest_checkpoint(folder / "checkpoints"))["weights"]
+
+
+def only_run(folder: Path) -> Path:
+    (config,) = folder.rglob("config.yaml")
+    return config.parent
+
+
+def test_a_run_leaves_the_folder_of_the_design_and_is_not_repeated(tmp_path, shapes):
+    overrides = [*SMALL, shapes, f"output_dir={tmp_path}", "steps=4"]
+    output = run(*overrides)
+    folder = only_run(tmp_path)
+    assert "step 4/4" in output and "zero_shot" in output and str(folder) in output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"] and summary["step"] == 4 and summary["data"]["samples_seen"] == 4 * 32
+    assert summary["metrics"]["retrieval/text_to_image_R@5"] >= 0 and "torch" in summary["versions"]
+    trained = [line for line in lines(folder) if "train/loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    assert any("eval/zero_shot/top1" in line for line in lines(folder))
+    assert list((folder / "checkpoints").glob("step_00000004/model.safetensors")) and list(folder.glob("tensorboard/*"))
+    again = run(*overrides)
+    assert "is finished" in again and "step 1/" not in again
+
+    evaluated = run(f"checkpoint={folder}", f"output={tmp_path}/numbers.json", f"output_dir={tmp_path}/hydra", recipe="evaluate.py")
+    assert "zero_shot" in evaluated
+    assert json.loads((tmp_path / "numbers.json").read_text())["metrics"] == pytest.approx(summary["metrics"], abs=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, shapes):
+    """SIGKILL after a checkpoint, the same command again: same weights, and no step missing or doubled in the record."""
+    loss = "loss=[cyclip,simcse]"
+    settings = [*SMALL, shapes, loss, "steps=14", "save_every=3", "eval=none", "logger=none"]
+    run(*settings, f"output_dir={tmp_path}/whole")
+    process = start(*settings, f"output_dir={tmp_path}/killed")
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("killed/**/step_00000006/manifest.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("killed/**/summary.json"))
+    output = run(*settings, f"output_dir={tmp_path}/killed")
+    assert "resumed at step" in output
+    whole, killed = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
+    assert [line["step"] for line in lines(killed)] == list(range(1, 15))
+    for ours, theirs in zip(lines(killed), lines(whole)):
+        assert ours["train/loss"] == theirs["train/loss"]
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
+
+
+def test_sigterm_saves_and_exits_with_its_own_status(tmp_path, shapes):
+    process = start(*SMALL, shapes, f"output_dir={tmp_path}", "steps=100000", "save_every=0", "eval=none", "logger=none")
+    while "step 2/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "run the same command to go on" in output
+    assert weights(only_run(tmp_path))
+
+
+def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
+    """Without dropout, and with BatchNorm frozen out of the way by a ViT, micro-batches change only rounding."""
+    vit = ["image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0", "precision=fp32"]
+    for name, micro in (("whole", "null"), ("micro", "8")):
+        run(*SMALL, shapes, *vit, f"micro_batch_size={micro}", f"output_dir={tmp_path}/{name}", "steps=3", "eval=none", "logger=none")
+    first, second = lines(only_run(tmp_path / "whole")), lines(only_run(tmp_path / "micro"))
+    for a, b in zip(first, second, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
+
+
+def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
+    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "-m", "loss=clip,[cyclip,simcse]", "seed=0,1")
+    summaries = list(tmp_path.rglob("summary.json"))
+    assert len(summaries) == 4 and len({path.parent for path in summaries}) == 4
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_wandb_offline_or_broken_never_stops_a_run(tmp_path, shapes, broken):
+    env = {"WANDB_MODE": "offline"}
+    if broken:
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "wandb.py").write_text("raise RuntimeError('this wandb is broken')")
+        env["PYTHONPATH"] = str(tmp_path / "broken")
+    output = run(*SMALL, shapes, f"output_dir={tmp_path}/runs", "steps=3", "eval=none", "logger=wandb", env=env)
+    folder = only_run(tmp_path / "runs")
+    assert json.loads((folder / "summary.json").read_text())["finished"]
+    assert output.count("logger 'wandb' failed") == (1 if broken else 0)
+    assert bool(list(folder.glob("wandb/offline-run-*/*.wandb"))) is not broken
+
+
+REFUSED = {
+    "warm-up": (["steps=5", "optim.warmup_steps=5"], "warmup_steps 5 is not shorter than the 5 steps"),
+    "simcse without dropout": (["steps=5", "loss=[clip,simcse]", "text_tower.dropout=0.0"], "text_tower.dropout"),
+    "nli without sentences": (["steps=5", "loss=[clip,nli_contrastive]"], "data.sentences"),
+    "no such shards": (["steps=5", "data=shards", "data.train=/nowhere/*.tar", "eval=none"], "/nowhere/*.tar"),
+    "steps and epochs": (["steps=5", "epochs=1"], "give exactly one"),
+    "sigmoid without bias": (["steps=5", "loss=sigmoid"], "init_logit_bias"),
+    "unknown tower": (["steps=5", "image_tower=timm", "image_tower.model=resnet5000"], "resnet5000"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_an_error_before_the_first_step(tmp_path, shapes, case):
+    overrides, message = REFUSED[case]
+    output = run(*SMALL[:3], "log_every=1", shapes, f"output_dir={tmp_path}", *overrides, status=1)
+    assert message in output and "Traceback" not in output and "step 1/" not in output
+
+
+def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
+    """A folder found by name whose settings have changed since is refused, not mixed."""
+    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1")
+    folder = only_run(tmp_path)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("batch_size: 32", "batch_size: 64"))
+    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
+    assert "batch_size: 64 -> 32" in output
+
+
+PAIRS = {
+    "CLIP's ResNet-50 and Transformer": ["experiment=cyclip_rn50_cc3m"],
+    "timm's ResNet-50 and RoBERTa": ["experiment=cyclip_rn50_cc3m", "image_tower=resnet50", "text_tower=roberta_base"],
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_cc3m_experiment_takes_steps_on_photographs(tmp_path, test_data, pair):
+    shards = test_data("flickr8k-mini/train")
+    output = run(*PAIRS[pair], f"data.train={shards}/000000.tar", "batch_size=4", "epochs=null", "steps=2", "optim.warmup_steps=1",
+                 "precision=fp32", "logger=none", "log_every=1", f"output_dir={tmp_path}")
+    assert "step 2/2" in output
+    assert all(0 < line["train/loss"] < 100 for line in lines(only_run(tmp_path)))

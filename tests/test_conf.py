@@ -1,0 +1,90 @@
+"""Every YAML in conf/ composes, and what a user can mistype is an error that names the right word."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from clipkit.recipes import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+CHOICES = [path.relative_to(CONF) for path in FILES if path.parent != CONF]
+
+
+def composed(*overrides: str, name: str = "pretrain"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides), return_hydra_config=False)
+
+
+def test_the_walk_over_conf_finds_every_group():
+    assert {path.parts[0] for path in CHOICES} >= {
+        "data", "image_tower", "text_tower", "loss", "optim", "eval", "logger", "experiment", "debug"}
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=str)
+def test_composes(path):
+    cfg = composed(f"{path.parent}={path.stem}")
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_losses_add_up_on_the_command_line():
+    assert list(composed("loss=[cyclip,simcse]").loss) == ["infonce", "cyclic", "simcse"]
+    assert composed("loss=[clip]", "+loss=[cyclic]", "loss.cyclic.weight=0.1").loss.cyclic.weight == 0.1
+
+
+@pytest.mark.parametrize("variant", ["clip", "cyclip"])
+def test_the_cc3m_experiments_hold_the_published_settings(variant):
+    """Goel et al. 2022, section 4 and appendix."""
+    cfg = composed(f"experiment={variant}_rn50_cc3m")
+    assert (cfg.optim.lr, list(cfg.optim.betas), cfg.optim.weight_decay, cfg.optim.warmup_steps) == (5e-4, [0.9, 0.999], 0.1, 10000)
+    assert (cfg.epochs, cfg.batch_size, cfg.image_tower.image_size, cfg.data.tokenizer.context_length) == (64, 128, 224, 77)
+    assert cfg.init_logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and cfg.max_logit_scale == 100
+    assert list(cfg.loss) == {"clip": ["infonce"], "cyclip": ["infonce", "cyclic"]}[variant]
+
+
+def test_the_same_overrides_name_the_same_folder():
+    assert cli.run_name("") == "quickstart/default"
+    assert cli.run_name("experiment=flickr8k_tiny") == "flickr8k_tiny/default"
+    first, second = cli.run_name("loss=[cyclip,simcse],seed=1"), cli.run_name("loss=[cyclip,simcse],seed=2")
+    assert first != second and first == cli.run_name("loss=[cyclip,simcse],seed=1")
+    assert len(cli.run_name("a=" + "x" * 500)) < 100
+
+
+def command(*overrides: str, name: str = "pretrain.py") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "recipes" / name), *overrides], capture_output=True, text=True, timeout=120)
+
+
+MISTAKES = {
+    "loss=cyclp": ["unknown loss 'cyclp'", "Did you mean 'cyclip'?", "simcse"],
+    "loss=[clip,simsce]": ["unknown loss 'simsce'", "Did you mean 'simcse'?", "nli_contrastive"],
+    "image_tower=resnet5": ["unknown image_tower 'resnet5'", "Did you mean 'resnet50'?"],
+    "experiment=flickr": ["unknown experiment 'flickr'", "flickr8k_tiny"],
+    "optim.lrr=1": ["unknown key 'optim.lrr'", "Did you mean 'lr'?", "weight_decay"],
+    "+optim.lrr=1": ["unknown key 'optim.lrr'", "Did you mean 'lr'?"],
+    "batchsize=3": ["unknown key 'batchsize'", "Did you mean 'batch_size'?"],
+    "optim.lr=abc": ["optim.lr='abc' is text", "takes a number"],
+    "batch_size=3.5": ["batch_size=3.5 is a number", "takes a whole number"],
+    "loss.infonce.wieght=2": ["unknown key 'loss.infonce.wieght'", "Did you mean 'weight'?"],
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_typo_is_named_with_its_nearest_match(override, tmp_path):
+    done = command(override, f"output_dir={tmp_path}/runs")
+    assert done.returncode == 1
+    for text in MISTAKES[override]:
+        assert text in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("checkpoints"))
+
+
+def test_the_command_line_answers_without_importing_torch():
+    program = "import sys; import clipkit.recipes.pretrain, clipkit.recipes.evaluate; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
