@@ -1,0 +1,151 @@
+"""What each rank of the gradient-contract test runs; spawned processes import it, so it is no test file itself.
+
+A tiny model with linear towers, log scale, bias and a vocabulary head turns this rank's rows into features; the loss's
+backward is averaged over all ranks as DDP would. One process on all rows is the same code on one "rank".
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from clipkit.kernels import pairs
+from clipkit.losses import create_loss
+from clipkit.losses.registry import losses
+
+N, D, IMAGE, TEXT, VOCABULARY = 8, 6, 5, 4, 7
+SPECS = {
+    "infonce": {"infonce": {}},
+    "infonce smoothed": {"infonce": {"label_smoothing": 0.2}},
+    "infonce with positives": {"infonce": {"same_ids": "positive", "label_smoothing": 0.1}},
+    "infonce with masks": {"infonce": {"same_ids": "mask", "label_smoothing": 0.1}},
+    "cyclic": {"cyclic": {}},
+    "cyclic mean": {"cyclic": {"normalize": "mean", "in_modal": 3.0, "cross_modal": 0.5}},
+    "sigmoid": {"sigmoid": {}},
+    "simcse": {"simcse": {"temperature": 0.3}},
+    "simcse with head": {"simcse": {"head": True, "embed_dim": D}},
+    "nli_contrastive": {"nli_contrastive": {"temperature": 0.3}},
+    "nli_contrastive weighted": {"nli_contrastive": {"hard_negative_weight": 2.5}},
+    "nli_softmax": {"nli_softmax": {"embed_dim": D, "bias": True}},
+    "infoloob": {"infoloob": {}},
+    "cloob": {"cloob": {}},
+    "fastclip": {"fastclip": {"gamma": 0.4, "gamma_decay_steps": 3, "num_samples": 40}},
+    "fastclip growing": {"fastclip": {"gamma": 0.4}},
+    "uniformity": {"uniformity": {}},
+    "mlm": {"mlm": {}},
+    "matryoshka": {"matryoshka": {"loss": "infonce", "dims": [2, 5, 6], "dim_weights": [0.5, 1.0, 2.0]}},
+    "matryoshka of a classifier": {"matryoshka": {"loss": "nli_softmax", "dims": [3, 6]}},
+    "slip": {"slip": {}},
+    "slip with head": {"slip": {"head": True, "embed_dim": D, "hidden_dim": 5, "output_dim": 4}},
+    "a sum": {"infonce": {"weight": 0.7}, "cyclic": {"weight": 2.0}, "simcse": {"weight": 0.1}, "nli_softmax": {"embed_dim": D}},
+}
+UNEVEN = ("cyclic", "nli_softmax", "mlm")
+IMPLEMENTATIONS = ("dense", "chunked")
+
+
+def has_implementations(case: str) -> bool:
+    return any("impl" in inspect.signature(losses.get(name)).parameters for name in SPECS[case])
+
+
+class Model(nn.Module):
+    """Linear towers, a vocabulary head, log scale and bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_tower = nn.Linear(IMAGE, D)
+        self.text_tower = nn.Linear(TEXT, D)
+        self.vocabulary = nn.Linear(D, VOCABULARY)
+        self.log_logit_scale = nn.Parameter(torch.tensor(1.7))
+        self.logit_bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        unit = nn.functional.normalize
+        image = {name: unit(self.image_tower(data[name]), dim=-1) for name in data if name.startswith("image_features")}
+        text_names = ("text_features", "text_features_view2", "premise_features", "entailment_features", "contradiction_features")
+        text_names += ("pair_premise_features", "pair_hypothesis_features")
+        text = {name: unit(self.text_tower(data[name]), dim=-1) for name in text_names}
+        return {
+            **{name: value for name, value in data.items() if not value.is_floating_point()},
+            **image,
+            **text,
+            "mlm_logits": self.vocabulary(self.text_tower(data["mlm_logits"])),
+            "logit_scale": self.log_logit_scale.exp(),
+            "logit_bias": self.logit_bias,
+        }
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    """The inputs of every row of the global batch."""
+    generator = torch.Generator().manual_seed(7)
+
+    def rows(width: int) -> torch.Tensor:
+        return torch.randn(N, width, generator=generator, dtype=torch.float64)
+
+    texts = ("text_features", "text_features_view2", "premise_features", "entailment_features", "contradiction_features")
+    texts += ("pair_premise_features", "pair_hypothesis_features", "mlm_logits")
+    return {
+        **{name: rows(IMAGE) for name in ("image_features", "image_features_view1", "image_features_view2")},
+        **{name: rows(TEXT) for name in texts},
+        "nli_labels": torch.tensor([0, 1, 2, 2, 1, 0, 1, 1]),
+        "mlm_labels": torch.tensor([3, -100, -100, -100, 1, 6, 0, -100]),
+        "pair_ids": torch.tensor([4, 1, 4, 2, 9, 9, 4, 5]),
+        "sample_index": torch.tensor([31, 4, 0, 17, 8, 2, 39, 5]),
+    }
+
+
+def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str, torch.Tensor]:
+    """Value, gradients and buffers of a case on these rows, averaged over `group` (every rank's), or alone with None."""
+    torch.manual_seed(3)
+    model = Model().double()
+    spec = {name: dict(settings) for name, settings in SPECS[case].items()}
+    for name, settings in spec.items():
+        if "impl" in inspect.signature(losses.get(name)).parameters:
+            settings["impl"] = impl
+    loss = create_loss(spec, group=loss_group).double()
+    data = {name: value[rows] for name, value in whole_batch().items()}
+    if "with positives" not in case and "with masks" not in case:
+        del data["pair_ids"]
+    # A first step elsewhere gives losses with a state something to remember.
+    with torch.no_grad():
+        loss(model({name: value * 0.5 + 0.1 if value.is_floating_point() else value for name, value in data.items()}))
+    out = loss(model(data))
+    out["loss"].backward()
+    found = {f"value of {name}": value.detach() for name, value in out.items()}
+    for prefix, module in (("model", model), ("loss", loss)):
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad.clone()
+                if group is not None:
+                    dist.all_reduce(grad, group=group)
+                    grad /= dist.get_world_size(group)
+                found[f"gradient of {prefix}.{name}"] = grad
+    # log u of a sample not yet seen is -inf; its exponential can be compared.
+    found.update({f"state {name}": value.exp() if "log_u" in name else value.clone() for name, value in loss.named_buffers()})
+    return found
+
+
+def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
+    """Every case on this rank, over the world, over pairs of ranks, and with uneven rows where they are allowed."""
+    pairs.DEFAULT_CHUNK = 3
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    share = N // ranks
+    rows = slice(rank * share, (rank + 1) * share)
+    found = {}
+    for case in SPECS:
+        for impl in IMPLEMENTATIONS if has_implementations(case) else ("dense",):
+            found[case, impl, "world"] = run(case, impl, rows, dist.group.WORLD)
+    if ranks == 4:
+        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        for case in SPECS:
+            found[case, "dense", "halves"] = run(case, "dense", rows, dist.group.WORLD, halves[rank // 2])
+    uneven = slice(0, N - ranks + 1) if rank == 0 else slice(N - ranks + rank, N - ranks + rank + 1)
+    for case in UNEVEN:
+        found[case, "dense", "uneven"] = run(case, "dense", uneven, dist.group.WORLD)
+    try:
+        run("infonce", "dense", uneven, None)
+    except ValueError as error:
+        found["refusal"] = str(error)
+    return found
