@@ -67,6 +67,13 @@ class _Batches(torch.utils.data.Dataset):
         return rows
 
     def __getitem__(self, start: int) -> dict[str, Any]:
+        """The batch at `start`; an error travels as a value, so that it arrives whole from a worker."""
+        try:
+            return self._batch(start)
+        except DataError as error:
+            return {"error": error}
+
+    def _batch(self, start: int) -> dict[str, Any]:
         faults: list[tuple[str, str, str, str]] = []
         images, texts, keys, index = [], [], [], []
         for source, epoch, place, sample in self.plan(start):
@@ -204,6 +211,8 @@ class Stream:
                                            f"{self._awaited()}") from error
                     raise
                 watch.arrived()
+                if "error" in batch:
+                    raise batch["error"]
                 for cause, shard, key, detail in batch.pop("faults"):
                     self._faults.add(cause, shard=shard, key=key, detail=detail)
                 self._position += self.global_batch_size
