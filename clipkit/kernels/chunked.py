@@ -71,14 +71,21 @@ def _row_norm_bound(x: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
     return _largest(torch.cat(norms)) if norms else x.new_zeros((), dtype=dtype)
 
 
-def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: int) -> Tensor:
-    """The fixed shift, in bits: no exponential passes 2^top / max(N, M), and no larger than that takes."""
-    dtype = scale.dtype
-    bound = scale.abs() * LOG2E * _row_norm_bound(x, dtype, chunk) * _row_norm_bound(y, dtype, chunk)
+def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m: int) -> Tensor:
+    """The fixed shift, in bits: no exponential passes 2^top / max(N, M), and no larger than that takes.
+
+    norms: () the product of the largest row norms of both sides.
+    """
+    bound = scale.abs() * LOG2E * norms
     if col_bits is not None and col_bits.numel():
-        bound = bound + torch.where(col_bits == NEG_INF, torch.finfo(dtype).min, col_bits).nan_to_num().amax()
-    room = _bits(dtype)[0] - math.log2(max(x.shape[0], y.shape[0], 1))
+        bound = bound + torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits).nan_to_num().amax()
+    room = _bits(scale.dtype)[0] - math.log2(max(n, m, 1))
     return torch.where(bound > 0, (bound - room).clamp(min=0), bound)
+
+
+def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: int) -> Tensor:
+    norms = _row_norm_bound(x, scale.dtype, chunk) * _row_norm_bound(y, scale.dtype, chunk)
+    return fixed_shift(norms, scale, col_bits, x.shape[0], y.shape[0])
 
 
 class _Blocks:
@@ -166,6 +173,13 @@ def lse_forward(
     return row_lse.mul_(LN2), col_lse.mul_(LN2)
 
 
+def gradient_size(*grads: Tensor) -> Tensor:
+    """() largest magnitude, or 1 if all are 0. Coefficients are formed from gradients divided by it: 1 / N, taken
+    early, would push the tails under the bottom of float32 or float16."""
+    largest = torch.stack([_largest(grad.abs()) for grad in grads]).amax()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
 def _weights(grad: Tensor, lse_bits: Tensor, shift: Tensor) -> Tensor:
     """grad / 2^(lse - shift), and 0 for an empty sum."""
     return torch.where(lse_bits == NEG_INF, torch.zeros_like(grad), grad * torch.exp2(shift - lse_bits))
@@ -213,9 +227,7 @@ def lse_backward(
     col_bits = None if col_log_weight is None else col_log_weight.to(dtype) * LOG2E
     row_bits, col_sum_bits = row_lse.double() * LOG2E, col_lse.double() * LOG2E
     shift = _shift(x, y, scale, col_bits, chunk)
-    # Coefficients are kept near 1: a gradient of 1 / N, taken early, would cost the sums' low bits.
-    factor = torch.maximum(_largest(grad_row.abs()), _largest(grad_col.abs())).to(dtype)
-    factor = torch.where(factor > 0, factor, torch.ones_like(factor))
+    factor = gradient_size(grad_row, grad_col).to(dtype)
     grad_row, grad_col = grad_row.to(dtype) / factor, grad_col.to(dtype) / factor
     floor = shift + _bits(dtype)[1] + math.log2(max(x.shape[0], m, 1))
     lost = ((row_bits < floor) & (row_bits != NEG_INF)).any() | ((col_sum_bits < floor) & (col_sum_bits != NEG_INF)).any()
@@ -273,8 +285,7 @@ def softplus_backward(
     """Gradients of sum(grad_row * row_sum): (dx, dy, dscale, dbias); see `lse_backward`."""
     dtype, m = compute_dtype(x), y.shape[0]
     scale = scale.to(dtype)
-    factor = _largest(grad_row.abs()).to(dtype)
-    factor = torch.where(factor > 0, factor, torch.ones_like(factor))
+    factor = gradient_size(grad_row).to(dtype)
     by_row = (grad_row.to(dtype) / factor)[:, None]
     blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), pairs, chunk)
     grads = _Gradients(blocks, need_x or not need_y, need_y, need_bias)

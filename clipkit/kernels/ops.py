@@ -3,6 +3,7 @@
 `custom_op` rather than a traced function: the loops below choose their launches at run time, and
 `torch.compile(fullgraph=True)` passes over an operator it does not look into. The gradient operators have no
 gradient of their own: differentiating twice is refused (use `impl="dense"`).
+`impl` here is "chunked", "triton" or "triton_high" (precision "high").
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from clipkit.kernels.chunked import Pairs
 from clipkit.kernels.reference import compute_dtype
 
 
-def _implementation(impl: str):
-    if impl == "triton":
-        from clipkit.kernels import fused
+def _fused():
+    from clipkit.kernels import fused
 
-        return fused
-    return chunked
+    return fused
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -34,7 +33,9 @@ def pair_lse_op(
 ) -> tuple[Tensor, Tensor]:
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(impl).lse_forward(x, y, scale, col_log_weight, pairs, chunk)
+        if impl == "chunked":
+            return chunked.lse_forward(x, y, scale, col_log_weight, pairs, chunk)
+        return _fused().lse_forward(x, y, scale, col_log_weight, pairs, high=impl == "triton_high")
 
 
 @pair_lse_op.register_fake
@@ -52,10 +53,15 @@ def pair_lse_backward_op(
     """(dx, dy, dscale, dcol_log_weight), each in its input's dtype; one that is not needed is empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
-        d_x, d_y, d_scale, d_weight = _implementation(impl).lse_backward(
-            grad_row, grad_col, x, y, scale, col_log_weight, row_lse, col_lse, pairs, chunk,
-            need_x=need_x, need_y=need_y, need_weight=need_weight,
-        )
+        given = (grad_row, grad_col, x, y, scale, col_log_weight, row_lse, col_lse, pairs)
+        if impl == "chunked":
+            d_x, d_y, d_scale, d_weight = chunked.lse_backward(
+                *given, chunk, need_x=need_x, need_y=need_y, need_weight=need_weight
+            )
+        else:
+            d_x, d_y, d_scale, d_weight = _fused().lse_backward(
+                *given, high=impl == "triton_high", need_x=need_x, need_y=need_y, need_weight=need_weight
+            )
     return (
         d_x.to(x.dtype) if need_x else _empty(x),
         d_y.to(y.dtype) if need_y else _empty(y),
@@ -103,7 +109,9 @@ def pair_softplus_op(
 ) -> Tensor:
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(impl).softplus_forward(x, y, scale, bias, pairs, chunk)
+        if impl == "chunked":
+            return chunked.softplus_forward(x, y, scale, bias, pairs, chunk)
+        return _fused().softplus_forward(x, y, scale, bias, pairs, high=impl == "triton_high")
 
 
 @pair_softplus_op.register_fake
@@ -120,9 +128,15 @@ def pair_softplus_backward_op(
     """(dx, dy, dscale, dbias), each in its input's dtype; one that is not needed is empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
-        d_x, d_y, d_scale, d_bias = _implementation(impl).softplus_backward(
-            grad_row, x, y, scale, bias, pairs, chunk, need_x=need_x, need_y=need_y, need_bias=need_bias
-        )
+        given = (grad_row, x, y, scale, bias, pairs)
+        if impl == "chunked":
+            d_x, d_y, d_scale, d_bias = chunked.softplus_backward(
+                *given, chunk, need_x=need_x, need_y=need_y, need_bias=need_bias
+            )
+        else:
+            d_x, d_y, d_scale, d_bias = _fused().softplus_backward(
+                *given, high=impl == "triton_high", need_x=need_x, need_y=need_y, need_bias=need_bias
+            )
     return (
         d_x.to(x.dtype) if need_x else _empty(x),
         d_y.to(y.dtype) if need_y else _empty(y),

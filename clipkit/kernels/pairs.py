@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from clipkit.kernels.chunked import DEFAULT_CHUNK
 from clipkit.registry import unknown
 
 IMPLEMENTATIONS = ("auto", "chunked", "dense", "triton")
+PRECISIONS = ("auto", "half", "high")
 # Up to this many pairs the whole matrix is a few tens of megabytes and one product is the fastest way.
 DENSE_PAIRS = 1024 * 1024
 
@@ -17,7 +21,7 @@ DENSE_PAIRS = 1024 * 1024
 def pair_lse(
     x: Tensor, y: Tensor, scale: Tensor | float, *, row_offset: int = 0, row_ids: Tensor | None = None,
     col_ids: Tensor | None = None, col_log_weight: Tensor | None = None, exclude_positives: bool = True,
-    impl: str = "auto", chunk_size: int | None = None,
+    impl: str = "auto", chunk_size: int | None = None, precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negatives of every row and of every column.
 
@@ -40,6 +44,9 @@ def pair_lse(
         impl: "dense" (whole matrix; twice differentiable), "chunked" (bounded memory, any device), "triton" (CUDA
             sm_80 or later) or "auto": triton where it runs, else dense for small and chunked for large blocks.
         chunk_size: rows and columns of a chunked block.
+        precision: of triton's products alone. "half" rounds operands to float16, scaled so that their norm does not
+            matter; "high" splits each in two (float32's accuracy for 3 times the operations); "auto" is "high" for
+            float32 features outside autocast, else "half".
 
     Returns:
         row_lse (N,) and col_lse (M,) in float32, or float64 for float64 features; -inf for an empty sum.
@@ -52,7 +59,7 @@ def pair_lse(
     if col_log_weight is not None and col_log_weight.shape != (y.shape[0],):
         raise ValueError(f"col_log_weight must be (M,) = ({y.shape[0]},), got {tuple(col_log_weight.shape)}")
     chunk = _check_chunk(chunk_size)
-    impl = _choose(impl, x, y)
+    impl = _choose(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_lse(
             x, y, scale, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids, col_log_weight=col_log_weight,
@@ -68,7 +75,7 @@ def pair_lse(
 def pair_softplus(
     x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, *, row_offset: int = 0,
     row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_positives: bool = True, impl: str = "auto",
-    chunk_size: int | None = None,
+    chunk_size: int | None = None, precision: str = "auto",
 ) -> Tensor:
     """Sum over the negatives of every row of softplus(scale <x_i, y_j> + bias).
 
@@ -85,7 +92,7 @@ def pair_softplus(
     bias = _scalar(bias, "bias", x)
     _check_ids(x, y, row_ids, col_ids)
     chunk = _check_chunk(chunk_size)
-    impl = _choose(impl, x, y)
+    impl = _choose(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_softplus(
             x, y, scale, bias, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids,
@@ -145,20 +152,39 @@ def _check_chunk(chunk_size: int | None) -> int:
     return chunk_size
 
 
-def _choose(impl: str, x: Tensor, y: Tensor) -> str:
+def _choose(impl: str, precision: str, x: Tensor, y: Tensor) -> str:
+    """The name the operators know: "dense", "chunked", "triton" or "triton_high"."""
     if impl not in IMPLEMENTATIONS:
         raise unknown("impl", impl, IMPLEMENTATIONS)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
     if impl == "auto":
         if _triton_runs(x):
-            return "triton"
-        return "dense" if x.shape[0] * y.shape[0] <= DENSE_PAIRS else "chunked"
-    if impl == "triton" and not _triton_runs(x):
+            impl = "triton"
+        else:
+            impl = "dense" if x.shape[0] * y.shape[0] <= DENSE_PAIRS else "chunked"
+    elif impl == "triton" and not (_triton_runs(x) or _interpreted(x)):
         raise ValueError(
             f'impl="triton" needs float32, bfloat16 or float16 features on a CUDA device of capability 8.0 or later '
             f'with triton installed, got {x.dtype} on {x.device}. Use impl="auto" or "chunked".'
         )
+    if impl == "triton":
+        full = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return "triton_high" if precision == "high" or (precision == "auto" and full) else "triton"
     return impl
 
 
+def _interpreted(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype != torch.float64 and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_runs(x: Tensor) -> bool:
-    return False
+    return x.device.type == "cuda" and x.dtype != torch.float64 and _device_runs_triton(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _device_runs_triton(index: int) -> bool:
+    # torch's ROCm builds call their devices cuda too; nothing here has been run on one.
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (8, 0)

@@ -1,0 +1,316 @@
+"""Launches the Triton kernels: the same four functions as chunked.py, for CUDA (and Triton's interpreter).
+
+    forward   norms -> operands -> tiles of sums, block by block -> log-sum-exp -> exact strips for lost rows
+    backward  operands -> per block: coefficients into one reused workspace, then dX += G Y and dY += G^T X by
+              cuBLAS with float32 accumulators -> finished gradients
+
+    8 N^2 D operations in all. Workspace: outer^2 * 2 bytes, independent of N; nothing is read back to the host, so the
+    calls can be captured in a CUDA graph. precision "high" splits every operand in two float16 numbers, at 3 times
+    the operations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from clipkit.kernels import configs, triton_tiles
+from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
+
+ROWS = 32
+# Coefficients are at most 2 in probability units: 2^14 keeps them within float16 and their tails above its bottom.
+COEF_POWER = 2.0**14
+# Bits of a sum (relative to the shift) under which coef_kernel takes an exponential per side; sums that were
+# recomputed exactly lie below -100 + log2 N.
+COEF_FLOOR = -70.0
+SUM_FLOOR = 2.0**-100
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+class _Side:
+    """One matrix of features: its norm bound and its float16 operand, padded to whole steps of D."""
+
+    def __init__(self, features: Tensor, padded: int, *, high: bool, second: bool):
+        self.features, self.padded, self.high, self.second = features, padded, high, second
+        self.n, self.dim = features.shape
+        device = features.device
+        self.block_k = min(128, max(16, 1 << (self.dim - 1).bit_length()))
+        self.grid = (_cdiv(self.n, ROWS),)
+        largest = torch.empty(self.grid, dtype=torch.float32, device=device)
+        triton_tiles.norm_kernel[self.grid](
+            features, largest, self.n, *features.stride(), D=self.dim, ROWS=ROWS, BLOCK_K=self.block_k
+        )
+        self.norm = largest.amax().sqrt()
+        self.power = torch.exp2(14.0 - torch.frexp(self.norm).exponent)
+        self.operand = torch.empty(self.n, padded * (3 if high else 1), dtype=torch.float16, device=device)
+        triton_tiles.cast_kernel[self.grid](
+            features, self.operand, self.power, self.n, *features.stride(), D=self.dim, PADDED=padded, ROWS=ROWS,
+            BLOCK_K=self.block_k, HIGH=high, SECOND=second,
+        )
+
+    def high_part(self, rows: slice) -> Tensor:
+        return self.operand[rows, : self.padded]
+
+    def low_part(self, rows: slice) -> Tensor:
+        first = self.padded if self.second else 2 * self.padded
+        return self.operand[rows, first : first + self.padded]
+
+    def finish(self, acc: Tensor, factor: Tensor, scale: Tensor, write: bool) -> tuple[Tensor | None, Tensor]:
+        """(acc * factor * scale in the features' dtype, <features, acc * factor>)."""
+        out = torch.empty(self.features.shape, dtype=self.features.dtype, device=acc.device) if write else acc
+        part = torch.empty(self.grid, dtype=torch.float32, device=acc.device)
+        triton_tiles.finish_kernel[self.grid](
+            acc, self.features, out, part, torch.stack([factor, scale]), self.n, *self.features.stride(), D=self.dim,
+            PADDED=self.padded, ROWS=ROWS, BLOCK_K=self.block_k, WRITE=write,
+        )
+        return (out if write else None), part.sum(dtype=torch.float64)
+
+
+class _Problem:
+    """Both sides, the scalars the kernels read, and the launches over blocks."""
+
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, kind: str,
+                 high: bool, bias: Tensor | None = None):
+        self.config = configs.find(kind, _capability(x.device), _cdiv(x.shape[1], 64) * 64)
+        padded = _cdiv(x.shape[1], max(64, self.config.block_k)) * max(64, self.config.block_k)
+        self.high, self.pairs, self.softplus, self.device = high, pairs, bias is not None, x.device
+        self.x = _Side(x, padded, high=high, second=False)
+        self.y = _Side(y, padded, high=high, second=True)
+        self.n, self.m, self.scale = x.shape[0], y.shape[0], scale.float()
+        self.col_bits = None if col_log_weight is None else (col_log_weight.float() * LOG2E).contiguous()
+        self.ids = None
+        if pairs.row_ids is not None:
+            self.ids = (pairs.row_ids.to(torch.int64).contiguous(), pairs.col_ids.to(torch.int64).contiguous())
+        multiplier = self.scale * LOG2E / (self.x.power * self.y.power)
+        if self.softplus:
+            self.shift, added = None, bias.float() * LOG2E
+        else:
+            self.shift = fixed_shift(self.x.norm * self.y.norm, self.scale, self.col_bits, self.n, self.m)
+            added = -self.shift
+        self.scalars = torch.stack([multiplier, added])
+
+    def descriptors(self) -> tuple[TensorDescriptor, TensorDescriptor]:
+        c = self.config
+        return (
+            TensorDescriptor.from_tensor(self.x.operand, [c.block_m, c.block_k]),
+            TensorDescriptor.from_tensor(self.y.operand, [c.block_n, c.block_k]),
+        )
+
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """col_add, row_ids, col_ids; any tensor where the flags below say it is not read."""
+        row_ids, col_ids = self.ids or (self.scalars, self.scalars)
+        return (self.scalars if self.col_bits is None else self.col_bits), row_ids, col_ids
+
+    def constants(self) -> dict:
+        c = self.config
+        return {
+            "D": self.x.operand.shape[1], "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+            "HAS_WEIGHT": self.col_bits is not None, "HAS_IDS": self.ids is not None,
+            "EXCLUDE": self.pairs.exclude_positives, "num_warps": c.num_warps, "num_stages": c.num_stages,
+        }
+
+    def blocks(self):
+        """(row slice, column slice, tiles down, tiles across) of the outer blocks."""
+        c = self.config
+        for r in range(0, self.n, c.outer):
+            rows = slice(r, min(r + c.outer, self.n))
+            for k in range(0, self.m, c.outer):
+                cols = slice(k, min(k + c.outer, self.m))
+                yield rows, cols, _cdiv(rows.stop - r, c.block_m), _cdiv(cols.stop - k, c.block_n)
+
+    def largest_block(self) -> tuple[int, int]:
+        """Tiles down and across of the largest outer block."""
+        c = self.config
+        return _cdiv(min(c.outer, self.n), c.block_m), _cdiv(min(c.outer, self.m), c.block_n)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Row and column sums of the tiles' values; block sums are added in a fixed order."""
+        c = self.config
+        down, across = self.largest_block()
+        row_part = torch.empty(across * down * c.block_m, dtype=torch.float32, device=self.device)
+        col_part = torch.empty(
+            0 if self.softplus else down * across * c.block_n, dtype=torch.float32, device=self.device
+        )
+        row_sum = torch.zeros(self.n, dtype=torch.float32, device=self.device)
+        col_sum = torch.zeros(0 if self.softplus else self.m, dtype=torch.float32, device=self.device)
+        x_desc, y_desc = self.descriptors()
+        for rows, cols, tiles_m, tiles_n in self.blocks():
+            triton_tiles.sums_kernel[(tiles_m * tiles_n,)](
+                x_desc, y_desc, self.scalars, *self.pointers(), row_part, col_part, rows.start, cols.start, self.n,
+                self.m, self.pairs.row_offset, tiles_m, tiles_n, GROUP=c.group, SOFTPLUS=self.softplus,
+                **self.constants(),
+            )
+            _add_partial(row_sum, row_part, rows, tiles_n, tiles_m * c.block_m)
+            if not self.softplus:
+                _add_partial(col_sum, col_part, cols, tiles_m, tiles_n * c.block_n)
+        return row_sum, col_sum
+
+    def mend(self, lse_bits: Tensor, sums: Tensor, *, columns: bool) -> None:
+        """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are none."""
+        row_desc, col_desc = self.descriptors()
+        constants, c, pairs = self.constants(), self.config, self.pairs
+        col_add, row_ids, col_ids = self.pointers()
+        n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
+        if columns:
+            # The transposed problem: what was a weight of columns is now one of rows.
+            row_desc = TensorDescriptor.from_tensor(self.y.operand, [c.block_m, c.block_k])
+            col_desc = TensorDescriptor.from_tensor(self.x.operand, [c.block_n, c.block_k])
+            n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
+        triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
+            row_desc, col_desc, self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
+            pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns, HAS_WEIGHT=weighted and not columns, **constants,
+        )
+
+    def gradients(self, row_bits: Tensor, col_bits: Tensor, row_weight: Tensor, col_weight: Tensor, *, need_x: bool,
+                  need_y: bool, col_sums: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(G Y, G^T X, column sums of G), float32, in the operands' and coefficients' powers of two."""
+        c = self.config
+        down, across = self.largest_block()
+        work = [
+            torch.empty(down * c.block_m, across * c.block_n, dtype=torch.float16, device=self.device)
+            for _ in range(2 if self.high else 1)
+        ]
+        g_descs = [TensorDescriptor.from_tensor(g, [c.block_m, c.block_n]) for g in work]
+        col_part = torch.empty(down * across * c.block_n if col_sums else 0, dtype=torch.float32, device=self.device)
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=self.device)
+        x_acc = zeros(self.n, self.x.padded) if need_x else None
+        y_acc = zeros(self.m, self.y.padded) if need_y else None
+        col_total = zeros(self.m) if col_sums else None
+        x_desc, y_desc = self.descriptors()
+        for rows, cols, tiles_m, tiles_n in self.blocks():
+            triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
+                x_desc, y_desc, g_descs[0], g_descs[-1], self.scalars, *self.pointers(), row_bits, col_bits, row_weight,
+                col_weight, col_part, rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m, tiles_n,
+                GROUP=c.group, SOFTPLUS=self.softplus, COL_SUMS=col_sums, HIGH=self.high, FLOOR=COEF_FLOOR,
+                **self.constants(),
+            )
+            block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]
+            if need_x:
+                self._multiply(x_acc[rows], block, self.y, cols)
+            if need_y:
+                self._multiply(y_acc[cols], [g.T for g in block], self.x, rows)
+            if col_sums:
+                _add_partial(col_total, col_part, cols, tiles_m, tiles_n * c.block_n)
+        return x_acc, y_acc, col_total
+
+    def _multiply(self, acc: Tensor, block: list[Tensor], side: _Side, which: slice) -> None:
+        _accumulate(acc, block[0], side.high_part(which))
+        if self.high:
+            _accumulate(acc, block[0], side.low_part(which))
+            _accumulate(acc, block[1], side.high_part(which))
+
+
+def _accumulate(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a @ b, float16 operands and a float32 result."""
+    if acc.is_cuda:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())
+
+
+def _add_partial(total: Tensor, part: Tensor, which: slice, tiles: int, width: int) -> None:
+    total[which] += part[: tiles * width].view(tiles, width)[:, : which.stop - which.start].sum(0)
+
+
+def lse_forward(
+    x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, *, high: bool
+) -> tuple[Tensor, Tensor]:
+    """(row_lse (N,), col_lse (M,)) in nats, as `chunked.lse_forward`."""
+    if 0 in (x.shape[0], y.shape[0], x.shape[1]):
+        return _no_tiles(x, y, scale, col_log_weight, pairs)
+    problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_sums", high)
+    row_sum, col_sum = problem.sums()
+    row_bits = (problem.shift.double() + row_sum.double().log2()).float()
+    col_bits = (problem.shift.double() + col_sum.double().log2()).float()
+    problem.mend(row_bits, row_sum, columns=False)
+    problem.mend(col_bits, col_sum, columns=True)
+    return row_bits.mul_(LN2), col_bits.mul_(LN2)
+
+
+def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs):
+    """An empty side, or features of no dimension: nothing for a tile to do."""
+    from clipkit.kernels import chunked
+
+    return chunked.lse_forward(x, y, scale, col_log_weight, pairs, chunked.DEFAULT_CHUNK)
+
+
+def lse_backward(
+    grad_row: Tensor, grad_col: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None,
+    row_lse: Tensor, col_lse: Tensor, pairs: Pairs, *, high: bool, need_x: bool, need_y: bool, need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """(dx, dy, dscale, dcol_log_weight), as `chunked.lse_backward`; dx and dy in the features' dtype."""
+    if 0 in (x.shape[0], y.shape[0], x.shape[1]):
+        from clipkit.kernels import chunked
+
+        return chunked.lse_backward(
+            grad_row, grad_col, x, y, scale, col_log_weight, row_lse, col_lse, pairs, chunked.DEFAULT_CHUNK,
+            need_x=need_x, need_y=need_y, need_weight=need_weight,
+        )
+    problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_coef", high)
+    size = gradient_size(grad_row, grad_col).float()
+    row_bits, row_weight = _relative(row_lse, grad_row, problem.shift, size)
+    col_bits, col_weight = _relative(col_lse, grad_col, problem.shift, size)
+    return _gradients(problem, row_bits, col_bits, row_weight, col_weight, size, need_x, need_y, need_weight)
+
+
+def _relative(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(bits of the sum less the shift, weight); an empty sum has weight 0."""
+    empty = lse == NEG_INF
+    bits = torch.where(empty, torch.zeros_like(lse), lse).double() * LOG2E - torch.where(empty, 0.0, shift.double())
+    weight = torch.where(empty, torch.zeros_like(grad), grad)
+    return bits.float().contiguous(), (weight.float() / size * COEF_POWER).contiguous()
+
+
+def _gradients(problem: _Problem, row_bits, col_bits, row_weight, col_weight, size, need_x, need_y, need_sums):
+    need_x_side = need_x or not need_y
+    x_acc, y_acc, col_total = problem.gradients(
+        row_bits, col_bits, row_weight, col_weight, need_x=need_x_side, need_y=need_y, col_sums=need_sums
+    )
+    factor = size / COEF_POWER
+    d_x = d_y = d_scale = None
+    if need_x_side:
+        d_x, d_scale = problem.x.finish(x_acc, factor / problem.y.power, problem.scale, need_x)
+    if need_y:
+        d_y, of_y = problem.y.finish(y_acc, factor / problem.x.power, problem.scale, True)
+        d_scale = of_y if d_scale is None else d_scale
+    return d_x, d_y, d_scale, None if col_total is None else col_total * factor
+
+
+def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool) -> Tensor:
+    """Row sums of softplus (N,), as `chunked.softplus_forward`."""
+    if 0 in (x.shape[0], y.shape[0], x.shape[1]):
+        from clipkit.kernels import chunked
+
+        return chunked.softplus_forward(x, y, scale, bias, pairs, chunked.DEFAULT_CHUNK)
+    return _Problem(x, y, scale, None, pairs, "softplus_sums", high, bias).sums()[0]
+
+
+def softplus_backward(
+    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool, need_x: bool,
+    need_y: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """(dx, dy, dscale, dbias), as `chunked.softplus_backward`."""
+    if 0 in (x.shape[0], y.shape[0], x.shape[1]):
+        from clipkit.kernels import chunked
+
+        return chunked.softplus_backward(
+            grad_row, x, y, scale, bias, pairs, chunked.DEFAULT_CHUNK, need_x=need_x, need_y=need_y,
+            need_bias=need_bias,
+        )
+    problem = _Problem(x, y, scale, None, pairs, "softplus_coef", high, bias)
+    size = gradient_size(grad_row).float()
+    weight = (grad_row.float() / size * COEF_POWER).contiguous()
+    d_x, d_y, d_scale, sums = _gradients(
+        problem, weight, weight, weight, weight, size, need_x, need_y, need_bias
+    )
+    return d_x, d_y, d_scale, None if sums is None else sums.sum(dtype=torch.float64)

@@ -1,0 +1,254 @@
+"""The Triton kernels: similarity tiles that never leave the chip, and the passes over rows around them.
+
+    norm_kernel    largest row norm of a matrix            -> how far to scale it up, and the fixed shift
+    cast_kernel    features -> padded float16 operands (and their rounding errors, for precision "high")
+    sums_kernel    a tile of logits -> its partial sums of rows and of columns
+    strip_kernel   exact log-sum-exp of the rows whose sum against the fixed shift came out too small
+    coef_kernel    a tile of logits -> the coefficients G = dL/ds, in float16
+    finish_kernel  accumulated G Y -> the gradient in the features' dtype, and <x, dx> for the scale
+
+Conventions. Operands are float16, times a power of two that puts the largest row norm near 2^14, so neither
+underflow nor overflow depends on the features' norm. Logits are in bits (log2 e times nats):
+
+    bits_ij = acc_ij * scalars[0] + scalars[1] + col_add_j
+
+with scalars[0] = scale log2(e) / (both powers of two) and scalars[1] = -shift (softmax) or bias log2(e) (sigmoid),
+read from device memory: the host never waits. There are no atomics: every program writes its own cells, so two runs
+are equal bit for bit. Only numbers known per model (D, tile sizes, flags) are compile-time constants.
+
+`TRITON_INTERPRET=1` runs all of it on a CPU; it is read when this module is imported.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_RUN_TIME = ["row_start", "col_start", "n", "m", "row_offset", "tiles_m", "tiles_n", "tile_stride"]
+
+
+@triton.jit
+def _swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (row, column) of a program: GROUP rows of tiles are walked column by column, to share the L2 cache."""
+    per_group = GROUP * tiles_n
+    first = (pid // per_group) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inside = pid % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _tile_product(x_desc, y_desc, row, col, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) inner products of the rows from `row` and the columns from `col`."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, D, BLOCK_K):
+        x = x_desc.load([row, k])
+        y = y_desc.load([col, k])
+        acc = tl.dot(x, y.T, acc)
+    return acc
+
+
+@triton.jit
+def _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE: tl.constexpr, HAS_IDS: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`values` with 0 at excluded pairs and outside the matrix; tiles that have none of either skip the work."""
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
+    touched = (row + BLOCK_M > n) | (col + BLOCK_N > m)
+    if EXCLUDE:
+        touched = touched | ((row + row_offset < col + BLOCK_N) & (row + row_offset + BLOCK_M > col))
+    if HAS_IDS:
+        row_id = tl.load(row_ids + rows, mask=rows < n, other=0)
+        col_id = tl.load(col_ids + cols, mask=cols < m, other=0)
+        values = tl.where(row_id[:, None] == col_id[None, :], 0.0, values)
+    if touched:
+        keep = (rows < n)[:, None] & (cols < m)[None, :]
+        if EXCLUDE:
+            keep = keep & ((rows + row_offset)[:, None] != cols[None, :])
+        values = tl.where(keep, values, 0.0)
+    return values
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for e in [0, 1], accurate near 0 where 1 + e has lost e's digits."""
+    series = e * (1.0 - e * (0.5 - e * (0.3333333333 - e * (0.25 - e * 0.2))))
+    return tl.where(e < 0.03, series, tl.log2(1.0 + e) * 0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def sums_kernel(
+    x_desc, y_desc, scalars, col_add, row_ids, col_ids, row_part, col_part, row_start, col_start, n, m, row_offset,
+    tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
+):
+    """row_part (tiles_n, tiles_m BLOCK_M), col_part (tiles_m, tiles_n BLOCK_N): sums of 2^bits, or of softplus."""
+    tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    row = row_start + tile_m * BLOCK_M
+    col = col_start + tile_n * BLOCK_N
+    acc = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    bits = acc * tl.load(scalars) + tl.load(scalars + 1)
+    if HAS_WEIGHT:
+        cols = col + tl.arange(0, BLOCK_N)
+        bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
+    if SOFTPLUS:
+        values = _log1p(tl.exp2(-tl.abs(bits))) + tl.where(bits < 0, 0.0, bits) * 0.6931471805599453
+    else:
+        values = tl.exp2(bits)
+    values = _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+    in_block_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(row_part + tile_n.to(tl.int64) * (tiles_m * BLOCK_M) + in_block_m, tl.sum(values, 1))
+    if not SOFTPLUS:
+        in_block_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N) + in_block_n, tl.sum(values, 0))
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def strip_kernel(
+    x_desc, y_desc, scalars, row_add, col_add, row_ids, col_ids, sums, lse_bits, floor, n, m, row_offset,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
+):
+    """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    lost = tl.load(sums + rows, mask=rows < n, other=float("inf")) < floor
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        multiplier = tl.load(scalars)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for col in range(0, m, BLOCK_N):
+            bits = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K) * multiplier
+            cols = col + tl.arange(0, BLOCK_N)
+            if HAS_WEIGHT:
+                bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
+            keep = (cols < m)[None, :] & (rows < n)[:, None]
+            if EXCLUDE:
+                keep = keep & ((rows + row_offset)[:, None] != cols[None, :])
+            if HAS_IDS:
+                row_id = tl.load(row_ids + rows, mask=rows < n, other=0)
+                col_id = tl.load(col_ids + cols, mask=cols < m, other=0)
+                keep = keep & (row_id[:, None] != col_id[None, :])
+            bits = tl.where(keep, bits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(bits, 1))
+            # While nothing is kept the maximum is -inf, and -inf - -inf would be NaN.
+            against = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - against) + tl.sum(tl.exp2(bits - against[:, None]), 1)
+            top = new_top
+        result = top + tl.log2(total)
+        if HAS_ROW_WEIGHT:
+            result = result + tl.load(row_add + rows, mask=rows < n, other=0.0)
+        tl.store(lse_bits + rows, result, mask=lost)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def coef_kernel(
+    x_desc, y_desc, g_desc, low_desc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight,
+    col_part, row_start, col_start, n, m, row_offset, tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr,
+    HIGH: tl.constexpr, FLOOR: tl.constexpr,
+):
+    """G of one tile, float16, times the power of two that row_weight and col_weight carry.
+
+    softmax: G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j), all bits less shift
+    sigmoid: G_ij = row_weight_i sigma(bits_ij ln 2)
+    """
+    tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    row = row_start + tile_m * BLOCK_M
+    col = col_start + tile_n * BLOCK_N
+    bits = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K) * tl.load(scalars) + tl.load(scalars + 1)
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
+    if HAS_WEIGHT:
+        bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
+    by_row = tl.load(row_weight + rows, mask=rows < n, other=0.0)
+    if SOFTPLUS:
+        values = by_row[:, None] / (1.0 + tl.exp2(-bits))
+    else:
+        by_col = tl.load(col_weight + cols, mask=cols < m, other=0.0)
+        row_lse = tl.load(row_bits + rows, mask=rows < n, other=0.0)
+        col_lse = tl.load(col_bits + cols, mask=cols < m, other=0.0)
+        # One exponential serves both sums, unless a sum here is too small to divide by (see strip_kernel).
+        if (tl.min(row_lse, 0) < FLOOR) | (tl.min(col_lse, 0) < FLOOR):
+            values = by_row[:, None] * tl.exp2(bits - row_lse[:, None])
+            values += by_col[None, :] * tl.exp2(bits - col_lse[None, :])
+        else:
+            values = tl.exp2(bits) * ((by_row * tl.exp2(-row_lse))[:, None] + (by_col * tl.exp2(-col_lse))[None, :])
+    values = _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+    g = values.to(tl.float16)
+    g_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], g)
+    if HIGH:
+        low_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], (values - g.to(tl.float32)).to(tl.float16))
+    if COL_SUMS:
+        in_block_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N) + in_block_n, tl.sum(values, 0))
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def norm_kernel(x, largest, n, row_stride, col_stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """largest[program] = the largest finite squared norm of this program's ROWS rows, 0 where there is none."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = x + rows.to(tl.int64)[:, None] * row_stride
+    total = tl.zeros((ROWS,), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        inside = (rows < n)[:, None] & (at < D)[None, :]
+        values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(values * values, 1)
+    # NaN and inf compare false: one bad row must not turn every row's sums into NaN.
+    total = tl.where(total < float("inf"), total, 0.0)
+    tl.store(largest + tl.program_id(0), tl.max(total, 0))
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def cast_kernel(
+    x, out, power, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, HIGH: tl.constexpr, SECOND: tl.constexpr,
+):
+    """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [hi, hi, lo], or [hi, lo, hi].
+
+    With x = hi + lo and y = hi' + lo', the inner product of [hi, hi, lo] and [hi', lo', hi'] leaves out lo lo' alone.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    width: tl.constexpr = 3 * PADDED if HIGH else PADDED
+    start = x + rows.to(tl.int64)[:, None] * row_stride
+    to = out + rows.to(tl.int64)[:, None] * width
+    factor = tl.load(power)
+    for k in range(0, PADDED, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        inside = (rows < n)[:, None] & (at < D)[None, :]
+        stored = (rows < n)[:, None] & (at < PADDED)[None, :]
+        values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0).to(tl.float32) * factor
+        high = values.to(tl.float16)
+        tl.store(to + at[None, :], high, mask=stored)
+        if HIGH:
+            low = (values - high.to(tl.float32)).to(tl.float16)
+            tl.store(to + (PADDED + at)[None, :], low if SECOND else high, mask=stored)
+            tl.store(to + (2 * PADDED + at)[None, :], high if SECOND else low, mask=stored)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def finish_kernel(
+    acc, x, out, part, factor, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, WRITE: tl.constexpr,
+):
+    """out (n, D) = acc (n, PADDED) * factor[0] * factor[1]; part[program] = sum of x * acc * factor[0] over its rows.
+
+    factor[1] is the scale of the logits: dL/dx = scale G y, while dL/dscale = <x, G y>.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = x + rows.to(tl.int64)[:, None] * row_stride
+    power = tl.load(factor)
+    scale = tl.load(factor + 1)
+    total = tl.zeros((ROWS,), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        inside = (rows < n)[:, None] & (at < D)[None, :]
+        grad = tl.load(acc + rows.to(tl.int64)[:, None] * PADDED + at[None, :], mask=inside, other=0.0) * power
+        values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(grad * values, 1)
+        if WRITE:
+            tl.store(out + rows.to(tl.int64)[:, None] * D + at[None, :], (grad * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(part + tl.program_id(0), tl.sum(total, 0))
