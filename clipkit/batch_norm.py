@@ -1,7 +1,7 @@
 """BatchNorm when one batch is seen as several micro-batches.
 
-`UpdateOnce` moves the running statistics once per batch, whatever the number of passes. `WholeBatch` also normalises
-every micro-batch by the whole batch's statistics, at the price of passes.
+`UpdateOnce` moves the running statistics once per batch, whatever the number of passes. `WholeBatch` also
+normalises every micro-batch by the whole batch's statistics, at the price of passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH_NORM = inspect.signature(F.batch_norm)
 
 
 class UpdateOnce:
-    """Collect the statistics of each micro-batch, undo what the passes did to the buffers, then update them once.
+    """Collect every micro-batch's statistics, undo what the passes did to the buffers, update them once.
 
         with UpdateOnce(model) as norms:          # buffers are saved
             with norms.recording():               # statistics are read off here
@@ -32,11 +32,11 @@ class UpdateOnce:
             ...                                   # any further forward leaves no trace
                                                   # buffers: one update per call of the layer in a forward
 
-    The update is torch's own, running <- (1 - momentum) running + momentum * statistic, with the mean and the unbiased
-    variance of all micro-batches together (variance within plus variance between). The count of values per channel
-    comes from a forward hook. Inside torch.compile hooks do not run; there the statistic is read from the buffers after
-    the micro-batch and the count taken as large, which overstates the variance by at most 1 / (values per channel).
-    After an exception the buffers are as they were.
+    The update is torch's own, running <- (1 - momentum) running + momentum * statistic, with the mean and the
+    unbiased variance of all micro-batches together (variance within plus variance between). The count of
+    values per channel comes from a forward hook. Inside torch.compile hooks do not run; there the statistic
+    is read from the buffers after the micro-batch and the count taken as large, which overstates the variance
+    by at most 1 / (values per channel). After an exception the buffers are as they were.
     """
 
     def __init__(self, model: nn.Module):
@@ -48,7 +48,7 @@ class UpdateOnce:
 
     def __enter__(self) -> UpdateOnce:
         self.saved = [[buffer.clone() for buffer in _buffers(layer)] for layer in self.layers]
-        # One list per layer and call within a forward, each of (count, mean, variance, updates) per micro-batch.
+        # Per layer, per call within a forward, per micro-batch: (count, mean, variance, updates).
         self.calls: list[list[list[tuple]]] = [[] for _ in self.layers]
         return self
 
@@ -110,7 +110,7 @@ class UpdateOnce:
 
 
 def pool(statistics: list[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance of all values, from (count, mean, unbiased variance) of each part; float64 inside."""
+    """Mean and unbiased variance of all values, from (count, mean, unbiased variance) of each part."""
     means = torch.stack([mean.double() for _, mean, _ in statistics])
     variances = torch.stack([variance.double() for _, _, variance in statistics])
     counts = torch.tensor([count for count, _, _ in statistics], dtype=torch.float64, device=means.device)
@@ -149,14 +149,14 @@ def _clear(layer: _BatchNorm) -> None:
 
 
 class WholeBatch:
-    """BatchNorm of micro-batches with the statistics of the whole batch, forward and backward, in their memory.
+    """BatchNorm of micro-batches with the whole batch's statistics, forward and backward, in their memory.
 
-    A layer's statistics are known once every micro-batch has come to it, so they are found one BatchNorm call after
-    another: forwards() runs all micro-batches up to call 0, then up to call 1 with call 0 known, and so on. The
-    gradient through the statistics needs two sums per call and channel over the whole batch, sum dy and sum dy x_hat
-    (Ioffe and Szegedy 2015, section 3), which backwards() finds from the last call to the first. With L calls that is
-    about 1.5 L + 3 forward and L / 2 + 1 backward passes where the gradient cache alone makes 2 and 1: for a network
-    with a few such layers, or to check one with many.
+    A layer's statistics are known once every micro-batch has come to it, so they are found one BatchNorm call
+    after another: forwards() runs all micro-batches up to call 0, then up to call 1 with call 0 known, and so
+    on. The gradient through the statistics needs two sums per call and channel over the batch, sum dy and sum
+    dy x_hat (Ioffe and Szegedy 2015, section 3), which backwards() finds from the last call to the first.
+    With L calls that is about 1.5 L + 3 forward and L / 2 + 1 backward passes where the gradient cache alone
+    makes 2 and 1: for a network with a few such layers, or to check one with many.
     """
 
     def __init__(self, norms: UpdateOnce):
@@ -182,7 +182,9 @@ class WholeBatch:
             if not found:
                 break
             if len(found) != parts:
-                raise RuntimeError("batch_norm='whole' needs every micro-batch to call the same BatchNorm layers")
+                raise RuntimeError(
+                    "batch_norm='whole' needs every micro-batch to call the same BatchNorm layers"
+                )
             self.statistics.append(pool_biased(found))
             self.layers.append(self.norms.index_of(layer))
         for index, (count, mean, variance) in zip(self.layers, self.statistics, strict=True):
@@ -190,8 +192,10 @@ class WholeBatch:
                 self.norms.calls[index].append([(count, mean, variance * (count / (count - 1)), 1)])
         return results
 
-    def backwards(self, run: Callable[[int], tuple[list[torch.Tensor], list[torch.Tensor]]], parts: int) -> None:
-        """Find the sums of every call; run(k) makes micro-batch k's outputs with a graph and names their gradients."""
+    def backwards(
+        self, run: Callable[[int], tuple[list[torch.Tensor], list[torch.Tensor]]], parts: int
+    ) -> None:
+        """Find the sums of every call; run(k) makes micro-batch k's outputs and names their gradients."""
         for call in reversed(range(len(self.statistics))):
             total = 0
             for k in range(parts):
@@ -212,7 +216,7 @@ class _Reached(Exception):
 
 
 class _NormaliseMode(TorchFunctionMode):
-    """While active, F.batch_norm in training uses the statistics and sums of `whole`; calls are counted in order."""
+    """While active, F.batch_norm in training takes statistics and sums from `whole`, call by call."""
 
     def __init__(self, whole: WholeBatch, *, stop_at: int | None = None, keep: int | None = None):
         super().__init__()
@@ -271,11 +275,17 @@ class _WholeNorm(torch.autograd.Function):
             scale = (variance + ctx.eps).rsqrt() * (1 if weight is None else weight)
             dx = (dx * _per_channel(scale, x)).to(x.dtype)
         dweight = own[1].to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
-        dbias = own[0].to(dweight.dtype if dweight is not None else own.dtype) if ctx.needs_input_grad[2] else None
+        dbias = (
+            own[0].to(dweight.dtype if dweight is not None else own.dtype)
+            if ctx.needs_input_grad[2]
+            else None
+        )
         return dx, dweight, dbias, None, None, None, None, None
 
 
-def pool_biased(parts: list[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[float, torch.Tensor, torch.Tensor]:
+def pool_biased(
+    parts: list[tuple[float, torch.Tensor, torch.Tensor]],
+) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Count, mean and biased variance of all values, from those of each part."""
     total = sum(count for count, _, _ in parts)
     mean = sum(mean * (count / total) for count, mean, _ in parts)

@@ -1,15 +1,15 @@
 """The exact gradient of a large contrastive batch, in the memory of a small one.
 
-A contrastive loss compares every pair of the batch, so summing the losses of micro-batches is another, weaker loss.
-The gradient cache (Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
-Limited Setup", section 3) keeps the loss of the whole batch and recomputes the towers instead:
+A contrastive loss compares every pair of the batch, so summing the losses of micro-batches is another, weaker
+loss. The gradient cache (Gao, Zhang, Han and Callan 2021, "Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup", section 3) keeps the loss of the whole batch and recomputes the towers instead:
 
     pass 1  micro-batch k --model, no graph--> features k          kept: (rows, D) per feature
             all features  --loss, backward---> d loss / d features  the ranks of a group meet here, once
     pass 2  micro-batch k --model, graph-----> features k --backward from the cached gradient--> parameters
 
-One forward more than a plain step; memory is one micro-batch of activations plus the loss on features. Random masks
-are those of pass 1, since the generators are set back for each micro-batch.
+One forward more than a plain step; memory is one micro-batch of activations plus the loss on features. Random
+masks are those of pass 1, since the generators are set back for each micro-batch.
 
     terms = cached_backward(model, loss, batch, micro_batch_size=256)
     optimizer.step()
@@ -46,43 +46,49 @@ def cached_backward(
 ) -> dict[str, torch.Tensor]:
     """Add the gradient of `loss` on the whole batch to every parameter's `.grad`, a micro-batch at a time.
 
-    What is the same as one forward and backward of the whole batch: the loss, and the gradient of every parameter of
-    the model, the temperature, the bias and the loss's own, up to the rounding of another order of sums. Two things
-    can make a model itself see the split:
+    What is the same as one forward and backward of the whole batch: the loss, and the gradient of every
+    parameter of the model, the temperature, the bias and the loss's own, up to the rounding of another order
+    of sums. Two things can make a model itself see the split:
 
-    - BatchNorm in training normalises each micro-batch by its own statistics, as each of K data-parallel ranks would.
-      Its running statistics move once per step, by its momentum, towards the mean and variance of the whole batch.
-      Frozen BatchNorm (eval mode) is not touched and makes no difference. With `batch_norm="whole"` every micro-batch
-      is normalised by the whole batch's statistics and gradients flow through them, exactly as in one forward; with L
-      BatchNorm calls that takes about 1.5 L + 4 forward and L / 2 + 1 backward passes.
-    - Dropout draws a micro-batch's masks at a time, so they are other masks than one large draw would give. Pass 2
-      sees exactly the masks of pass 1, and the run's generators end where one pass over the micro-batches ends.
+    - BatchNorm in training normalises each micro-batch by its own statistics, as each of K data-parallel
+      ranks would. Its running statistics move once per step, by its momentum, towards the mean and variance
+      of the whole batch. Frozen BatchNorm (eval mode) is not touched and makes no difference. With
+      `batch_norm="whole"` every micro-batch is normalised by the whole batch's statistics and gradients flow
+      through them, exactly as in one forward; with L BatchNorm calls that takes about 1.5 L + 4 forward and
+      L / 2 + 1 backward passes; not with FSDP2, SyncBatchNorm or activation checkpointing.
+    - Dropout draws a micro-batch's masks at a time, so they are other masks than one large draw would give.
+      Pass 2 sees exactly the masks of pass 1, and the run's generators end where one pass over the
+      micro-batches ends.
 
     Args:
-        model: called as `model(batch, inputs)`, or `model(batch)` when `inputs` is None and the loss names none; returns
-            a dict of features. A 0-dim tensor (logit_scale) belongs to the whole batch, any other has one row per item.
-        loss: takes that dict with the rows of the whole batch; returns a dict with "loss" (), or a () tensor. Its own
-            parameters get their gradient from its single backward. Wrap it in DDP too when it has parameters.
-        batch: tensors with at least one dimension and lists are split along their own rows, so that sentences (M, L)
-            may come in another number than images (B, 3, H, W); anything else goes to every micro-batch as it is.
-        micro_batch_size: the most rows of any entry that the model sees at once. Sizes differ by at most one row; an
-            entry with fewer rows than there are micro-batches gives the first of them an empty slice.
+        model: called as `model(batch, inputs)`, or `model(batch)` when `inputs` is None and the loss names
+            none; returns a dict of features. A 0-dim tensor (logit_scale) belongs to the whole batch, any
+            other has one row per item.
+        loss: takes that dict with the rows of the whole batch; returns a dict with "loss" (), or a () tensor.
+            Its own parameters get their gradient from its single backward. Wrap it in DDP too when it has
+            parameters.
+        batch: tensors with at least one dimension and lists are split along their own rows, so that sentences
+            (M, L) may come in another number than images (B, 3, H, W); anything else goes to every
+            micro-batch as it is.
+        micro_batch_size: the most rows of any entry that the model sees at once. Sizes differ by at most one
+            row; an entry with fewer rows than there are micro-batches gives some of them an empty slice.
         inputs: the features to ask the model for; None takes the loss's `inputs` where it has them.
         backward_scale: multiplies the gradient, not the returned values (a GradScaler's scale, or 1 / steps).
-        autocast: such as `torch.autocast("cuda", torch.bfloat16)`, entered around each forward of the model; the loss
-            runs outside it, on features in the dtype that the model gives them.
+        autocast: such as `torch.autocast("cuda", torch.bfloat16)`, entered around each forward of the model;
+            the loss runs outside it, on features in the dtype that the model gives them.
         batch_norm: "micro", or "whole" for the statistics of the whole batch (see above).
         device: where micro-batches are moved one at a time; None leaves them where they are.
 
     Returns:
         The loss's terms, detached, each ().
 
-    Under DDP and FSDP2 gradients are reduced once, with the last micro-batch. Every rank needs the same number of rows.
+    Under DDP and FSDP2 gradients are reduced once, with the last micro-batch. Every rank needs the same
+    number of rows.
 
     Raises:
         ValueError: a micro_batch_size below 1, a batch without rows, a loss without "loss".
-        RuntimeError: pass 2 gave other features than pass 1: the model draws randomness from somewhere else than
-            torch's generators, or changes as it runs.
+        RuntimeError: pass 2 gave other features than pass 1: the model draws randomness from somewhere else
+            than torch's generators, or changes as it runs.
     """
     if batch_norm not in ("micro", "whole"):
         raise unknown("batch_norm", batch_norm, ("micro", "whole"))
@@ -94,8 +100,12 @@ def cached_backward(
 
     def forward(module: nn.Module, part: dict[str, Any]) -> Features:
         if device is not None:
-            part = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in part.items()}
-        # A weight cast to bf16 without a graph in pass 1 must not be met again in pass 2: it would get no gradient.
+            part = {
+                k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+                for k, v in part.items()
+            }
+        # A weight cast to bf16 without a graph in pass 1 must not be met again in pass 2: it would get no
+        # gradient.
         torch.clear_autocast_cache()
         with autocast:
             return module(part) if names is None else module(part, names)
@@ -127,8 +137,12 @@ def cached_backward(
         terms = _loss_backward(loss, whole, backward_scale)
         resume = generators.state()
         if whole_norm:
-            whole_norm.backwards(lambda k: _gradients_of(rerun(plain, k), whole, cached, k, shared=False), len(parts))
-        drift = _Drift(reduced_precision=torch.is_autocast_enabled() or not isinstance(autocast, contextlib.nullcontext))
+            whole_norm.backwards(
+                lambda k: _gradients_of(rerun(plain, k), whole, cached, k, shared=False), len(parts)
+            )
+        drift = _Drift(
+            reduced_precision=torch.is_autocast_enabled() or not isinstance(autocast, contextlib.nullcontext)
+        )
         for k in range(len(parts)):
             last = k == len(parts) - 1
             with _reducing(model, last):
@@ -144,10 +158,11 @@ def cached_backward(
 
 
 def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, Any]]:
-    """The batch as micro-batches of at most `micro_batch_size` rows, each entry split along its own rows, in order.
+    """The batch as micro-batches of at most `micro_batch_size` rows, each entry split along its own rows, in
+    order.
 
-    Larger pieces come last: of 9 rows in 2 pieces, 4 then 5; of 2 rows in 3 pieces, 0, 1, 1. An entry that shares no
-    rows with the batch (a 0-dim tensor, a string, a number) is in every piece.
+    Larger pieces come last: of 9 rows in 2 pieces, 4 then 5; of 2 rows in 3 pieces, 0, 1, 1. An entry that
+    shares no rows with the batch (a 0-dim tensor, a string, a number) is in every piece.
     """
     rows = {name: len(value) for name, value in batch.items() if _has_rows(value)}
     if not rows or max(rows.values()) == 0:
@@ -178,7 +193,9 @@ def _loss_backward(loss, features: Features, backward_scale) -> dict[str, torch.
     terms = {"loss": terms} if isinstance(terms, torch.Tensor) else terms
     if "loss" not in terms or terms["loss"].dim() != 0:
         shapes = {name: tuple(value.shape) for name, value in terms.items()}
-        raise ValueError(f'the loss must return a () tensor or a dict with a () tensor under "loss"; it returned {shapes}')
+        raise ValueError(
+            f'the loss must return a () tensor or a dict with a () tensor under "loss"; it returned {shapes}'
+        )
     (terms["loss"] * backward_scale).backward()
     return terms
 
@@ -196,15 +213,21 @@ def _concatenate(cached: list[Features]) -> Features:
         if not isinstance(value, torch.Tensor):
             whole[name] = value
             continue
-        joined = value.detach().clone() if value.dim() == 0 else torch.cat([features[name] for features in cached])
-        whole[name] = joined.requires_grad_(joined.is_floating_point())
+        if value.dim() == 0:
+            whole[name] = value.detach().clone()
+        else:
+            whole[name] = torch.cat([features[name] for features in cached])
+            # Views, so that features are held once.
+            for features, rows in zip(cached, whole[name].split([len(f[name]) for f in cached]), strict=True):
+                features[name] = rows
+        whole[name].requires_grad_(whole[name].is_floating_point())
     return whole
 
 
 def _gradients_of(
     features: Features, whole: Features, cached: list[Features], k: int, *, shared: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Micro-batch k's features and their cached gradients; 0-dim features go with one micro-batch only, if `shared`."""
+    """Micro-batch k's features and their cached gradients; those of 0-dim features only if `shared`."""
     tensors, gradients = [], []
     for name, leaf in whole.items():
         if not isinstance(leaf, torch.Tensor) or leaf.grad is None or not features[name].requires_grad:
@@ -223,15 +246,17 @@ def _whole_batch_norm(choice: str, model: nn.Module, norms: UpdateOnce) -> Whole
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm) or hasattr(module, "set_requires_gradient_sync"):
             raise ValueError(
-                f"batch_norm='whole' works with BatchNorm of one process, not with {type(module).__name__} (SyncBatchNorm or "
-                "FSDP2): use batch_norm='micro'"
+                f"batch_norm='whole' cannot split {type(module).__name__}, whose ranks act together (SyncBatchNorm "
+                "or FSDP2): use batch_norm='micro'"
             )
     norms.forget()
     return WholeBatch(norms)
 
 
 class _Generators:
-    """torch's default generators that the model may draw from: the CPU's and those of its and the batch's devices."""
+    """torch's default generators that the model may draw from: the CPU's and those of its and the batch's
+    devices.
+    """
 
     def __init__(self, model: nn.Module, batch: dict[str, Any], device: torch.device | str | None):
         found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
@@ -252,7 +277,8 @@ class _Drift:
     """How far pass 2's features are from pass 1's; one device synchronisation, at the end."""
 
     def __init__(self, *, reduced_precision: bool):
-        # Rounding of bf16 differs between kernels with and without a graph; another dropout mask moves far more.
+        # Rounding of bf16 differs between kernels with and without a graph; another dropout mask moves far
+        # more.
         self.limit = 0.05 if reduced_precision else 1e-3
         self.sums: dict[str, torch.Tensor] = {}
 
@@ -262,8 +288,8 @@ class _Drift:
                 continue
             if second[name].shape != value.shape:
                 raise RuntimeError(
-                    f"{name} had shape {tuple(value.shape)} without a graph and {tuple(second[name].shape)} with one: "
-                    "the model must give the same features for the same micro-batch"
+                    f"{name} had shape {tuple(value.shape)} in pass 1 and {tuple(second[name].shape)} in pass 2: the "
+                    "model must give the same features for the same micro-batch"
                 )
             value, again = value.detach().float(), second[name].detach().float()
             sums = torch.stack([(again - value).square().sum(), value.square().sum()])
@@ -277,15 +303,17 @@ class _Drift:
             # NaN fails no comparison: a non-finite loss is the caller's to see in the returned terms.
             if moved > self.limit * max(norm, 1e-12):
                 raise RuntimeError(
-                    f"{name} moved by {moved / max(norm, 1e-12):.2g} of its norm between the two passes, so its gradient "
-                    "would be wrong. The model must draw randomness from torch's default generators alone (not from "
-                    "Python's, NumPy's or a generator of its own) and must not change as it runs"
+                    f"{name} moved by {moved / max(norm, 1e-12):.2g} of its norm between the two passes, so its "
+                    "gradient is wrong. The model must draw randomness from torch's default generators alone (not "
+                    "from Python's, NumPy's or a generator of its own) and must not change as it runs"
                 )
 
 
 @contextlib.contextmanager
 def _reducing(model: nn.Module, now: bool) -> Iterator[None]:
-    """Forward and backward inside reduce gradients over the ranks only when `now`; DDP and FSDP2, nested or not."""
+    """Forward and backward inside reduce gradients over the ranks only when `now`; DDP and FSDP2, nested or
+    not.
+    """
     ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     fsdp = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
     with contextlib.ExitStack() as stack:

@@ -4,9 +4,10 @@
     print(check_gradient_contract(partial(create_loss, "infonce"), world_size=4))
 
 Two linear towers, a temperature and a bias are run twice in float64: by one process on all pairs, and by
-`world_size` processes on their shares, whose gradients are averaged as DDP and FSDP average them. A ratio of 1, a
-cosine of 1 and equal values on all ranks are what training on more devices should change: nothing. Any callable can
-be measured, whoever wrote it. Scripts that call this need the `if __name__ == "__main__":` guard of spawned processes.
+`world_size` processes on their shares, whose gradients are averaged as DDP and FSDP average them. A ratio of
+1, a cosine of 1 and equal values on all ranks are what training on more devices should change: nothing. Any
+callable can be measured, whoever wrote it. Scripts that call this need the `if __name__ == "__main__":` guard
+of spawned processes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class ParameterGradient:
     """One parameter's gradient, averaged over ranks, beside one process's.
 
     ratio: ||g|| / ||reference||, 1 is right. cosine: their direction, 1 is right (the sign, for a scalar).
-    relative_error: ||g - reference|| / ||reference||; with a reference of 0, ||g|| and ratio and cosine are NaN.
+    relative_error: ||g - reference|| / ||reference||; with a reference of 0, ||g|| and ratio and cosine are
+        NaN.
     """
 
     name: str
@@ -63,8 +65,9 @@ class ParameterGradient:
 class GradientReport:
     """What `check_gradient_contract` measured; `print` shows it as a table.
 
-    value_error: the largest |value - one process's value| of a rank, relative. value_spread: the largest difference
-    between the values that ranks of one group returned. ok: every error and spread is within `tolerance`.
+    value_error: the largest |value - one process's value| of a rank, relative. value_spread: the largest
+    difference between the values that ranks of one group returned. ok: every error and spread is within
+    `tolerance`.
     """
 
     world_size: int
@@ -92,11 +95,15 @@ class GradientReport:
         split = f", {self.micro_batches} micro-batches a rank" if self.micro_batches > 1 else ""
         group = f", groups of {self.hybrid_group}" if self.hybrid_group else ""
         width = max(len(parameter.name) for parameter in self.parameters)
-        lines = [f"{self.world_size} ranks{group}{split} against one process (tolerance {self.tolerance:.0e})"]
+        lines = [
+            f"{self.world_size} ranks{group}{split} against one process (tolerance {self.tolerance:.0e})"
+        ]
         lines.append(f"  {'gradient of':{width}}  {'ratio':>8}  {'cosine':>8}  {'error':>8}")
         for p in self.parameters:
             lines.append(f"  {p.name:{width}}  {p.ratio:8.4f}  {p.cosine:8.4f}  {p.relative_error:8.1e}")
-        lines.append(f"  value {self.value:.6g}, error {self.value_error:.1e}, spread over ranks {self.value_spread:.1e}")
+        lines.append(
+            f"  value {self.value:.6g}, error {self.value_error:.1e}, spread over ranks {self.value_spread:.1e}"
+        )
         lines.append(f"  {'holds' if self.ok else 'DOES NOT HOLD'}")
         return "\n".join(lines)
 
@@ -138,7 +145,8 @@ def check_gradient_contract(
     seed: int = 0,
     timeout_s: float = 300.0,
 ) -> GradientReport:
-    """Compare the gradients of `loss_fn`'s loss on `world_size` ranks with those of one process on the whole batch.
+    """Compare the gradients of `loss_fn`'s loss on `world_size` ranks with those of one process on the whole
+    batch.
 
     Args:
         loss_fn: makes the loss, in each process; picklable, so a function or class importable by name, or a
@@ -147,12 +155,13 @@ def check_gradient_contract(
         world_size: gloo ranks, each with batch_size / world_size consecutive pairs.
         batch_size: pairs N of the whole batch.
         embed_dim: columns D of the features.
-        inputs: features that the loss takes by keyword; None reads the loss's `inputs`, else the three of a CLIP loss.
-            A WeightedSum takes them as one dict.
+        inputs: features that the loss takes by keyword; None reads the loss's `inputs`, else the three of a
+            CLIP loss. A WeightedSum takes them as one dict.
         micro_batches: parts that each rank's share is split into, through `backward`.
         hybrid_group: ranks a group; each group is a loss of its own and the reference is the mean of them.
         backward: how a rank comes from features to gradients, called as `cached_backward` is.
-        logit_scale, logit_bias: their values; the parameters are log(logit_scale) and logit_bias, of shape (1,).
+        logit_scale, logit_bias: their values; the parameters are log(logit_scale) and logit_bias, of shape
+            (1,).
         tolerance: what `report.ok` allows as relative error.
 
     Raises:
@@ -171,18 +180,26 @@ def check_gradient_contracts(
 ) -> dict[str, GradientReport]:
     """`check_gradient_contract` for many cases on the same ranks, which start once."""
     if dist.is_available() and dist.is_initialized():
-        raise RuntimeError("torch.distributed runs in this process already: call from one that has no process group")
+        raise RuntimeError(
+            "torch.distributed runs in this process already: call from one that has no process group"
+        )
     for name, case in cases.items():
         _check(name, case, world_size)
     if world_size == 1:
         ranks = [{name: _measure(case, 1) for name, case in cases.items()}]
     else:
         ranks = launch(_measure_all, world_size, dict(cases), timeout_s=timeout_s)
-    return {name: _compare(case, world_size, [result[name] for result in ranks]) for name, case in cases.items()}
+    return {
+        name: _compare(case, world_size, [result[name] for result in ranks]) for name, case in cases.items()
+    }
 
 
 def _check(name: str, case: ContractCase, world_size: int) -> None:
-    if case.batch_size % world_size or case.batch_size // world_size < case.micro_batches or case.micro_batches < 1:
+    if (
+        case.batch_size % world_size
+        or case.batch_size // world_size < case.micro_batches
+        or case.micro_batches < 1
+    ):
         raise ValueError(
             f"{name}: batch_size {case.batch_size} over {world_size} ranks in {case.micro_batches} micro-batches does not "
             "give every rank the same number of pairs and every micro-batch at least one"
@@ -242,7 +259,10 @@ def _make_batch(case: ContractCase) -> dict[str, torch.Tensor]:
     # Drawn in float32 and cast, so that precisions are compared on the same numbers.
     shared = torch.randn(rows, _WIDTH, generator=generator)
     entries = [entry for _, entry in _FEATURES.values()] + ["tokens"]
-    batch = {name: (shared + 0.5 * torch.randn(rows, _WIDTH, generator=generator)).to(case.dtype) for name in entries}
+    batch = {
+        name: (shared + 0.5 * torch.randn(rows, _WIDTH, generator=generator)).to(case.dtype)
+        for name in entries
+    }
     batch["sample_index"] = torch.randperm(rows, generator=generator)
     batch["pair_ids"] = torch.randint(0, max(2, 3 * rows // 4), (rows,), generator=generator)
     for name, classes in _INTEGERS.items():
@@ -259,7 +279,9 @@ def _measure_all(cases: dict[str, ContractCase]) -> dict[str, tuple]:
             # Every rank takes part in making every group, and keeps its own.
             made = [dist.new_group(list(range(k, k + size))) for k in range(0, dist.get_world_size(), size)]
             groups[size] = made[rank() // size]
-    return {name: _measure(case, dist.get_world_size(), groups[case.hybrid_group]) for name, case in cases.items()}
+    return {
+        name: _measure(case, dist.get_world_size(), groups[case.hybrid_group]) for name, case in cases.items()
+    }
 
 
 def _measure(case: ContractCase, ranks: int, group: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
@@ -276,7 +298,9 @@ def _measure(case: ContractCase, ranks: int, group: Any = None) -> tuple[float, 
     return value, gradients
 
 
-def _gradients(case: ContractCase, rows: slice, settings: Mapping[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def _gradients(
+    case: ContractCase, rows: slice, settings: Mapping[str, Any]
+) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(case.seed)
     loss = case.loss_fn(**settings)
     own = tuple(getattr(loss, "inputs", _INPUTS)) if case.inputs is None else tuple(case.inputs)
@@ -303,7 +327,11 @@ class _OnFeatures:
         self.loss, self.inputs, self.takes_dict = loss, tuple(inputs), isinstance(loss, WeightedSum)
 
     def __call__(self, features: Mapping[str, torch.Tensor]) -> Any:
-        return self.loss(features) if self.takes_dict else self.loss(**{name: features[name] for name in self.inputs})
+        return (
+            self.loss(features)
+            if self.takes_dict
+            else self.loss(**{name: features[name] for name in self.inputs})
+        )
 
 
 def _compare(case: ContractCase, world_size: int, ranks: list[tuple]) -> GradientReport:
