@@ -246,8 +246,8 @@ def _whole_batch_norm(choice: str, model: nn.Module, norms: UpdateOnce) -> Whole
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm) or hasattr(module, "set_requires_gradient_sync"):
             raise ValueError(
-                f"batch_norm='whole' cannot split {type(module).__name__}, whose ranks act together (SyncBatchNorm "
-                "or FSDP2): use batch_norm='micro'"
+                f"batch_norm='whole' cannot split {type(module).__name__}, whose ranks act together "
+                "(SyncBatchNorm or FSDP2): use batch_norm='micro'"
             )
     norms.forget()
     return WholeBatch(norms)
@@ -288,8 +288,8 @@ class _Drift:
                 continue
             if second[name].shape != value.shape:
                 raise RuntimeError(
-                    f"{name} had shape {tuple(value.shape)} in pass 1 and {tuple(second[name].shape)} in pass 2: the "
-                    "model must give the same features for the same micro-batch"
+                    f"{name} had shape {tuple(value.shape)} in pass 1 and {tuple(second[name].shape)} in pass 2: "
+                    "the model must give the same features for the same micro-batch"
                 )
             value, again = value.detach().float(), second[name].detach().float()
             sums = torch.stack([(again - value).square().sum(), value.square().sum()])
@@ -303,9 +303,9 @@ class _Drift:
             # NaN fails no comparison: a non-finite loss is the caller's to see in the returned terms.
             if moved > self.limit * max(norm, 1e-12):
                 raise RuntimeError(
-                    f"{name} moved by {moved / max(norm, 1e-12):.2g} of its norm between the two passes, so its "
-                    "gradient is wrong. The model must draw randomness from torch's default generators alone (not "
-                    "from Python's, NumPy's or a generator of its own) and must not change as it runs"
+                    f"{name} moved by {moved / max(norm, 1e-12):.2g} of its norm between the two passes, so "
+                    "its gradient is wrong. The model must draw randomness from torch's default generators "
+                    "alone (not Python's, NumPy's or one of its own) and must not change as it runs"
                 )
 
 

@@ -31,7 +31,8 @@ class Towers(nn.Module):
         norm = nn.BatchNorm2d if batch_norm else nn.Identity
         self.image = nn.Sequential(
             nn.Conv2d(3, 4, 3, stride=2, bias=False), norm(4), nn.ReLU(inplace=True),
-            nn.Conv2d(4, 6, 3, stride=2, bias=False), norm(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(24, 8),
+            nn.Conv2d(4, 6, 3, stride=2, bias=False), norm(6), nn.ReLU(inplace=True),
+            nn.Flatten(), nn.Linear(24, 8),
         )  # fmt: skip
         self.embedding = nn.Embedding(20, 8)
         self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
@@ -204,7 +205,7 @@ def resnet_and_dropout_transformer():
     model = Towers(dropout=0.3, attention_dropout=0.0)
     model.image = timm.create_model("test_resnet", num_classes=8)
     # Zero-initialised last norms would hide the residual branches from the gradient.
-    for name, module in model.image.named_modules():
+    for module in model.image.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     return RowMasked(model.double().train(), 12)
@@ -304,7 +305,7 @@ def test_compiled_model_gets_the_same_gradients_and_statistics(model):
     """Forward hooks do not run inside a compiled graph; statistics are then read from the buffers."""
     eager, batch = copy.deepcopy(model), make_batch(8)
     compiled = torch.compile(model, backend="aot_eager")
-    for steps in range(2):
+    for _ in range(2):
         torch.manual_seed(5)
         cached_backward(eager, contrastive, batch, micro_batch_size=4)
         torch.manual_seed(5)

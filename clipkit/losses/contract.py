@@ -66,7 +66,7 @@ class GradientReport:
     """What `check_gradient_contract` measured; `print` shows it as a table.
 
     value_error: the largest |value - one process's value| of a rank, relative. value_spread: the largest
-    difference between the values that ranks of one group returned. ok: every error and spread is within
+    relative difference between the values that ranks of one group returned. ok: every error and spread is within
     `tolerance`.
     """
 
@@ -101,9 +101,7 @@ class GradientReport:
         lines.append(f"  {'gradient of':{width}}  {'ratio':>8}  {'cosine':>8}  {'error':>8}")
         for p in self.parameters:
             lines.append(f"  {p.name:{width}}  {p.ratio:8.4f}  {p.cosine:8.4f}  {p.relative_error:8.1e}")
-        lines.append(
-            f"  value {self.value:.6g}, error {self.value_error:.1e}, spread over ranks {self.value_spread:.1e}"
-        )
+        lines.append(f"  value {self.value:.6g}, error {self.value_error:.1e}, spread {self.value_spread:.1e}")
         lines.append(f"  {'holds' if self.ok else 'DOES NOT HOLD'}")
         return "\n".join(lines)
 
@@ -169,8 +167,8 @@ def check_gradient_contract(
         RuntimeError: a rank failed (its traceback is in the message), or torch.distributed already runs here.
     """
     case = ContractCase(
-        loss_fn, reference_fn, batch_size, embed_dim, inputs, micro_batches, hybrid_group, backward, logit_scale, logit_bias,
-        dtype, tolerance, seed,
+        loss_fn, reference_fn, batch_size, embed_dim, inputs, micro_batches, hybrid_group, backward,
+        logit_scale, logit_bias, dtype, tolerance, seed,
     )  # fmt: skip
     return check_gradient_contracts({"loss": case}, world_size=world_size, timeout_s=timeout_s)["loss"]
 
@@ -201,8 +199,8 @@ def _check(name: str, case: ContractCase, world_size: int) -> None:
         or case.micro_batches < 1
     ):
         raise ValueError(
-            f"{name}: batch_size {case.batch_size} over {world_size} ranks in {case.micro_batches} micro-batches does not "
-            "give every rank the same number of pairs and every micro-batch at least one"
+            f"{name}: batch_size {case.batch_size} over {world_size} ranks in {case.micro_batches} "
+            "micro-batches does not give every rank the same number of pairs and every micro-batch at least one"
         )
     if case.hybrid_group is not None and (case.hybrid_group < 1 or world_size % case.hybrid_group):
         raise ValueError(f"{name}: hybrid_group {case.hybrid_group} does not divide the {world_size} ranks")
@@ -214,8 +212,8 @@ def _check(name: str, case: ContractCase, world_size: int) -> None:
         pickle.dumps(case)
     except Exception as error:
         raise ValueError(
-            f"{name}: loss_fn cannot be sent to another process ({error}): give a function or class that is importable by "
-            "name, or a functools.partial of one, not a lambda or a local function"
+            f"{name}: loss_fn cannot be sent to another process ({error}): give a function or class that is "
+            "importable by name, or a functools.partial of one, not a lambda or a local function"
         ) from error
 
 
@@ -350,11 +348,12 @@ def _compare(case: ContractCase, world_size: int, ranks: list[tuple]) -> Gradien
         parameters.append(_parameter(name, gradient.double(), reference.double()))
     values = torch.tensor([value for value, _ in ranks], dtype=torch.float64).view(groups, -1)
     expected = torch.tensor([value for value, _ in references], dtype=torch.float64)[:, None]
-    spread = (values.amax(1) - values.amin(1)).max()
-    error = ((values - expected).abs() / expected.abs().clamp_min(1e-300)).max()
+    size = expected.abs().clamp_min(1e-300)
+    spread = ((values.amax(1) - values.amin(1)) / size[:, 0]).max()
+    error = ((values - expected).abs() / size).max()
     return GradientReport(
         world_size, case.micro_batches, case.hybrid_group, tuple(parameters),
-        float(expected.mean()), float(error), float(spread / expected.abs().mean().clamp_min(1e-300)), case.tolerance,
+        float(expected.mean()), float(error), float(spread), case.tolerance,
     )  # fmt: skip
 
 
