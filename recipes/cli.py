@@ -174,6 +174,13 @@ def check_overrides(cfg: DictConfig, config_name: str) -> None:
     choices alone, so a key and its type stand in one place, the YAML file.
     """
     given = list(HydraConfig.get().overrides.task)
+    for entry in given:
+        group, _, value = entry.partition("=")
+        other = next((e.partition("=")[2] for e in given if e.startswith(group[1:] + "=")), None)
+        if group.startswith("+") and other is not None:
+            # hydra would drop one of the two without a word.
+            both = ",".join([other.strip("[]"), value.strip("[]")])
+            raise ValueError(f"{entry} beside {group[1:]}={other}: only one would count; give {group[1:]}=[{both}]")
     reference = dict(_leaves(_compose(config_name, _group_choices(given, config_name))))
     for key, node in _leaves(cfg):
         if key.split(".")[0] in FREE_GROUPS:

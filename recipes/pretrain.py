@@ -11,28 +11,20 @@ Nothing imported at the top imports torch, so the command line answers at once.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.recipes import run_folder
+from clipkit.recipes import batches, run_folder, session
 from clipkit.recipes.cli import run
 from clipkit.recipes.progress import Progress
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-# The status of sysexits' EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on.
-STOPPED = 75
-
 
 def main() -> None:
     """The console command."""
@@ -41,14 +33,16 @@ def main() -> None:
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """One run from its config; returns the final metrics."""
-    config = resolved(cfg)
-    finished = run_folder.open_run(run_dir, config)
-    if finished:
-        print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
-        print(run_folder.table(finished["metrics"]))
-        return finished["metrics"]
-    with run_folder.failure_recorded(run_dir):
-        state = build(config, run_dir)
+    device = session.choose_device(cfg.device)
+    with session.process_group(device) as (rank, world_size), run_folder.failure_recorded(run_dir):
+        config = session.on_rank_0_first(lambda: resolved(cfg))
+        finished = session.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
+        if finished:
+            if rank == 0:
+                print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
+                print(run_folder.table(finished["metrics"]))
+            return finished["metrics"]
+        state = build(config, run_dir, device, rank, world_size)
         resume(state)
         return train(state)
 
@@ -56,12 +50,18 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain values. Generated data is written first, so that `${data.val}` names real shards."""
     from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import InterpolationResolutionError
 
     from clipkit.data import resolve_data
 
     with open_dict(cfg):
         cfg.data = resolve_data(OmegaConf.to_container(cfg.data, resolve=True))
-    return OmegaConf.to_container(cfg, resolve=True)
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:
+        raise ValueError(
+            f"{error.full_key} reads a setting that is not there ({str(error).splitlines()[0]}). If this data has no such part, "
+            "choose another eval= (eval=none for no evaluation)") from error
 
 
 @dataclass
@@ -71,6 +71,8 @@ class State:
     config: dict[str, Any]
     run_dir: Path
     device: Any
+    rank: int
+    world_size: int
     model: Any
     loss: Any
     tokenizer: Any
@@ -87,7 +89,7 @@ class State:
         return self.run_dir / "checkpoints"
 
 
-def build(config: dict[str, Any], run_dir: Path) -> State:
+def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_size: int) -> State:
     """Make what the config names; everything that can be wrong with it is an error here, before the first step."""
     import torch
 
@@ -100,7 +102,6 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
 
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
-    device = choose_device(config["device"])
     torch.manual_seed(config["seed"])
     loss = create_loss(config["loss"])
     data = config["data"]
@@ -110,33 +111,20 @@ def build(config: dict[str, Any], run_dir: Path) -> State:
     model, loss = model.to(device), loss.to(device)
     if config["channels_last"]:
         model.image_tower.to(memory_format=torch.channels_last)
+    share = {"seed": config["seed"], "rank": rank, "world_size": world_size}
     stream = create_stream(
-        data, tokenizer=tokenizer, image_size=model.image_tower.image_size, batch_size=config["batch_size"],
-        seed=config["seed"], num_workers=data["num_workers"])
-    sentences = sentence_stream(config, loss.inputs, tokenizer)
+        data, tokenizer=tokenizer, image_size=model.image_tower.image_size, num_workers=data["num_workers"],
+        batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
+    sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"] or {})
     total = total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
     optimizer = create_optimizer([model, loss], **optim)
     schedule = create_schedule(optimizer, total_steps=total, **schedule)
-    return State(config, run_dir, device, model, loss, tokenizer, stream, sentences, optimizer, schedule, total)
-
-
-def sentence_stream(config: dict[str, Any], inputs: tuple[str, ...], tokenizer: Any) -> Any:
-    """The second stream, of NLI sentences, when a loss asks for it; None otherwise."""
-    from clipkit.data import create_sentences
-
-    needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
-    if not any(needed.values()):
-        return None
-    given = config["data"]["sentences"] or {}
-    for name in (name for name in needed if needed[name]):
-        if not given.get(name):
-            raise ValueError(f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave it out")
-    return create_sentences(
-        {name: given[name] for name in needed if needed[name]}, tokenizer=tokenizer, batch_size=given["batch_size"],
-        seed=config["seed"])
+    # Ranks start from the same weights, and go on with dropout masks of their own.
+    torch.manual_seed(config["seed"] * world_size + rank)
+    return State(config, run_dir, device, rank, world_size, model, loss, tokenizer, stream, sentences, optimizer, schedule, total)
 
 
 def train(state: State) -> dict[str, float]:
@@ -148,21 +136,27 @@ def train(state: State) -> dict[str, float]:
     from clipkit.loggers import Loggers
 
     config, model, loss = state.config, state.model, state.loss
-    loggers = Loggers(state.run_dir, config["logger"] or {}, config=config, start_step=state.step)
-    progress = Progress(step=state.step, total=state.total, batch_size=config["batch_size"], every=config["log_every"])
+    loggers = None
+    if state.rank == 0:
+        loggers = Loggers(state.run_dir, config["logger"] or {}, config=config, start_step=state.step)
+    progress = Progress(step=state.step, total=state.total, batch_size=config["batch_size"], every=config["log_every"],
+                        enabled=state.rank == 0)
     progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     wanted = (*loss.inputs, *loss.optional_inputs)
     augment = create_augment(config["data"]["augmentation"], seed=config["seed"])
-    encode = torch.compile(model) if config["compile"] else model
-    autocast = precision(config["precision"], state.device)
-    stop = StopRequest()
-    batches = joined_batches(state.stream, state.sentences)
+    encode = session.data_parallel(model, state.device, wanted=wanted)
+    encode = torch.compile(encode) if config["compile"] else encode
+    loss = session.data_parallel(loss, state.device)
+    autocast = session.autocast(config["precision"], state.device)
+    stop = session.StopRequest()
+    source = batches.joined(state.stream, state.sentences)
     started = time.monotonic()
     model.train()
     while state.step < state.total:
         waited = time.monotonic()
-        batch = augmented(to_device(next(batches), state.device), augment, wanted, state.step)
+        batch = batches.to_device(next(source), state.device)
+        batch = batches.augmented(batch, augment, wanted, state.step * state.world_size + state.rank)
         waited = time.monotonic() - waited
         if config["micro_batch_size"]:
             terms = cached_backward(
@@ -181,7 +175,7 @@ def train(state: State) -> dict[str, float]:
         state.step += 1
 
         numbers = {name: value.item() for name, value in terms.items()}
-        if state.step % config["log_every"] == 0 or state.step == state.total:
+        if loggers and (state.step % config["log_every"] == 0 or state.step == state.total):
             loggers.log(state.step, {
                 **{f"train/{name}": value for name, value in numbers.items()},
                 "train/lr": state.schedule.get_last_lr()[0], "train/grad_norm": norm.item(),
@@ -191,23 +185,32 @@ def train(state: State) -> dict[str, float]:
         last = state.step == state.total
         if last or due(state.step, config["eval_every"]):
             state.metrics = score(state)
-            loggers.log(state.step, {f"eval/{name}": value for name, value in state.metrics.items()})
-            progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")
-        if last or stop.signal or due(state.step, config["save_every"]):
+            if loggers:
+                loggers.log(state.step, {f"eval/{name}": value for name, value in state.metrics.items()})
+            if not last:
+                progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")
+        if last or stop.agree(state.device) or due(state.step, config["save_every"]):
             save(state, progress)
         if stop.signal and not last:
             progress.close()
-            loggers.close()
-            print(f"stopped by {signal.Signals(stop.signal).name} at step {state.step}, saved; run the same command to go on")
-            sys.exit(STOPPED)
+            if loggers:
+                loggers.close()
+                print(f"stopped by {signal.Signals(stop.signal).name} at step {state.step}, saved; run the same command to go on")
+            sys.exit(session.STOPPED)
     progress.close()
-    loggers.close()
+    if loggers:
+        loggers.close()
+        finish(state, seconds=time.monotonic() - started)
+    return state.metrics
+
+
+def finish(state: State, *, seconds: float) -> None:
+    """The summary on disk, which marks the run as finished, and the final table."""
     run_folder.write_summary(
-        state.run_dir, finished=True, step=state.step, metrics=state.metrics, train_loss=numbers["loss"],
-        seconds_this_session=round(time.monotonic() - started, 1), data=state.stream.report())
+        state.run_dir, finished=True, step=state.step, metrics=state.metrics, data=state.stream.report(),
+        seconds_this_session=round(seconds, 1))
     print(f"\nFinal numbers after {state.step} steps (fractions, 1 is perfect):\n{run_folder.table(state.metrics)}")
     print(f"Everything is in {state.run_dir}: metrics.jsonl, checkpoints/, summary.json")
-    return state.metrics
 
 
 def score(state: State) -> dict[str, float]:
@@ -217,7 +220,7 @@ def score(state: State) -> dict[str, float]:
     state.model.eval()
     results = evaluate(
         state.model, state.tokenizer, state.config["eval"] or {}, device=state.device,
-        batch_size=state.config["batch_size"])
+        batch_size=state.config["batch_size"], group="auto")
     state.model.train()
     return run_folder.flatten(results)
 
@@ -225,11 +228,15 @@ def score(state: State) -> dict[str, float]:
 def save(state: State, progress: Progress) -> None:
     """Write a checkpoint and drop old ones; a disk that is full leaves the last good one and a warning."""
     from clipkit.checkpoint import latest_checkpoint, prune, rng_state, save_checkpoint
+    from clipkit.distributed import gather_objects
 
     weights = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     weights.update({f"loss.{name}": tensor for name, tensor in state.loss.state_dict().items()})
+    rng = gather_objects(rng_state())
+    if state.rank != 0:
+        return
     train_state = {
-        "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(), "rng": [rng_state()],
+        "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(), "rng": rng,
         "stream": state.stream.state_dict(), "sentences": state.sentences.state_dict() if state.sentences else None}
     try:
         save_checkpoint(
@@ -260,47 +267,9 @@ def resume(state: State) -> None:
     state.stream.load_state_dict(saved["stream"])
     if state.sentences:
         state.sentences.load_state_dict(saved["sentences"])
-    set_rng_state(saved["rng"][0])
+    if len(saved["rng"]) == state.world_size:
+        set_rng_state(saved["rng"][state.rank])
     state.step, state.metrics = loaded["step"], loaded["metrics"]
-
-
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        # Signals can only be caught in the main thread; a launcher may run jobs in others.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def choose_device(name: str) -> Any:
-    """The torch device a setting means; ValueError when it is not there."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}, but torch sees no CUDA device here; give device=cpu or device=auto")
-    return device
-
-
-def precision(name: str, device: Any) -> Any:
-    """A factory of autocast contexts for `precision=fp32|bf16`."""
-    import torch
-
-    if name == "fp32":
-        return contextlib.nullcontext
-    if name == "bf16":
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    raise ValueError(f"precision={name!r}: expected fp32 or bf16")
 
 
 def total_steps(config: dict[str, Any], batches_per_epoch: int) -> int:
@@ -313,25 +282,6 @@ def total_steps(config: dict[str, Any], batches_per_epoch: int) -> int:
             f"{total} steps to train: steps={config['steps']}, epochs={config['epochs']} with {batches_per_epoch} "
             f"batches an epoch; give more data or a batch_size smaller than {config['batch_size']}")
     return total
-
-
-def joined_batches(stream: Any, sentences: Any) -> Iterator[dict[str, Any]]:
-    """Image-text batches, each with the next sentence batch's entries beside its own."""
-    second = iter(sentences) if sentences else None
-    for batch in stream:
-        yield {**batch, **next(second)} if second else batch
-
-
-def augmented(batch: dict[str, Any], augment: Any, wanted: tuple[str, ...], step: int) -> dict[str, Any]:
-    """The batch with its images augmented on the device, and the extra views that a loss asks for."""
-    views = {f"image_view{n}": augment(batch["image"], draw=step, view=n) for n in (1, 2) if f"image_features_view{n}" in wanted}
-    return {**batch, **views, "image": augment(batch["image"], draw=step)}
-
-
-def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    import torch
-
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def due(step: int, every: int) -> bool:

@@ -81,15 +81,20 @@ def flatten(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """The final table: a line a task, its metrics beside it; fractions in per cent."""
-    tasks: dict[str, list[str]] = {}
+    """The final table: a line a task and direction, its metrics side by side."""
+    rows: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for name, value in metrics.items():
         task, _, metric = name.rpartition("/")
-        tasks.setdefault(task, []).append(f"{metric:<24} {value:10.4f}")
-    lines = []
-    for task, rows in tasks.items():
-        for index, row in enumerate(rows):
-            lines.append(f"  {task if index == 0 else '':<22} {row}")
+        direction = next((d for d in ("image_to_text", "text_to_image") if metric.startswith(d + "_")), "")
+        rows.setdefault((task, direction), []).append((metric.removeprefix(direction + "_"), value))
+    lines, header = [], None
+    for (task, direction), cells in rows.items():
+        names = [name for name, _ in cells]
+        if names != header:
+            lines.append(" " * 32 + "".join(f"{name:>16}" for name in names))
+            header = names
+        label = f"  {task} {direction.replace('_', ' ')}".rstrip()
+        lines.append(f"{label:<32}" + "".join(f"{value:>16.4g}" for _, value in cells))
     return "\n".join(lines)
 
 
