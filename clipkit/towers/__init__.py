@@ -80,6 +80,8 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     if missing:
         raise ValueError(f"the {registry.what} {name!r} needs the setting {missing[0]!r}; its settings: {', '.join(valid)}")
     tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)
+    defaults = {key: parameters[key].default for key in valid}
+    tower.settings = {"name": name, **defaults, **settings}
     tower.freeze(0 if freeze is None else freeze)
     if recompute:
         tower.set_activation_checkpointing()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Tower(nn.Module):
-    """Base of both towers. A subclass sets `num_layers` and `blocks()` and says the depth of a parameter."""
+    """Base of both towers. A subclass sets `num_layers` and `blocks()` and says the depth of a parameter.
+
+    Attributes:
+        settings: `name` and every setting, defaults included, when made by create_image_tower or create_text_tower.
+    """
 
     num_layers: int
     width: int
+    settings: dict[str, Any] | None = None
 
     def layer_of(self, name: str) -> int:
         """Depth of the parameter called `name` (as in named_parameters): 0 stem, 1..num_layers, num_layers + 1."""
