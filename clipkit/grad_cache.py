@@ -288,8 +288,8 @@ class _Drift:
                 continue
             if second[name].shape != value.shape:
                 raise RuntimeError(
-                    f"{name} had shape {tuple(value.shape)} in pass 1 and {tuple(second[name].shape)} in pass 2: "
-                    "the model must give the same features for the same micro-batch"
+                    f"{name} had shape {tuple(value.shape)} in pass 1, {tuple(second[name].shape)} in pass 2:"
+                    " the model must give the same features for the same micro-batch"
                 )
             value, again = value.detach().float(), second[name].detach().float()
             sums = torch.stack([(again - value).square().sum(), value.square().sum()])

@@ -8,6 +8,7 @@ implementation or the micro-batches; the value is the whole batch's on every ran
 
 from clipkit.losses.cloob import CLOOB
 from clipkit.losses.compose import WeightedSum, create_loss
+from clipkit.losses.contract import ContractCase, GradientReport, check_gradient_contract, check_gradient_contracts
 from clipkit.losses.cyclic import CyclicGeometry
 from clipkit.losses.fastclip import FastCLIP
 from clipkit.losses.infoloob import InfoLOOB
@@ -24,8 +25,10 @@ from clipkit.losses.uniformity import Uniformity
 
 __all__ = [
     "CLOOB",
+    "ContractCase",
     "CyclicGeometry",
     "FastCLIP",
+    "GradientReport",
     "InfoLOOB",
     "InfoNCE",
     "MaskedLanguageModel",
@@ -37,6 +40,8 @@ __all__ = [
     "SimCSE",
     "Uniformity",
     "WeightedSum",
+    "check_gradient_contract",
+    "check_gradient_contracts",
     "create_loss",
     "list_losses",
     "register_loss",

@@ -66,8 +66,7 @@ class GradientReport:
     """What `check_gradient_contract` measured; `print` shows it as a table.
 
     value_error: the largest |value - one process's value| of a rank, relative. value_spread: the largest
-    relative difference between the values that ranks of one group returned. ok: every error and spread is within
-    `tolerance`.
+    relative difference between the values of one group's ranks. ok: all of these are within `tolerance`.
     """
 
     world_size: int
@@ -101,7 +100,8 @@ class GradientReport:
         lines.append(f"  {'gradient of':{width}}  {'ratio':>8}  {'cosine':>8}  {'error':>8}")
         for p in self.parameters:
             lines.append(f"  {p.name:{width}}  {p.ratio:8.4f}  {p.cosine:8.4f}  {p.relative_error:8.1e}")
-        lines.append(f"  value {self.value:.6g}, error {self.value_error:.1e}, spread {self.value_spread:.1e}")
+        errors = f"error {self.value_error:.1e}, spread over ranks {self.value_spread:.1e}"
+        lines.append(f"  value {self.value:.6g}, {errors}")
         lines.append(f"  {'holds' if self.ok else 'DOES NOT HOLD'}")
         return "\n".join(lines)
 
@@ -199,8 +199,8 @@ def _check(name: str, case: ContractCase, world_size: int) -> None:
         or case.micro_batches < 1
     ):
         raise ValueError(
-            f"{name}: batch_size {case.batch_size} over {world_size} ranks in {case.micro_batches} "
-            "micro-batches does not give every rank the same number of pairs and every micro-batch at least one"
+            f"{name}: batch_size {case.batch_size} over {world_size} ranks in {case.micro_batches} micro-"
+            "batches does not give every rank the same number of pairs and every micro-batch at least one"
         )
     if case.hybrid_group is not None and (case.hybrid_group < 1 or world_size % case.hybrid_group):
         raise ValueError(f"{name}: hybrid_group {case.hybrid_group} does not divide the {world_size} ranks")
