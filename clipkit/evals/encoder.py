@@ -121,19 +121,19 @@ class Encoder:
         if not texts:
             raise ValueError("there is no text to encode")
         rank, world = self.world
-        # Texts of like length share a batch: a tokenizer that pads to the longest then pads little.
-        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # Each distinct text once, so that equal texts have equal features to the bit. Texts of like length share a batch: a
+        # tokenizer that pads to the longest then pads little.
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        batches = [range(i, min(i + self.batch_size, len(distinct))) for i in range(0, len(distinct), self.batch_size)]
         mine = []
         for rows in batches[rank::world]:
-            tokens = self.tokenizer([texts[i] for i in rows]).to(self.device)
+            tokens = self.tokenizer([distinct[i] for i in rows]).to(self.device)
             mine.append((rows, self.model.encode_text(tokens).float().cpu()))
-        parts = [part for ranks in self._gather(mine) for part in ranks]
-        features = torch.empty(len(texts), parts[0][1].shape[1])
-        for rows, values in parts:
-            features[rows] = values
-        check_features(features, "text_features", texts)
-        return features
+        parts = sorted((part for ranks in self._gather(mine) for part in ranks), key=lambda part: part[0].start)
+        features = torch.cat([values for _, values in parts])
+        check_features(features, "text_features", distinct)
+        place = {text: row for row, text in enumerate(distinct)}
+        return features[[place[text] for text in texts]]
 
     def _gather(self, mine: list) -> list[list]:
         if self.group is None:

@@ -1,7 +1,7 @@
 """Where evaluation images come from: shards, CLIP_benchmark's layout, image folders, tars with a folder a class.
 
-Every source yields its images once, in a fixed order, numbered by batch, so that ranks share the work and the whole can
-be put together again. Images outside shards are decoded and resized by PIL (bicubic to the shorter side, centre crop):
+Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work and the
+whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the shorter side, centre crop):
 the pixels open_clip's evaluation transform makes, before its normalisation.
 """
 
@@ -55,33 +55,37 @@ class ImageSource:
     def batches(
         self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbered batches {image (B, 3, H, W) uint8, captions, labels, keys, meta} of this rank, ascending."""
+        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta}, each with its place in the order."""
         raise NotImplementedError
 
 
 class Shards(ImageSource):
-    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key`, `label` or `cls` in the json."""
+    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key` of the json (`cls` or `label`)."""
 
     def __init__(self, shards: str | list[str], label_key: str | None = None):
-        self.shards, self.identity = shards, f"shards {shards}"
-        self.label_keys = (label_key,) if label_key else ("label", "cls", "class_id")
+        from clipkit.data import expand_shards
+
+        # A glob that matches nothing is an error now, not after an epoch of training.
+        self.shards = expand_shards(shards)
+        self.identity = f"shards {shards if isinstance(shards, str) else ', '.join(map(str, shards))}"
+        self.label_keys = (label_key,) if label_key else ("cls", "label")
 
     def batches(self, image_size, batch_size, *, rank=0, world_size=1):
         from clipkit.data import iter_eval
 
-        for number, batch in enumerate(iter_eval(self.shards, image_size=image_size, batch_size=batch_size)):
-            if number % world_size == rank:
-                labels = [next((meta[k] for k in self.label_keys if k in meta), None) for meta in batch["meta"]]
-                yield number, {
-                    "image": batch["image"],
-                    "captions": [list(captions) for captions in batch["captions"]],
-                    "labels": [None if label is None else int(label) for label in labels],
-                    "keys": list(batch["key"]),
-                    "meta": list(batch["meta"]),
-                }
+        read = iter_eval(self.shards, image_size=image_size, batch_size=batch_size, rank=rank, world_size=world_size)
+        for batch in read:
+            labels = [next((meta[key] for key in self.label_keys if key in meta), None) for meta in batch["meta"]]
+            yield int(batch["index"][0]), {
+                "image": batch["image"],
+                "captions": [list(captions) for captions in batch["captions"]],
+                "labels": [None if label is None else int(label) for label in labels],
+                "keys": list(batch["key"]),
+                "meta": list(batch["meta"]),
+            }
 
 
-class _Items(ImageSource):
+class Items(ImageSource):
     """Images listed beforehand; a subclass lists (key, label, captions) and reads the bytes of one."""
 
     items: list[tuple[str, int | None, list[str]]]
@@ -122,7 +126,7 @@ class _Items(ImageSource):
             raise ValueError(f"{self.identity} holds no image in a class folder; expected CLASS/NAME.jpg")
 
 
-class ImageFolder(_Items):
+class ImageFolder(Items):
     """`folder`/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
 
     def __init__(self, folder: str | Path, folders: list[str] | None = None):
@@ -144,7 +148,7 @@ class ImageFolder(_Items):
         return (self.folder / key).read_bytes()
 
 
-class ClassTar(_Items):
+class ClassTar(Items):
     """One tar of PART/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
 
     def __init__(self, tar: str | Path, folders: list[str] | None = None):
@@ -163,7 +167,7 @@ class ClassTar(_Items):
             return file.read(size)
 
 
-class ClipBenchmark(_Items):
+class ClipBenchmark(Items):
     """CLIP_benchmark's webdataset layout: FOLDER/`split`/N.tar of KEY.jpg|png|webp with KEY.cls or KEY.txt.
 
     Beside the splits, classnames.txt and zeroshot_classification_templates.txt hold one class and one template a line;

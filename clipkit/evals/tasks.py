@@ -13,16 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from clipkit.evals.classification import (
-    classification_metrics,
-    image_labels,
-    read_classes,
-    read_templates,
-    zero_shot_classifier,
-)
 from clipkit.evals.encoder import Encoder
-from clipkit.evals.retrieval import retrieval_metrics
-from clipkit.evals.sources import ClipBenchmark, open_source
 from clipkit.registry import Registry, check_keys
 
 _TASKS = Registry("evaluation task")
@@ -96,65 +87,3 @@ def evaluate(
     finally:
         if training:
             model.train()
-
-
-@register_task("retrieval")
-class Retrieval:
-    """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
-
-    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
-        self.source = open_source("retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split)
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        text_features, index = encoder.captions(self.source)
-        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
-        return retrieval_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
-
-
-@register_task("zero_shot")
-class ZeroShot:
-    """Zero-shot classification of one labelled data set.
-
-    Args:
-        shards, clip_benchmark, folder, tar: where the images are; exactly one.
-        split: of the CLIP_benchmark folder.
-        classes: as read_classes; CLIP_benchmark folders and image folders bring their own.
-        templates: as read_templates; CLIP_benchmark folders bring their own.
-        label_key: of the shards' json.
-    """
-
-    def __init__(
-        self,
-        *,
-        shards: str | list[str] | None = None,
-        clip_benchmark: str | None = None,
-        folder: str | None = None,
-        tar: str | None = None,
-        split: str = "test",
-        classes: str | list[str] | None = None,
-        templates: str | list[str] | None = None,
-        label_key: str | None = None,
-    ):
-        names, folders = read_classes(classes) if classes is not None else (None, None)
-        self.source = open_source(
-            "zero_shot",
-            shards=shards,
-            clip_benchmark=clip_benchmark,
-            folder=folder,
-            tar=tar,
-            split=split,
-            label_key=label_key,
-            folders=folders or names,
-        )
-        self.classes = names or self.source.classes
-        if self.classes is None:
-            raise ValueError("zero_shot needs `classes`: a list of names or a file")
-        if templates is None and isinstance(self.source, ClipBenchmark):
-            templates = self.source.templates
-        self.templates = read_templates(templates)
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        images = encoder.images(self.source)
-        labels = image_labels(images, "zero_shot")
-        classifier = zero_shot_classifier(encoder, self.classes, self.templates)
-        return classification_metrics(images.image_features, classifier, labels)

@@ -1,0 +1,179 @@
+"""The tasks that look at images: what `cfg.eval` can name, over the functions of this folder's other files.
+
+Every task reads one data source, given by exactly one of
+
+    shards          img2dataset shards (globs, braces, lists); class ids from `label_key` of the json
+    clip_benchmark  a folder in CLIP_benchmark's webdataset layout, `split` of it
+    folder          FOLDER/CLASS/NAME.jpg
+    tar             a tar of PART/CLASS/NAME.jpg
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clipkit.evals.classification import (
+    classification_metrics,
+    image_labels,
+    read_classes,
+    read_templates,
+    zero_shot_classifier,
+)
+from clipkit.evals.compositional import choice_metrics, pair_rows, read_pairs
+from clipkit.evals.encoder import Encoder
+from clipkit.evals.geometry import consistency_scores, geometry_metrics
+from clipkit.evals.linear_probe import linear_probe_metrics
+from clipkit.evals.retrieval import retrieval_metrics
+from clipkit.evals.sources import ClipBenchmark, ImageSource, open_source
+from clipkit.evals.tasks import register_task
+
+Source = str | list[str] | dict[str, Any]
+
+
+@register_task("retrieval")
+class Retrieval:
+    """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
+
+    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
+        self.source = open_source("retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        text_features, index = encoder.captions(self.source)
+        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
+        return retrieval_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
+
+
+@register_task("geometry")
+class Geometry:
+    """Alignment, uniformity and modality gap over one captioned data set; see clipkit.evals.geometry."""
+
+    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
+        self.source = open_source("geometry", shards=shards, clip_benchmark=clip_benchmark, split=split)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        text_features, index = encoder.captions(self.source)
+        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
+        return geometry_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
+
+
+class _Labelled:
+    """A labelled source with its class names: what zero-shot, probe and consistency share."""
+
+    def __init__(self, what: str, classes: str | list[str] | None, **source: Any):
+        names, folders = read_classes(classes) if classes is not None else (None, None)
+        self.what = what
+        self.source: ImageSource = open_source(what, folders=folders or names, **source)
+        self.classes = names or self.source.classes
+        if self.classes is None:
+            raise ValueError(f"{what} needs `classes`: a list of names or a file")
+
+    def templates(self, given: str | list[str] | None) -> list:
+        return read_templates(self.source.templates if given is None and isinstance(self.source, ClipBenchmark) else given)
+
+    def encode(self, encoder: Encoder) -> tuple:
+        images = encoder.images(self.source)
+        return images.image_features, image_labels(images, self.what)
+
+
+@register_task("zero_shot")
+class ZeroShot:
+    """Zero-shot classification of one labelled data set: top1, top5, mean_per_class.
+
+    Args:
+        shards, clip_benchmark, folder, tar, split, label_key: the source; exactly one of the first four.
+        classes: as read_classes; CLIP_benchmark folders and image folders bring their own.
+        templates: as read_templates; CLIP_benchmark folders bring their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str | list[str] | None = None,
+        clip_benchmark: str | None = None,
+        folder: str | None = None,
+        tar: str | None = None,
+        split: str = "test",
+        classes: str | list[str] | None = None,
+        templates: str | list[str] | None = None,
+        label_key: str | None = None,
+    ):
+        self.data = _Labelled(
+            "zero_shot", classes, shards=shards, clip_benchmark=clip_benchmark, folder=folder, tar=tar, split=split,
+            label_key=label_key)
+        self.templates = self.data.templates(templates)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        features, labels = self.data.encode(encoder)
+        classifier = zero_shot_classifier(encoder, self.data.classes, self.templates)
+        return classification_metrics(features, classifier, labels)
+
+
+@register_task("linear_probe")
+class LinearProbe:
+    """Logistic regression on frozen image features: top1, mean_per_class and the C chosen; see linear_probe.
+
+    Args:
+        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar.
+        classes: as read_classes, for both; folders and CLIP_benchmark folders bring their own.
+    """
+
+    def __init__(self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None):
+        self.train = _Labelled("linear_probe train", classes, **train)
+        self.test = _Labelled("linear_probe test", classes or self.train.source.classes, **test)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        return linear_probe_metrics(*self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes))
+
+
+@register_task("consistency")
+class Consistency:
+    """CyCLIP's consistency between image and text space at k = 1, 3, 5, 10; see geometry.consistency_scores.
+
+    Args:
+        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar.
+        classes, templates: as in zero_shot.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: dict[str, Any],
+        test: dict[str, Any],
+        classes: str | list[str] | None = None,
+        templates: str | list[str] | None = None,
+        k: tuple[int, ...] = (1, 3, 5, 10),
+    ):
+        self.train = _Labelled("consistency train", classes, **train)
+        self.test = _Labelled("consistency test", classes or self.train.source.classes, **test)
+        self.templates, self.k = self.test.templates(templates), tuple(k)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        classifier = zero_shot_classifier(encoder, self.test.classes, self.templates)
+        train, labels = self.train.encode(encoder)
+        return consistency_scores(self.test.encode(encoder)[0], classifier, train, labels, k=self.k)
+
+
+@register_task("compositional")
+class Compositional:
+    """SugarCrepe: does the image prefer its caption to a hard negative? Accuracy a kind of change, and over all.
+
+    Args:
+        pairs: a .jsonl of {key or filename, caption, negative_caption, task}, or the folder of SugarCrepe's json files.
+        shards, folder: where the images are; exactly one. `folder` holds the images themselves, by file name.
+    """
+
+    def __init__(self, *, pairs: str, shards: str | list[str] | None = None, folder: str | None = None):
+        self.pairs = read_pairs(pairs)
+        if folder is not None and shards is None:
+            from clipkit.evals.compositional import NamedImages
+
+            self.source: ImageSource = NamedImages(folder, self.pairs)
+        else:
+            self.source = open_source("compositional", shards=shards)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        images = encoder.images(self.source)
+        rows = pair_rows(self.pairs, images)
+        right = encoder.texts([pair["caption"] for pair in self.pairs])
+        wrong = encoder.texts([pair["negative_caption"] for pair in self.pairs])
+        return choice_metrics(images.image_features[rows], right, wrong, [pair["task"] for pair in self.pairs])

@@ -1,0 +1,182 @@
+"""Sentence features as inputs of a classifier: SentEval's transfer tasks (Conneau and Kiela, 2018).
+
+Logistic regression with SentEval's folds and grids:
+
+    MR CR SUBJ MPQA  mean test accuracy of 10 stratified folds; in each, C of 2^-2 .. 2^3 by 10 inner folds
+    SST2             C of 2^-2 .. 2^3 on the dev set, accuracy on the test set
+    TREC             C of 2^-1 .. 2^5 by 10 folds of the training set, accuracy on the test set
+    MRPC             as TREC on [|u - v|, u * v]; accuracy, and F1 as MRPC_F1
+
+Samples are sorted by their number of words before they are split, as SentEval does. Files as SentEval's
+get_transfer_data leaves them under FOLDER/downstream. Scores are per cent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipkit.evals.encoder import Encoder
+from clipkit.evals.logistic import fit_logistic, predict_logistic
+from clipkit.evals.tasks import register_task
+from clipkit.registry import unknown
+
+SEED = 1111
+SMALL_GRID = tuple(2.0**t for t in range(-2, 4))
+LARGE_GRID = tuple(2.0**t for t in range(-1, 6))
+_BINARY = {
+    "MR": ("MR/rt-polarity.pos", "MR/rt-polarity.neg"),
+    "CR": ("CR/custrev.pos", "CR/custrev.neg"),
+    "SUBJ": ("SUBJ/subj.objective", "SUBJ/subj.subjective"),
+    "MPQA": ("MPQA/mpqa.pos", "MPQA/mpqa.neg"),
+}
+_SST2 = tuple(f"SST/binary/sentiment-{part}" for part in ("train", "dev", "test"))
+_TREC = ("TREC/train_5500.label", "TREC/TREC_10.label")
+_MRPC = ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt")
+FILES = {**_BINARY, "SST2": _SST2, "TREC": _TREC, "MRPC": _MRPC}
+
+
+@register_task("senteval")
+class SentEval:
+    """SentEval's transfer tasks: {task: accuracy in per cent, "average": over the tasks scored}.
+
+    Args:
+        folder: SentEval's data folder.
+        tasks: of MR, CR, SUBJ, MPQA, SST2, TREC, MRPC; None: every one whose files are there.
+        folds: 10 in the published protocol; fewer is faster and not comparable.
+    """
+
+    def __init__(self, *, folder: str, tasks: list[str] | None = None, folds: int = 10):
+        self.root = Path(folder) / "downstream" if (Path(folder) / "downstream").is_dir() else Path(folder)
+        here = [task for task, files in FILES.items() if all((self.root / name).is_file() for name in files)]
+        for task in tasks or []:
+            if task not in FILES:
+                raise unknown("SentEval task", task, FILES)
+            if task not in here:
+                raise ValueError(f"SentEval task {task} needs {', '.join(FILES[task])} under {self.root}")
+        self.tasks, self.folds = list(tasks or here), folds
+        if not self.tasks:
+            raise ValueError(f"no SentEval task under {folder}: expected for instance downstream/MR/rt-polarity.pos")
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        metrics = {}
+        for task in self.tasks:
+            if task in _BINARY:
+                texts, labels = sorted_rows(read_binary(self.root, task))
+                metrics[task] = nested_accuracy(encoder.texts(texts), labels, folds=self.folds)
+            elif task == "SST2":
+                parts = [sorted_rows(read_sst2(self.root / name)) for name in _SST2]
+                metrics[task] = dev_accuracy(*[(encoder.texts(texts), labels) for texts, labels in parts])
+            elif task == "TREC":
+                (train, y), (test, truth) = [sorted_rows(rows) for rows in read_trec(self.root)]
+                predicted = kfold_predict(encoder.texts(train), y, encoder.texts(test), folds=self.folds)
+                metrics[task] = 100 * float((predicted == truth).double().mean())
+            else:
+                metrics |= self._mrpc(encoder)
+        scored = [metrics[task] for task in self.tasks]
+        return {**metrics, "average": sum(scored) / len(scored)}
+
+    def _mrpc(self, encoder: Encoder) -> dict[str, float]:
+        data = []
+        for name in _MRPC:
+            first, second, labels = read_mrpc(self.root / name)
+            u, v = encoder.texts(first), encoder.texts(second)
+            data.append((torch.cat([(u - v).abs(), u * v], dim=1), labels))
+        (train, y), (test, truth) = data
+        predicted = kfold_predict(train, y, test, folds=self.folds)
+        positive = int(((predicted == 1) & (truth == 1)).sum())
+        f1 = 2 * positive / max(1, int((predicted == 1).sum() + (truth == 1).sum()))
+        return {"MRPC": 100 * float((predicted == truth).double().mean()), "MRPC_F1": 100 * f1}
+
+
+def read_binary(root: Path, task: str) -> list[tuple[str, int]]:
+    """(sentence, 1 or 0) of the positive and then the negative file."""
+    rows = []
+    for name, label in zip(_BINARY[task], (1, 0), strict=True):
+        # latin-1, and no str.splitlines: it would also split at \x85 and the like.
+        lines = (root / name).read_bytes().decode("latin-1").split("\n")
+        rows += [(line.strip(), label) for line in lines if line.strip()]
+    return rows
+
+
+def read_sst2(path: Path) -> list[tuple[str, int]]:
+    """(sentence, label) of lines `sentence TAB label`."""
+    lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+    return [(line.rsplit("\t", 1)[0].strip(), int(line.rsplit("\t", 1)[1])) for line in lines]
+
+
+def read_trec(root: Path) -> list[list[tuple[str, int]]]:
+    """Train and test rows (question, coarse class); lines are `COARSE:fine question`."""
+    parts = []
+    for name in _TREC:
+        lines = [line for line in (root / name).read_bytes().decode("latin-1").split("\n") if line.strip()]
+        parts.append([(line.split(" ", 1)[1].strip(), line.split(":", 1)[0]) for line in lines])
+    classes = sorted({label for _, label in parts[0]})
+    return [[(question, classes.index(label)) for question, label in part] for part in parts]
+
+
+def read_mrpc(path: Path) -> tuple[list[str], list[str], Tensor]:
+    """First sentences, second sentences, (n,) labels, sorted by their numbers of words."""
+    rows = [line.rstrip("\r").split("\t") for line in path.read_text("utf-8-sig").split("\n") if line.strip()][1:]
+    rows.sort(key=lambda row: (len(row[3].split()), len(row[4].split()), row[0]))
+    return [row[3] for row in rows], [row[4] for row in rows], torch.tensor([int(row[0]) for row in rows])
+
+
+def sorted_rows(rows: list[tuple[str, int]]) -> tuple[list[str], Tensor]:
+    """Sentences and (n,) labels by number of words, then label."""
+    rows = sorted(rows, key=lambda row: (len(row[0].split()), row[1]))
+    return [text for text, _ in rows], torch.tensor([label for _, label in rows])
+
+
+def fold_masks(labels: Tensor, folds: int) -> Tensor:
+    """(folds, n) true where a row is in that fold's test part: scikit-learn's StratifiedKFold(shuffle, seed 1111)."""
+    try:
+        from sklearn.model_selection import StratifiedKFold
+    except ImportError as error:
+        raise ImportError("SentEval's folds are scikit-learn's: pip install scikit-learn") from error
+
+    splits = StratifiedKFold(n_splits=folds, shuffle=True, random_state=SEED).split(torch.zeros(len(labels)), labels.numpy())
+    masks = torch.zeros(folds, len(labels), dtype=torch.bool)
+    for mask, (_, test) in zip(masks, splits, strict=True):
+        mask[torch.from_numpy(test)] = True
+    return masks
+
+
+def choose_by_folds(features: Tensor, labels: Tensor, grid: tuple[float, ...], folds: int, classes: int) -> float:
+    """The C of `grid` with the best mean accuracy over folds; the first of equally good ones."""
+    masks = fold_masks(labels, folds)
+    weights, bias = fit_logistic(
+        features, labels, C=list(grid) * folds, weight=(~masks).repeat_interleave(len(grid), 0), classes=classes)
+    hit = (predict_logistic(features, weights, bias) == labels).reshape(folds, len(grid), -1)
+    accuracy = (hit * masks[:, None]).sum(2).double() / masks.sum(1)[:, None]
+    mean = accuracy.mean(0)
+    return grid[int(torch.nonzero(mean >= mean.max() - 1e-12)[0])]
+
+
+def nested_accuracy(features: Tensor, labels: Tensor, *, folds: int = 10) -> float:
+    """Mean accuracy, per cent, of stratified folds that each choose C by inner folds."""
+    classes, scores = int(labels.max()) + 1, []
+    for test in fold_masks(labels, folds):
+        x, y = features[~test], labels[~test]
+        best = choose_by_folds(x, y, SMALL_GRID, folds, classes)
+        predicted = predict_logistic(features[test], *fit_logistic(x, y, C=[best], classes=classes))[0]
+        scores.append(100 * float((predicted == labels[test]).double().mean()))
+    return sum(scores) / len(scores)
+
+
+def dev_accuracy(train: tuple[Tensor, Tensor], dev: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+    """Test accuracy, per cent, of the fit whose C is best on the dev set; each argument is (features, labels)."""
+    weights, bias = fit_logistic(*train, C=list(SMALL_GRID))
+    accuracy = (predict_logistic(dev[0], weights, bias) == dev[1]).double().mean(1)
+    best = int(torch.nonzero(accuracy == accuracy.max())[0])
+    predicted = predict_logistic(test[0], weights[best : best + 1], bias[best : best + 1])[0]
+    return 100 * float((predicted == test[1]).double().mean())
+
+
+def kfold_predict(features: Tensor, labels: Tensor, test: Tensor, *, folds: int = 10) -> Tensor:
+    """(n,) predictions for `test` of a fit on everything whose C was chosen by folds."""
+    classes = int(labels.max()) + 1
+    best = choose_by_folds(features, labels, LARGE_GRID, folds, classes)
+    return predict_logistic(test, *fit_logistic(features, labels, C=[best], classes=classes))[0]
