@@ -110,10 +110,10 @@ def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
 
         try:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError as error:
-            raise DataError("corrupt_image", str(error)) from None
-        jpeg = colour not in ("CMYK", "YCCK")
-        turn = _jpeg_orientation(data)
+            jpeg = colour not in ("CMYK", "YCCK")
+            turn = _jpeg_orientation(data) if jpeg else 1
+        except ValueError:  # an uncommon kind of JPEG, or none: Pillow has the last word
+            width, height = _pillow_size(data)
     else:
         width, height = _pillow_size(data)
     if height * width > max_pixels:
@@ -134,8 +134,9 @@ def _pixels(data: bytes, jpeg: bool, turn: int, least: tuple[int, int] | None) -
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=1.0)
         else:
             pixels = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError as error:
-        raise DataError("corrupt_image", str(error)) from None
+    except ValueError:
+        # libjpeg's warnings are errors there. Pillow passes over harmless ones (stray bytes) and refuses a cut file.
+        return _pillow(data)
     return _upright(pixels, turn)
 
 
@@ -205,9 +206,8 @@ def _pillow(data: bytes) -> np.ndarray:
     from PIL import ImageOps
 
     try:
-        image = _open(data)
-        image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        pixels = _rgb(ImageOps.exif_transpose(_open(data)))
+        return pixels if pixels.flags.writeable else pixels.copy()
     except DataError:
         raise
     except Exception as error:

@@ -34,6 +34,10 @@ CAUSES = {
 }
 
 
+# Counted against the number of shards, the others against the number of samples.
+SHARD_CAUSES = ("empty_shard", "unreadable_shard", "truncated_shard")
+
+
 class DataError(RuntimeError):
     """A fault in the data. `cause` is a key of CAUSES; `shard` and `key` say where, when known."""
 
@@ -54,18 +58,18 @@ class FaultCounter:
     """Counts distinct faults by cause and enforces limits.
 
     Args:
-        max_bad_fraction: the largest tolerated fraction of bad samples, per cause: one number for all, or a mapping
-            {cause: fraction} whose "default" (0.05 when absent) holds for the rest.
-        total: how many samples the fraction is of.
+        max_bad_fraction: the largest tolerated fraction of bad samples (bad shards, for SHARD_CAUSES), per cause: one
+            number for all, or a mapping {cause: fraction} whose "default" (0.05 when absent) holds for the rest.
+        samples, shards: how many the fractions are of.
     """
 
-    def __init__(self, max_bad_fraction: float | Mapping[str, float], *, total: int):
+    def __init__(self, max_bad_fraction: float | Mapping[str, float], *, samples: int, shards: int = 1):
         limits = dict(max_bad_fraction) if isinstance(max_bad_fraction, Mapping) else {"default": max_bad_fraction}
         check_keys(limits, [*CAUSES, "default"], "max_bad_fraction")
         for cause, limit in limits.items():
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
                 raise ValueError(f"max_bad_fraction of {cause} is {limit!r}; expected a fraction from 0 to 1")
-        self.limits, self.total = limits, max(1, total)
+        self.limits, self.samples, self.shards = limits, max(1, samples), max(1, shards)
         self.counts: Counter[str] = Counter()
         self._seen: dict[str, str] = {}
 
@@ -77,12 +81,12 @@ class FaultCounter:
         self._seen[where] = cause
         self.counts[cause] += 1
         limit = self.limits.get(cause, self.limits.get("default", 0.05))
-        if self.counts[cause] > limit * self.total:
+        total, what = (self.shards, "shards") if cause in SHARD_CAUSES else (self.samples, "samples")
+        if self.counts[cause] > limit * total:
             raise RuntimeError(
-                f"{self.counts[cause]} of {self.total} samples are bad by {cause} ({CAUSES[cause]}), more than "
-                f"max_bad_fraction = {limit:g}. The last was key {key!r} of shard {shard}"
-                f"{': ' + detail if detail else ''}. Mend the shards (clipkit-data check lists every fault) or raise "
-                f"max_bad_fraction."
+                f"{self.counts[cause]} of {total} {what} are bad by {cause} ({CAUSES[cause]}), more than max_bad_fraction = "
+                f"{limit:g}. The last was {f'key {key!r} of ' if key else ''}shard {shard}{': ' + detail if detail else ''}. "
+                f"Mend the shards (clipkit-data check lists every fault) or raise max_bad_fraction."
             )
 
     def state_dict(self) -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
-from clipkit.data.faults import CAUSES, DataError, FaultCounter
+from clipkit.data.faults import CAUSES, SHARD_CAUSES, DataError, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder, plain, resolve_data, sources
@@ -184,9 +184,11 @@ class Stream:
         self._position = 0
         self._samples = sum(len(one) for one in batches.sets)
         self._index_faults = [fault for one in batches.sets for fault in one.faults]
-        self._faults = FaultCounter(spec["max_bad_fraction"], total=self._samples + len(self._index_faults))
+        self._faults = FaultCounter(spec["max_bad_fraction"], samples=self._samples + len(self._index_faults),
+                                    shards=sum(len(one.shards) for one in batches.sets))
         for shard, cause, key in self._index_faults:
-            self._faults.add(cause, shard=shard, key=key)
+            whole = cause in SHARD_CAUSES
+            self._faults.add(cause, shard=shard, key="" if whole else key, detail=key if whole else "")
         self._indexed = dict(self._faults.counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

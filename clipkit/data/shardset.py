@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.faults import DataError
-from clipkit.data.tarindex import ShardIndex, cached_index
+from clipkit.data.tarindex import ShardIndex, cached_index, index_file, index_tar, load_index, store_index
 from clipkit.data.urls import Spool, is_stream
 
 _OPEN_FILES = 64
@@ -51,13 +51,14 @@ class ShardSet:
         self._pid = os.getpid()
         self.faults: list[tuple[str, str, str]] = []
         keys: list[bytes] = []
-        spans, counts = [], []
+        spans, counts, self._sizes = [], [], []
         with ThreadPoolExecutor(8 if any(map(is_stream, shards)) else 1) as pool:
             for shard, index in zip(self.shards, pool.map(self._index, self.shards)):
                 self._collect(shard, index, on_bad_shard)
                 keys += [key.encode("utf-8", "surrogateescape") for key in index.keys]
                 spans.append(index.spans)
                 counts.append(len(index.keys))
+                self._sizes.append(index.size)
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._spans = np.concatenate(spans)
@@ -71,7 +72,15 @@ class ShardSet:
 
     def _index(self, shard: str) -> ShardIndex:
         try:
-            return cached_index(self._local(shard), self._cache_dir, name=shard if is_stream(shard) else None)
+            if not is_stream(shard):
+                return cached_index(shard, self._cache_dir)
+            # A stream's index is kept by its name, so that a later run fetches only what it reads.
+            file = index_file(self._cache_dir, shard)
+            index = load_index(file)
+            if index is None:
+                index = index_tar(self._local(shard))
+                store_index(file, index)
+            return index
         except DataError as error:
             return ShardIndex([], np.empty((0, 3, 2), np.int64), [(error.cause, error.detail)])
         except OSError as error:
@@ -162,8 +171,13 @@ class ShardSet:
             return self._files[shard]
         while len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self._local(self.shards[shard]), os.O_RDONLY)
-        return self._files[shard]
+        file = os.open(self._local(self.shards[shard]), os.O_RDONLY)
+        if os.fstat(file).st_size != self._sizes[shard]:
+            os.close(file)
+            raise RuntimeError(f"shard {self.shards[shard]} is not the one that was indexed (its size changed); leave shards "
+                               f"alone during a run, or remove {self._cache_dir} when a remote shard was replaced")
+        self._files[shard] = file
+        return file
 
     def close(self) -> None:
         """Close the open files."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from clipkit.data.order import number
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif")
 _BLOCK = 512
-_VERSION = 1
+_VERSION = 2
 _COLUMNS = ("image", "text", "json")
 
 
@@ -32,11 +33,13 @@ class ShardIndex:
         keys: KEY of each sample.
         spans: (n, 3, 2) int64: offset and size in bytes of the image, caption and json; offset -1 when absent.
         faults: (cause, key or member name) of everything left out.
+        size: bytes of the tar that was indexed.
     """
 
     keys: list[str]
     spans: np.ndarray
     faults: list[tuple[str, str]] = field(default_factory=list)
+    size: int = 0
 
 
 def index_tar(path: str | Path) -> ShardIndex:
@@ -66,13 +69,17 @@ def index_tar(path: str | Path) -> ShardIndex:
                     faults.append(("duplicate_key", key))
                 continue
             found[part] = (offset, length)
-    return _complete(samples, faults)
+    return _complete(samples, faults, size)
 
 
-def _complete(samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]]) -> ShardIndex:
+def _complete(samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]], size: int) -> ShardIndex:
     """Keep the samples that have an image and a caption; name the others."""
     keys, spans = [], []
+    # The sample that a truncation cut through is part of that fault, not another one.
+    cut = next((_split(name)[0] for cause, name in faults if cause == "truncated_shard"), None)
     for key, parts in samples.items():
+        if key == cut and ("image" not in parts or not parts.keys() & {"text", "json"}):
+            continue
         if "image" not in parts:
             faults.append(("missing_image", key))
         elif parts["image"][1] == 0:
@@ -84,7 +91,7 @@ def _complete(samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple
             spans.append([parts.get(name, (-1, 0)) for name in _COLUMNS])
     if not samples and not any(cause in ("truncated_shard", "unreadable_shard") for cause, _ in faults):
         faults.append(("empty_shard", ""))
-    return ShardIndex(keys, np.asarray(spans, dtype=np.int64).reshape(len(keys), 3, 2), faults)
+    return ShardIndex(keys, np.asarray(spans, dtype=np.int64).reshape(len(keys), 3, 2), faults, size)
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -212,41 +219,46 @@ def _padded(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
-def cached_index(path: str, cache_dir: Path | None, *, name: str | None = None) -> ShardIndex:
-    """`index_tar`, kept under `cache_dir` for the next run; `name` identifies a stream's tar in place of its path."""
-    if cache_dir is None:
-        return index_tar(path)
+def cached_index(path: str, cache_dir: Path) -> ShardIndex:
+    """`index_tar` of a local file, kept under `cache_dir` until the file changes."""
     status = os.stat(path)
-    stamp = (name, status.st_size) if name else (os.path.realpath(path), status.st_size, status.st_mtime_ns)
-    file = cache_dir / f"{number(_VERSION, *stamp):016x}.npz"
+    file = index_file(cache_dir, os.path.realpath(path), status.st_size, status.st_mtime_ns)
+    index = load_index(file)
+    if index is None:
+        index = index_tar(path)
+        store_index(file, index)
+    return index
+
+
+def index_file(cache_dir: Path, *identity: str | int) -> Path:
+    """Where the index of a tar with this identity is kept."""
+    return cache_dir / f"{number(_VERSION, *identity):016x}.npz"
+
+
+def load_index(file: Path) -> ShardIndex | None:
+    """A stored index, or None when there is none or it is broken."""
     try:
         with np.load(file, allow_pickle=False) as stored:
-            faults = stored["faults"].tolist()
-            keys = _unjoin(stored["keys"].tobytes())
-            if len(keys) == len(stored["spans"]):
-                return ShardIndex(keys, stored["spans"], [tuple(fault) for fault in faults])
-    except (OSError, ValueError, KeyError, EOFError):
-        pass
-    except Exception as error:  # zipfile.BadZipFile of a half-written cache
-        if type(error).__name__ != "BadZipFile":
-            raise
-    index = index_tar(path)
-    _store(file, index)
-    return index
+            keys, spans = _unjoin(stored["keys"].tobytes()), stored["spans"]
+            faults = [(str(cause), str(key)) for cause, key in stored["faults"]]
+            return ShardIndex(keys, spans, faults, int(stored["size"])) if len(keys) == len(spans) else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _unjoin(raw: bytes) -> list[str]:
     return _decode(raw).split("\0") if raw else []
 
 
-def _store(file: Path, index: ShardIndex) -> None:
+def store_index(file: Path, index: ShardIndex) -> None:
     """Write in one step; a cache that cannot be written is no error."""
     keys = np.frombuffer("\0".join(index.keys).encode("utf-8", "surrogateescape"), dtype=np.uint8)
     faults = [(cause, key.encode("utf-8", "backslashreplace").decode()) for cause, key in index.faults]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            np.savez(part, keys=keys, spans=index.spans, faults=np.asarray(faults, dtype=np.str_).reshape(-1, 2))
+            np.savez(part, keys=keys, spans=index.spans, size=index.size,
+                     faults=np.asarray(faults, dtype=np.str_).reshape(-1, 2))
         os.replace(part.name, file)
     except OSError:
         return

@@ -12,7 +12,6 @@ import glob
 import os
 import re
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from clipkit.data.faults import DataError
 from clipkit.data.order import number
 
 _SCHEME = re.compile(r"^(pipe|[a-z][a-z0-9+.-]+):", re.IGNORECASE)
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 def is_stream(name: str) -> bool:
@@ -104,12 +103,13 @@ class Spool:
             first. A shard that is open stays readable.
         stall_s: seconds without a byte after which a try is given up.
         deadline_s: seconds for one shard, all tries together.
-        retries: further tries after the first, after 1, 2, 4, ... seconds (at most 30).
+        retries: further tries after the first.
+        backoff_s: seconds before the second try; doubled before each further one, at most 30.
     """
 
     def __init__(self, folder: Path, *, limit_gb: float = 50.0, stall_s: float = 60.0, deadline_s: float = 600.0,
-                 retries: int = 5):
-        self.folder, self.limit = folder, int(limit_gb * 1e9)
+                 retries: int = 5, backoff_s: float = 1.0):
+        self.folder, self.limit, self.backoff_s = folder, int(limit_gb * 1e9), backoff_s
         self.stall_s, self.deadline_s, self.retries = stall_s, deadline_s, retries
 
     def path(self, url: str) -> str:
@@ -142,35 +142,34 @@ class Spool:
             if left <= 0:
                 break
             tries += 1
-            error = self._try(url, path, min(left, self.deadline_s))
+            error = self._try(url, path, left)
             if not error:
                 return
             if attempt < self.retries:
-                time.sleep(max(0.0, min(2.0**attempt, 30.0, end - time.monotonic())))
+                time.sleep(max(0.0, min(self.backoff_s * 2.0**attempt, 30.0, end - time.monotonic())))
         raise DataError("unreadable_shard", f"not fetched after {tries} tries in at most {self.deadline_s:g} s; the last "
                                             f"said: {error or 'deadline passed'}", shard=url)
 
     def _try(self, url: str, path: Path, seconds: float) -> str:
         """One try; returns what went wrong, or an empty string."""
-        part = tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False)
-        copy = _Copy(url, part)
+        part = path.with_suffix(".part")
+        out = open(part, "wb")
+        copy = _Copy(url, out)
         copy.start()
         end, seen, moved = time.monotonic() + seconds, 0, time.monotonic()
         while copy.is_alive():
-            copy.join(0.05 if copy.bytes == 0 else 0.2)
+            copy.join(0.02)
             now = time.monotonic()
             if copy.bytes != seen:
                 seen, moved = copy.bytes, now
             if now - moved > self.stall_s or now > end:
                 copy.stop()
-                os.unlink(part.name)
                 why = f"no byte for {self.stall_s:g} s" if now <= end else "deadline passed"
                 return f"{why} after {seen} bytes"
-        part.close()
+        out.close()
         if copy.error:
-            os.unlink(part.name)
             return copy.error
-        os.replace(part.name, path)
+        os.replace(part, path)
         return ""
 
     def _evict(self, keep: Path) -> None:
@@ -199,10 +198,10 @@ class _Copy(threading.Thread):
         self._stream = None
 
     def run(self) -> None:
-        from webdataset import gopen
+        from webdataset.gopen import gopen
 
         try:
-            self._stream = gopen.gopen(self.url)
+            self._stream = gopen(self.url)
             while chunk := self._stream.read(_CHUNK):
                 self.out.write(chunk)
                 self.bytes += len(chunk)
@@ -212,7 +211,7 @@ class _Copy(threading.Thread):
                 self.error = f"the command ended with status {process.returncode}"
             elif not self.bytes:
                 self.error = "the stream is empty"
-        except Exception as error:  # whatever the opener raises, the next try may succeed
+        except (OSError, ValueError, EOFError) as error:
             self.error = self.error or f"{type(error).__name__}: {error}"
 
     def stop(self) -> None:

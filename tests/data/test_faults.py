@@ -1,0 +1,148 @@
+"""The fault corpus: training finishes, the counts are the script's, nothing is executed, limits stop the run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import runpy
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from clipkit.data import create_stream
+from clipkit.data.faults import DataError, FaultCounter
+
+make = runpy.run_path(str(Path(__file__).with_name("make_faults.py")))["make"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    marker = folder / "unpickled"
+    return *make(folder / "shards", marker), marker
+
+
+def stream_of(shards, tokenizer, **spec):
+    settings = {"batch_size": 1, "epochs": 1, "num_workers": 0, **{k: spec.pop(k) for k in ("num_workers",) if k in spec}}
+    return create_stream({"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0, **spec},
+                         tokenizer=tokenizer, image_size=32, seed=0, **settings)
+
+
+@pytest.mark.parametrize("num_workers, cache", [(0, "none"), (2, "none"), (0, "ram")])
+def test_training_finishes_with_the_scripts_counts(corpus, byte_tokenizer, num_workers, cache):
+    shards, faults, good, marker = corpus
+    stream = stream_of(shards, byte_tokenizer, num_workers=num_workers, cache=cache)
+    keys = [key for batch in stream for key in batch["key"]]
+    assert stream.report()["skipped"] == dict(sorted(faults.items()))
+    assert len(set(keys)) == good
+    # Every position was filled: what did not decode was replaced.
+    decoded = sum(faults[c] for c in ("corrupt_image", "image_too_large", "empty_caption", "caption_not_utf8", "broken_json"))
+    assert len(keys) == good + decoded == stream.samples_per_epoch
+
+
+def test_nothing_is_executed_or_written_outside(corpus, byte_tokenizer, tmp_path, monkeypatch):
+    shards, _, _, marker = corpus
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(Path(shards[0]).parent))
+    for _ in stream_of(shards, byte_tokenizer):
+        pass
+    assert not marker.exists() and not Path("/tmp/absolute.jpg").exists()
+    assert os.listdir(tmp_path) == [] and sorted(os.listdir(Path(shards[0]).parent)) == before
+
+
+def test_the_corpus_pickle_would_have_shown_itself(corpus):
+    shards, _, _, marker = corpus
+    with tarfile.open([path for path in shards if path.endswith("08-members.tar")][0]) as tar:
+        payload = tar.extractfile("loaded.pkl").read()
+    pickle.loads(payload).close()
+    assert marker.exists()
+    marker.unlink()
+
+
+def test_one_cause_over_its_limit_stops_the_run_and_names_shard_and_key(corpus, byte_tokenizer):
+    shards, faults, _, _ = corpus
+    with pytest.raises(RuntimeError, match=r"2 of \d+ samples are bad by caption_not_utf8|1 of \d+ .* caption_not_utf8") as raised:
+        for _ in stream_of(shards, byte_tokenizer, max_bad_fraction={"default": 1.0, "caption_not_utf8": 0.0}):
+            pass
+    assert "key 'latin1' of shard" in str(raised.value) and "07-captions.tar" in str(raised.value)
+
+
+def test_the_limit_holds_with_workers_and_for_shards(corpus, byte_tokenizer):
+    with pytest.raises(RuntimeError, match="broken_json"):
+        for _ in stream_of(corpus[0], byte_tokenizer, num_workers=2, max_bad_fraction={"default": 1.0, "broken_json": 0.01}):
+            pass
+    with pytest.raises(RuntimeError, match="empty_shard"):
+        stream_of(corpus[0], byte_tokenizer, max_bad_fraction={"default": 1.0, "empty_shard": 0.001})
+
+
+@pytest.mark.parametrize("name", ["03-zero.tar", "04-nothing.tar", "05-noise.tar"])
+def test_a_bad_shard_is_an_error_before_the_first_step_unless_skipped(corpus, byte_tokenizer, name):
+    folder = Path(corpus[0][0]).parent
+    with pytest.raises(DataError, match=name):
+        stream_of([str(folder / "00-good.tar"), str(folder / name)], byte_tokenizer, on_bad_shard="error")
+    with pytest.raises(DataError, match="none of the 1 shards has a complete sample"):
+        stream_of([str(folder / name)], byte_tokenizer)
+
+
+def test_counts_survive_a_resume(corpus, byte_tokenizer):
+    shards, faults, _, _ = corpus
+    first = stream_of(shards, byte_tokenizer)
+    iterator = iter(first)
+    for _ in range(40):
+        next(iterator)
+    state = first.state_dict()
+    iterator.close()
+    resumed = stream_of(shards, byte_tokenizer)
+    resumed.load_state_dict(state)
+    for _ in resumed:
+        pass
+    assert resumed.report()["skipped"] == dict(sorted(faults.items()))
+
+
+def test_reports_of_ranks_add_up(corpus, byte_tokenizer):
+    shards, faults, good, _ = corpus
+    total: dict[str, int] = {}
+    for rank in range(2):
+        stream = create_stream({"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0},
+                               tokenizer=byte_tokenizer, image_size=32, batch_size=1, seed=0, rank=rank, world_size=2,
+                               epochs=1)
+        for _ in stream:
+            pass
+        for cause, n in stream.report()["skipped"].items():
+            total[cause] = total.get(cause, 0) + n
+    # A substitute that is itself bad may be met by the other rank too, so decoding faults are a lower bound.
+    for cause, n in faults.items():
+        assert total[cause] == n or (total[cause] > n and cause in ("corrupt_image", "image_too_large", "empty_caption",
+                                                                   "caption_not_utf8", "broken_json"))
+
+
+def test_a_fifo_as_a_shard_is_refused_and_not_opened(tmp_path, byte_tokenizer):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="not a regular file"):
+        stream_of([str(tmp_path / "a.tar")], byte_tokenizer)
+
+
+def test_a_shard_that_changes_during_the_run_is_an_error(tmp_path, write_tar, sample, byte_tokenizer):
+    shard = write_tar(tmp_path / "a.tar", [m for i in range(4) for m in sample(f"k{i}", i)])
+    stream = stream_of([str(shard)], byte_tokenizer)
+    os.truncate(shard, 4096)
+    with pytest.raises(RuntimeError, match="size changed"):
+        next(iter(stream))
+
+
+def test_a_fault_counts_once_however_often_it_is_met():
+    counter = FaultCounter(1.0, samples=10)
+    for _ in range(3):
+        counter.add("corrupt_image", shard="a.tar", key="k")
+    counter.add("corrupt_image", shard="b.tar", key="k")
+    assert counter.counts == {"corrupt_image": 2}
+    again = FaultCounter(1.0, samples=10)
+    again.load_state_dict(counter.state_dict())
+    again.add("corrupt_image", shard="a.tar", key="k")
+    assert again.counts == {"corrupt_image": 2}
+
+
+def test_a_fault_keeps_its_fields_between_processes():
+    error = pickle.loads(pickle.dumps(DataError("broken_json", "why", shard="s.tar", key="k")))
+    assert (error.cause, error.detail, error.shard, error.key) == ("broken_json", "why", "s.tar", "k")

@@ -1,0 +1,170 @@
+"""Where shards come from: patterns, a local HTTP server, pipes, dropped connections and deadlines."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clipkit.data import create_stream, expand_shards, iter_eval
+from clipkit.data.faults import DataError
+from clipkit.data.urls import Spool
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http: with curl, which is not here")
+
+
+@pytest.fixture
+def shards(tmp_path, write_tar, sample) -> list[Path]:
+    return [write_tar(tmp_path / "set" / f"{s:03d}.tar", [m for i in range(6) for m in sample(f"{s:03d}{i}", s * 6 + i)])
+            for s in range(4)]
+
+
+class Server:
+    """Serves files; the first `drops` answers of each file break off half-way; files in `hang` never answer."""
+
+    def __init__(self, folder: Path, *, drops: int = 0, hang: tuple[str, ...] = (), status: dict[str, int] | None = None):
+        self.asked: dict[str, int] = {}
+        self.release = threading.Event()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.lstrip("/")
+                server.asked[name] = server.asked.get(name, 0) + 1
+                if name in hang:
+                    server.release.wait(30)
+                    return
+                if name in (status or {}):
+                    self.send_error((status or {})[name])
+                    return
+                data = (folder / name).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if server.asked[name] <= drops else data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def direct(monkeypatch):
+    """No proxy between the test and its own server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def keys_of(train, tokenizer, **options):
+    spec = {"kind": "shards", "train": train, **options.pop("spec", {})}
+    stream = create_stream(spec, tokenizer=tokenizer, image_size=16, batch_size=8, seed=0, epochs=2, **options)
+    return [key for batch in stream for key in batch["key"]]
+
+
+@needs_curl
+def test_files_http_and_pipe_give_the_same_keys(shards, byte_tokenizer, keys_in):
+    local = keys_of([str(path) for path in shards], byte_tokenizer)
+    assert sorted(local[:24]) == sorted(keys_in(shards))
+    folder = shards[0].parent
+    assert keys_of(f"pipe:cat {folder}/{{000..003}}.tar", byte_tokenizer) == local
+    with Server(folder) as server:
+        assert keys_of(f"{server.url}/{{000..003}}.tar", byte_tokenizer, num_workers=2) == local
+        assert server.asked == {f"{i:03d}.tar": 1 for i in range(4)}, "each shard was fetched once, by whichever process"
+        evaluated = [key for batch in iter_eval(f"{server.url}/{{000..003}}.tar", image_size=16, batch_size=10)
+                     for key in batch["key"]]
+        assert evaluated == keys_in(shards)
+
+
+@needs_curl
+def test_a_server_that_drops_connections_is_asked_again(shards, tmp_path):
+    with Server(shards[0].parent, drops=2) as server:
+        spool = Spool(tmp_path / "spool", retries=3, backoff_s=0.01)
+        assert Path(spool.path(f"{server.url}/001.tar")).read_bytes() == shards[1].read_bytes()
+        assert server.asked["001.tar"] == 3
+        with pytest.raises(DataError, match=r"002.tar.*2 tries"):
+            Spool(tmp_path / "spool", retries=1, backoff_s=0.01).path(f"{server.url}/002.tar")
+    assert [path.suffix for path in (tmp_path / "spool").glob("*.tar")] == [".tar"], "a broken copy is never kept as a shard"
+
+
+@needs_curl
+def test_a_shard_that_never_comes_is_named_after_its_deadline(shards, byte_tokenizer):
+    with Server(shards[0].parent, hang=("001.tar",)) as server:
+        spec = {"shard_deadline_s": 1.0, "shard_stall_s": 0.5, "shard_retries": 1}
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"001\.tar.*no byte for 0.5 s|001\.tar.*deadline"):
+            keys_of(f"{server.url}/{{000..003}}.tar", byte_tokenizer, spec=spec)
+        assert time.monotonic() - start < 20
+        skipped = create_stream({"train": f"{server.url}/{{000..003}}.tar", "on_bad_shard": "skip",
+                                 "max_bad_fraction": {"unreadable_shard": 0.25}, **spec},
+                                tokenizer=byte_tokenizer, image_size=16, batch_size=6, seed=0, epochs=1)
+        assert skipped.samples_per_epoch == 18 and skipped.report()["skipped"] == {"unreadable_shard": 1}
+
+
+@needs_curl
+def test_a_refusing_server_and_a_failing_command_say_so(shards, tmp_path):
+    spool = Spool(tmp_path / "spool", retries=0)
+    with Server(shards[0].parent, status={"000.tar": 404}) as server:
+        with pytest.raises(DataError, match="000.tar"):
+            spool.path(f"{server.url}/000.tar")
+    for command in ("pipe:exit 3", f"pipe:cat {shards[0]}; exit 7", "pipe:true"):
+        with pytest.raises(DataError, match="unreadable_shard"):
+            spool.path(command)
+
+
+def test_fetched_shards_stay_within_their_limit(shards, tmp_path):
+    size = shards[0].stat().st_size
+    spool = Spool(tmp_path / "spool", limit_gb=2.5 * size / 1e9)
+    for path in shards:
+        spool.path(f"pipe:cat {path}")
+        time.sleep(0.02)
+    assert len(list((tmp_path / "spool").glob("*.tar"))) == 2
+    assert Path(spool.path(f"pipe:cat {shards[0]}")).read_bytes() == shards[0].read_bytes()
+
+
+def test_a_remote_index_is_kept_so_that_a_second_run_fetches_what_it_reads(shards, tmp_path, own_cache, byte_tokenizer):
+    log = tmp_path / "log"
+    source = f"pipe:echo x >> {log}; cat {shards[0]}"
+    keys_of(source, byte_tokenizer, spec={"resample": True})
+    for file in (own_cache / "shards").glob("*.tar"):
+        file.unlink()
+    create_stream({"train": source, "resample": True}, tokenizer=byte_tokenizer, image_size=16, batch_size=4, seed=0)
+    assert log.read_text().count("x") == 1
+
+
+def test_patterns_expand_in_order(shards, tmp_path):
+    folder = shards[0].parent
+    names = [str(path) for path in shards]
+    assert expand_shards(f"{folder}/*.tar") == names
+    assert expand_shards(f"{folder}/{{000..003}}.tar") == names
+    assert expand_shards(folder) == names
+    assert expand_shards([f"{folder}/00[23].tar", names[0]]) == [names[2], names[3], names[0]]
+    assert expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+    assert expand_shards("s3://bucket/{00..02}.tar")[2] == "s3://bucket/02.tar"
+
+
+def test_what_is_not_there_is_an_error_that_says_what_is(shards):
+    folder = shards[0].parent
+    with pytest.raises(ValueError, match=r"no file matches .*holds 000.tar, 001.tar, 002.tar, \.\.\."):
+        expand_shards(f"{folder}/*.tgz")
+    with pytest.raises(ValueError, match="there is no shard"):
+        expand_shards(f"{folder}/{{003..004}}.tar")
+    with pytest.raises(ValueError, match="more than once"):
+        expand_shards([f"{folder}/*.tar", f"{folder}/000.tar"])
+    with pytest.raises(ValueError, match="is empty"):
+        expand_shards([])
