@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -276,13 +277,11 @@ def _worker(fn: Callable[..., Any], index: int, ranks: int, folder: str, timeout
 
 def _join(workers: list[Any], folder: Path, timeout_s: float) -> None:
     """Wait until all workers ended well; RuntimeError as soon as one failed, or after `timeout_s`."""
-    left = timeout_s
-    while any(worker.is_alive() for worker in workers) and left > 0:
+    deadline = time.monotonic() + timeout_s
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
         if any(worker.exitcode for worker in workers):
             break
-        for worker in workers:
-            worker.join(timeout=0.02)
-        left -= 0.02
+        time.sleep(0.02)
     failed = [index for index, worker in enumerate(workers) if worker.exitcode != 0]
     if not failed:
         return

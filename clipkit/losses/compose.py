@@ -125,7 +125,11 @@ def create_loss(
 def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto") -> nn.Module:
     """One loss by name, its settings checked against its constructor; `group` is added where the class takes it."""
     factory = losses.get(name)
-    accepted = inspect.signature(factory).parameters
+    accepted = {
+        key: value
+        for key, value in inspect.signature(factory).parameters.items()
+        if value.kind not in (value.VAR_POSITIONAL, value.VAR_KEYWORD)
+    }
     check_keys(settings, [*accepted, "weight"], f"loss {name!r}")
     needed = [key for key, value in accepted.items() if value.default is value.empty and key not in settings]
     if needed:

@@ -1,0 +1,99 @@
+"""What each rank of test_distributed runs; spawned processes import it, so it is no test file itself."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from clipkit import distributed
+
+W = 3
+
+
+def own(rank: int) -> torch.Tensor:
+    """This rank's two rows of four numbers."""
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+def partial_sums(rank: int) -> torch.Tensor:
+    """Log-sums of W columns: one with no term on this rank, one with no term anywhere, one beyond exp's range."""
+    x = torch.randn(W * 2, generator=torch.Generator().manual_seed(50 + rank), dtype=torch.float64)
+    x[0] = -torch.inf
+    x[1] = -torch.inf if rank != 1 else 0.5
+    x[2] += 900.0
+    return x
+
+
+def coefficients(rank: int) -> torch.Tensor:
+    """What this rank's part of the loss wants of each gathered entry."""
+    return torch.randn(W * 2, 4, generator=torch.Generator().manual_seed(90 + rank), dtype=torch.float64)
+
+
+def run_rank() -> dict:
+    rank = dist.get_rank()
+    group = distributed.resolve_group("auto")
+    found = {
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "is_distributed": distributed.is_distributed(),
+        "auto is the world": group is dist.group.WORLD,
+        "alone": (distributed.rank(None), distributed.world_size(None)),
+        "objects": distributed.gather_objects({"rank": rank}),
+        "threads": torch.get_num_threads(),
+        "environment": (os.environ["RANK"], os.environ["WORLD_SIZE"]),
+    }
+    x = own(rank).requires_grad_()
+    gathered = distributed.all_gather_rows(x, group)
+    (gathered * coefficients(rank)).sum().backward()
+    found["gathered"], found["gathered gradient"] = gathered.detach(), x.grad
+
+    transposed = own(rank).T.contiguous().T.requires_grad_()
+    found["strided"] = distributed.all_gather_rows(transposed, group).detach()
+    found["integers"] = distributed.all_gather_rows(torch.tensor([rank, -rank]), group)
+
+    x = own(rank).requires_grad_()
+    total = distributed.all_reduce_sum(x, group)
+    (total * coefficients(0)[:2]).sum().backward()
+    found["sum"], found["sum gradient"] = total.detach(), x.grad
+
+    x = partial_sums(rank).requires_grad_()
+    combined = distributed.logsumexp_over_ranks(x, group)
+    weights = torch.tensor([1.0, 2.0]) * (rank + 1)
+    (combined.masked_fill(combined == -torch.inf, 0.0) * weights).sum().backward()
+    found["lse"], found["lse gradient"] = combined.detach(), x.grad
+
+    pair = dist.new_group([0, 2])
+    if rank != 1:
+        found["pair"] = distributed.all_gather_rows(own(rank), distributed.resolve_group(pair))
+        found["rank in pair"] = distributed.rank(pair)
+    else:
+        try:
+            distributed.resolve_group(pair)
+        except ValueError as error:
+            found["stranger"] = str(error)
+    lone = dist.new_group([1])
+    found["group of one"] = distributed.resolve_group(lone) if rank == 1 else None
+    try:
+        distributed.all_gather_rows(torch.zeros(rank + 1, 2), group)
+    except ValueError as error:
+        found["uneven"] = str(error)
+    distributed.barrier()
+    return found
+
+
+def fail_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise KeyError("a message only rank 1 knows")
+    dist.barrier()
+
+
+def never_return() -> None:
+    import time
+
+    time.sleep(600)
+
+
+def square(x: int) -> int:
+    return x * x
