@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,17 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def tolerate_broken_wandb() -> None:
+    """Let timm be imported beside a wandb that fails to import: timm survives its absence alone."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        pass
+    except Exception:
+        # None marks a module as absent; the wandb logger then reports it, once.
+        sys.modules["wandb"] = None
 
 
 class Loggers:

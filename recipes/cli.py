@@ -46,7 +46,8 @@ def run_name(overrides: str) -> str:
     """
     experiment = re.search(r"(?:^|,)experiment=([\w\-]+)", overrides)
     rest = re.sub(r"(?:^|,)experiment=[\w\-]+", "", overrides).strip(",")
-    slug = re.sub(r"[^\w.=+\-]+", "-", rest).strip("-")[:60]
+    # No "=": the folder is to be given to hydra as checkpoint=FOLDER.
+    slug = re.sub(r"[^\w.+]+", "-", rest).strip("-")[:60]
     # Raw overrides overflow a path's length, and two may share a slug: the hash tells them apart.
     name = f"{slug}-{hashlib.sha256(rest.encode()).hexdigest()[:6]}" if rest else "default"
     return f"{experiment.group(1) if experiment else 'quickstart'}/{name}"

@@ -96,10 +96,12 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
     from clipkit.checkpoint import model_config
     from clipkit.data import create_stream, create_tokenizer, train_captions
     from clipkit.evals import create_tasks
+    from clipkit.loggers import tolerate_broken_wandb
     from clipkit.losses import create_loss
     from clipkit.model import create_model
     from clipkit.optim import create_optimizer, create_schedule
 
+    tolerate_broken_wandb()
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     torch.manual_seed(config["seed"])
@@ -185,7 +187,7 @@ def train(state: State) -> dict[str, float]:
         last = state.step == state.total
         if last or due(state.step, config["eval_every"]):
             state.metrics = score(state)
-            if loggers:
+            if loggers and state.metrics:
                 loggers.log(state.step, {f"eval/{name}": value for name, value in state.metrics.items()})
             if not last:
                 progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")

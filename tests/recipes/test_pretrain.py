@@ -14,13 +14,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = ["data.train_size=600", "data.val_size=40", "batch_size=32", "optim.warmup_steps=2", "log_every=1", "num_threads=1"]
+SMALL = ["data.shapes.train=600", "data.shapes.val=40", "batch_size=32", "optim.warmup_steps=2", "log_every=1", "num_threads=1"]
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> str:
     """One small set of drawn shapes for every run of this file."""
-    return f"data.root={tmp_path_factory.mktemp('shapes')}"
+    return f"data.shapes.folder={tmp_path_factory.mktemp('shapes')}"
 
 
 def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -116,7 +116,7 @@ def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
 
 
 def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
-    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "-m", "loss=clip,[cyclip,simcse]", "seed=0,1")
+    run("-m", *SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "loss=clip,[cyclip,simcse]", "seed=0,1")
     summaries = list(tmp_path.rglob("summary.json"))
     assert len(summaries) == 4 and len({path.parent for path in summaries}) == 4
 
@@ -149,7 +149,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_is_an_error_before_the_first_step(tmp_path, shapes, case):
     overrides, message = REFUSED[case]
-    output = run(*SMALL[:3], "log_every=1", shapes, f"output_dir={tmp_path}", *overrides, status=1)
+    drawn = [] if case == "no such shards" else [*SMALL[:2], shapes]
+    output = run("batch_size=32", "log_every=1", *drawn, f"output_dir={tmp_path}", *overrides, status=1)
     assert message in output and "Traceback" not in output and "step 1/" not in output
 
 
