@@ -8,7 +8,9 @@ ELECTRA; Bao et al. 2022, BEiT).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,6 +144,63 @@ def create_schedule(
         return shape(min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)), final)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, for evaluation (Tarvainen & Valpola 2017; Cai et al. 2021).
+
+    average <- d average + (1 - d) weights after each step, with d = min(decay, (1 + t) / (10 + t)) at update t from 0, so
+    that the initial weights are soon forgotten. Floating-point buffers (BatchNorm's statistics) are averaged too; integer
+    ones are copied.
+
+        average = WeightAverage(model, decay=0.9999)
+        ...; optimizer.step(); average.update(model)
+        with average.applied(model): evaluate(model)
+
+    Args:
+        model: averaged from its present weights; names and shapes must stay.
+        decay: 0 to below 1; the average spans about 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float = 0.9999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is from 0 to below 1, not {decay}")
+        self.decay, self.updates = decay, 0
+        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model's weights after an optimizer step."""
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = model.state_dict()
+        floating = [name for name, tensor in self.weights.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.weights[n] for n in floating], [current[n].detach() for n in floating], weight)
+        for name in self.weights.keys() - set(floating):
+            self.weights[name].copy_(current[name])
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within it the model holds the average; after it, its own weights again."""
+        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.weights)
+        try:
+            yield model
+        finally:
+            model.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"updates": count, "weights": {name: tensor}} for a checkpoint."""
+        return {"updates": self.updates, "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore state_dict()'s value; ValueError where names differ."""
+        if state["weights"].keys() != self.weights.keys():
+            names = sorted(state["weights"].keys() ^ self.weights.keys())
+            raise ValueError(f"the saved average is of another model: {', '.join(names[:5])} in one of the two alone")
+        self.updates = int(state["updates"])
+        for name, tensor in state["weights"].items():
+            self.weights[name].copy_(tensor)
 
 
 @_schedules.register("cosine")

@@ -296,6 +296,27 @@ def test_wrong_model_settings_are_named(settings, message):
         model(**settings)
 
 
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_compiles_with_activation_checkpointing(batch, image):
+    vit = {"name": "clip_vit", "image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    spec = {**(vit if image == "vit" else IMAGE), "activation_checkpointing": True}
+    config = {"embed_dim": 24, "image_tower": spec, "text_tower": {**TEXT, "activation_checkpointing": True}}
+    torch.manual_seed(0)
+    dual = create_model(config, tokenizer=TOKENIZER).train()
+    plain = copy.deepcopy(dual)
+    plain.image_tower.set_activation_checkpointing(False)
+    plain.text_tower.set_activation_checkpointing(False)
+    # BatchNorm in a recomputed block stays outside the graph.
+    compiled = torch.compile(dual, fullgraph=image == "vit", backend="aot_eager")
+    for encode in (compiled, plain):
+        features = encode(batch, ("image_features", "text_features"))
+        (features["image_features"] @ features["text_features"].T).diagonal().sum().backward()
+    for (name, ours), expected in zip(dual.named_parameters(), plain.parameters()):
+        if expected.grad is not None:
+            torch.testing.assert_close(ours.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    torch.testing.assert_close(dict(dual.named_buffers()), dict(plain.named_buffers()), atol=1e-6, rtol=0)
+
+
 def test_compiles_without_graph_breaks(batch):
     dual = model().eval()
     compiled = torch.compile(dual, fullgraph=True, backend="eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,14 @@ import torch
 from torch import nn
 
 from clipkit.model import create_model
-from clipkit.optim import create_optimizer, create_schedule, list_optimizers, list_schedules, parameter_groups
+from clipkit.optim import (
+    WeightAverage,
+    create_optimizer,
+    create_schedule,
+    list_optimizers,
+    list_schedules,
+    parameter_groups,
+)
 
 TOKENIZER = SimpleNamespace(vocab_size=50, context_length=12, pad_id=0, sot_id=48, eot_id=49)
 
@@ -189,6 +197,60 @@ def test_unknown_schedules_and_final_factors_are_named():
         rates("cosin", 1, 10, 1)
     with pytest.raises(ValueError, match="final"):
         rates("cosine", 1, 10, 1, final=1.5)
+
+
+def averaged_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    return net, WeightAverage(net, decay=0.5)
+
+
+def test_weight_average_by_hand():
+    net, average = averaged_net()
+    expected = net[0].weight.detach().double()
+    for step, decay in enumerate((0.1, 2 / 11, 0.25, 4 / 13, 5 / 14, 0.4, 7 / 16, 8 / 17, 0.5, 0.5, 0.5)):
+        with torch.no_grad():
+            net[0].weight.add_(torch.randn(3, 2))
+        average.update(net)
+        expected = decay * expected + (1 - decay) * net[0].weight.detach().double()
+        assert average.updates == step + 1
+    torch.testing.assert_close(average.weights["0.weight"].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_weight_average_is_lent_to_the_model_and_taken_back():
+    net, average = averaged_net()
+    net.train()(torch.randn(8, 2) + 5)
+    with torch.no_grad():
+        net[0].bias.fill_(3.0)
+    average.update(net)
+    own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    parameter = net[0].bias
+    with pytest.raises(RuntimeError, match="inside"):
+        with average.applied(net):
+            assert net[0].bias is parameter
+            assert not torch.equal(net[0].bias, own["0.bias"])
+            # A mean of statistics, but the whole count.
+            assert 0 < net[1].running_mean.abs().max() < own["1.running_mean"].abs().max()
+            assert net[1].num_batches_tracked == 1
+            raise RuntimeError("inside")
+    assert all(torch.equal(own[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_weight_average_resumes_and_refuses_another_model():
+    net, average = averaged_net()
+    for _ in range(3):
+        average.update(net)
+    later_net, later = averaged_net()
+    later.load_state_dict(copy.deepcopy(average.state_dict()))
+    for one, other in ((net, average), (later_net, later)):
+        with torch.no_grad():
+            one[0].weight.fill_(1.0)
+        other.update(one)
+    assert later.updates == 4 and torch.equal(later.weights["0.weight"], average.weights["0.weight"])
+    with pytest.raises(ValueError, match="another model"):
+        later.load_state_dict({"updates": 1, "weights": {"weight": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="decay"):
+        WeightAverage(net, decay=1.0)
 
 
 def test_schedule_resumes_where_it_stopped():

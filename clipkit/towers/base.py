@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -64,28 +65,39 @@ class Tower(nn.Module):
         depth = getattr(self, "_frozen_depth", -1)
         if mode and depth >= 0:
             for name, module in self.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.layer_of(f"{name}.weight") <= depth:
+                if isinstance(module, _BatchNorm) and self.layer_of(f"{name}.weight") <= depth:
                     module.eval()
         return self
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them.
 
-        About one more forward pass of time for memory that no longer grows with depth. Same gradients: the random
-        state is replayed, and BatchNorm's running statistics are updated by the first pass only.
+        About one more forward pass of time for memory that hardly grows with depth. Same gradients: the random state is
+        replayed, and BatchNorm's running statistics are updated by the first pass only. Under torch.compile, blocks with
+        BatchNorm run outside the graph.
         """
         blocks = self.blocks()
         if enable and not blocks:
             raise ValueError(f"{type(self).__name__} names no blocks to checkpoint: set activation_checkpointing: false")
         for block in blocks:
-            plain = getattr(block.forward, "func", None) is _recomputed
-            if enable and not plain:
-                block.forward = partial(_recomputed, block, block.forward)
-            elif not enable and plain:
+            # On the instance, so that the state dict's names stay as they are.
+            recomputes = "forward" in vars(block)
+            if enable and not recomputes:
+                again = _recomputed_norms if any(isinstance(m, _BatchNorm) for m in block.modules()) else _recomputed
+                block.forward = partial(again, block, block.forward)
+            elif not enable and recomputes:
                 del block.forward
 
 
 def _recomputed(block: nn.Module, forward, *args, **kwargs):
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+# Dynamo takes no context_fn of ours, nor a buffer that changes inside a checkpoint.
+@torch.compiler.disable
+def _recomputed_norms(block: nn.Module, forward, *args, **kwargs):
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     return checkpoint(
@@ -96,7 +108,7 @@ def _recomputed(block: nn.Module, forward, *args, **kwargs):
 @contextmanager
 def _still_statistics(block: nn.Module):
     """Within it a training BatchNorm normalises by the batch but leaves its running statistics alone."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
