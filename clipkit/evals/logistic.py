@@ -4,6 +4,7 @@ Every problem p minimises scikit-learn's objective over its own rows,
 
     1/2 ||W_p||^2 + C_p * sum_i weight_p,i * CE(x_i W_p + b_p, y_i)          (bias not penalised)
 
+(two classes share one logit, as there: the first class's column of W_p is zero)
 by L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) with a backtracking step a problem. A batch of 60 fits costs little
 more than one, which is what makes cross-validated probes cheap enough to run beside training.
 """
@@ -51,22 +52,31 @@ def fit_logistic(
     # Dividing by C * rows turns the sum into a mean: one tolerance for every problem.
     penalty = 1 / (C * rows)
     mean_weight = (weight / rows[:, None]).T.contiguous()
-    target = F.one_hot(labels, classes).to(features.dtype)[:, :, None]
     x = torch.cat([features, features.new_ones(n, 1)], dim=1)
     problems = len(C)
+    binary = classes == 2
+    target = labels[:, None].to(features.dtype) if binary else F.one_hot(labels, classes).to(features.dtype)[:, :, None]
 
     # Problems stand last everywhere: softmax over a short middle dimension then runs along contiguous memory.
     def objective(theta: Tensor) -> tuple[Tensor, Tensor]:
-        logits = (x @ theta.reshape(dim + 1, -1)).reshape(n, classes, problems)
-        log_probability = logits.log_softmax(1)
-        loss = -(log_probability.gather(1, labels[:, None, None].expand(n, 1, problems)).squeeze(1) * mean_weight).sum(0)
-        residual = log_probability.exp_().sub_(target).mul_(mean_weight[:, None])
-        gradient = (x.T @ residual.reshape(n, -1)).reshape(theta.shape)
+        logits = x @ theta.reshape(dim + 1, -1)
+        if binary:
+            loss = ((F.softplus(logits) - target * logits) * mean_weight).sum(0)
+            residual = (logits.sigmoid() - target).mul_(mean_weight)
+        else:
+            log_probability = logits.reshape(n, classes, problems).log_softmax(1)
+            own = log_probability.gather(1, labels[:, None, None].expand(n, 1, problems)).squeeze(1)
+            loss = -(own * mean_weight).sum(0)
+            residual = log_probability.exp_().sub_(target).mul_(mean_weight[:, None]).reshape(n, -1)
+        gradient = (x.T @ residual).reshape(theta.shape)
         shrink = theta * penalty
         shrink[-1] = 0
         return loss + 0.5 * (theta * shrink).sum((0, 1)), gradient + shrink
 
-    theta = _lbfgs(objective, x.new_zeros(dim + 1, classes, problems), max_iter=max_iter, tolerance=tolerance)
+    columns = 1 if binary else classes
+    theta = _lbfgs(objective, x.new_zeros(dim + 1, columns, problems), max_iter=max_iter, tolerance=tolerance)
+    if binary:
+        theta = torch.cat([torch.zeros_like(theta), theta], dim=1)
     return theta[:-1].permute(2, 0, 1), theta[-1].T
 
 
