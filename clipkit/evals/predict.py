@@ -1,0 +1,162 @@
+"""Using a trained model on one's own files.
+
+    from clipkit.evals.predict import Predictor
+    predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
+    keys, features = predictor.embed_images("photos/")
+    for key, score in predictor.search("a red circle", keys, features, k=5): ...
+    for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.evals.classification import read_templates, zero_shot_classifier
+from clipkit.evals.encoder import Encoder, check_features
+from clipkit.evals.models import load_any
+from clipkit.evals.sources import IMAGE_SUFFIXES, load_image
+
+
+class Predictor:
+    """A model ready for files: a clipkit run or checkpoint folder, or what load_any takes.
+
+    Attributes:
+        skipped: {path: reason} of the images of the last call that could not be read.
+    """
+
+    def __init__(self, model: str | Any, tokenizer: Any = None, *, device: str = "cpu", batch_size: int = 64):
+        if isinstance(model, (str, Path)):
+            model, tokenizer = load_any(str(model), device=device)
+        elif tokenizer is None:
+            raise ValueError("a model object comes with its tokenizer: Predictor(model, tokenizer)")
+        self.encoder = Encoder(model.eval(), tokenizer, device=device, batch_size=batch_size)
+        self.skipped: dict[str, str] = {}
+
+    @torch.no_grad()
+    def embed_images(self, images: str | Path | Iterable[str | Path]) -> tuple[list[str], Tensor]:
+        """(paths, (N, D) unit-norm float32) of a folder's images (at any depth, sorted), one file, or several files.
+
+        An image that cannot be read is left out and stands in `skipped`.
+
+        Raises:
+            ValueError: no image at all could be read.
+        """
+        paths = find_images(images)
+        if not hasattr(self.encoder.model, "encode_image"):
+            raise ValueError(f"{type(self.encoder.model).__name__} encodes text only")
+        size = self.encoder.model.image_tower.image_size
+        self.skipped, keys, parts = {}, [], []
+        for start in range(0, len(paths), self.encoder.batch_size):
+            batch = []
+            for path in paths[start : start + self.encoder.batch_size]:
+                try:
+                    batch.append(load_image(path, size))
+                    keys.append(str(path))
+                except Exception as error:  # PIL raises many kinds for what is no image
+                    self.skipped[str(path)] = f"{type(error).__name__}: {error}"
+            if batch:
+                parts.append(self.encoder.model.encode_image(torch.stack(batch).to(self.encoder.device)).float().cpu())
+        if not parts:
+            first = next(iter(self.skipped.items()), ("", "no file with an image's suffix"))
+            raise ValueError(f"no image could be read from {images} ({first[0]} {first[1]})")
+        features = torch.cat(parts)
+        check_features(features, "image features", keys)
+        return keys, features
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), D) unit-norm float32."""
+        return self.encoder.texts(list(texts))
+
+    def search(self, query: str, keys: Sequence[str], features: Tensor, *, k: int = 5) -> list[tuple[str, float]]:
+        """The k nearest of (N, D) embedded images or texts to a text: (key, cosine), best first."""
+        if len(keys) != len(features):
+            raise ValueError(f"{len(keys)} keys for {len(features)} features: give one a row")
+        scores = features @ self.embed_texts([query])[0]
+        best = scores.topk(min(k, len(keys)))
+        return [(keys[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    def classify(
+        self,
+        images: str | Path | Iterable[str | Path],
+        classes: Sequence[str],
+        *,
+        templates: str | list[str] = "plain",
+        k: int = 1,
+        logit_scale: float | None = None,
+    ) -> list[tuple[str, list[tuple[str, float]]]]:
+        """The k likeliest classes of every image: [(path, [(class, probability), ...]), ...].
+
+        Args:
+            templates: as clipkit.evals.classification.read_templates.
+            logit_scale: of the softmax; None: the model's own, or 100.
+        """
+        if not classes:
+            raise ValueError("classify needs a list of class names")
+        scale = logit_scale or float(getattr(self.encoder.model, "logit_scale", 100.0))
+        weights = zero_shot_classifier(self.encoder, list(classes), read_templates(templates))
+        keys, features = self.embed_images(images)
+        best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
+        rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(key, [(classes[i], p) for i, p in zip(found, values, strict=True)]) for key, found, values in rows]
+
+
+def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Image files of a folder (at any depth, sorted), or the files given; ValueError for one that is not there."""
+    given = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"there is no image or folder {path}")
+    return found
+
+
+def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> None:
+    """Write PATH.npy with PATH.keys.json beside it, or one .parquet with the columns key and embedding."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ValueError("writing Parquet needs pyarrow: pip install pyarrow, or give a .npy file") from error
+        values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.flatten().numpy()), features.shape[1])
+        parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
+    elif path.suffix == ".npy":
+        import numpy
+
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+        numpy.save(temporary, features.numpy())
+        path.with_suffix(".keys.json").write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
+        os.replace(temporary, path)
+    else:
+        raise ValueError(f"embeddings go to a .npy or .parquet file; got {path.name!r}")
+
+
+def load_embeddings(path: str | Path) -> tuple[list[str], Tensor]:
+    """(keys, (N, D)) of what save_embeddings wrote."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file of embeddings {path}")
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
+        table = parquet.read_table(path)
+        return table["key"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
+    import numpy
+
+    features = torch.from_numpy(numpy.load(path, allow_pickle=False))
+    return json.loads(path.with_suffix(".keys.json").read_text("utf-8")), features

@@ -1,0 +1,207 @@
+"""A page about some runs: one HTML file that holds everything it shows.
+
+`write_report(runs, output)` reads what the run folders hold; what needs the model (gallery, confusion, similarities)
+comes from clipkit.evals.pictures and is left out where a run has no checkpoint or its data is gone, with the reason on
+the page.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+
+from clipkit.evals.charts import PALETTE, Series, line_chart
+from clipkit.evals.runs import Group, find_runs, flatten, group_runs
+
+# Metrics of which less is better.
+LOWER = ("rank", "align_l2", "uniform_", "modality_gap", "loss")
+# Metrics without a better or worse.
+NEITHER = ("C",)
+
+STYLE = """
+:root{color-scheme:light}*{box-sizing:border-box}
+body{margin:0 auto;max-width:1180px;padding:16px;font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;overflow-wrap:anywhere}
+h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.15rem;margin:2em 0 .4em;border-bottom:1px solid #d0d7de}h3{font-size:1rem;margin:1.2em 0 .3em}
+p{margin:.4em 0;max-width:75ch}.note{color:#57606a;font-size:.9rem}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;padding:0;list-style:none;margin:.4em 0}
+.legend i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px}
+.scroll{overflow-x:auto;border:1px solid #d0d7de;border-radius:6px}
+table{border-collapse:collapse;font-size:.88rem;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #eaeef2;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+thead th{white-space:normal;vertical-align:bottom;min-width:84px;overflow-wrap:break-word}
+.wide th:first-child,.wide td:first-child{white-space:normal;overflow-wrap:normal;min-width:130px;max-width:300px}
+.best{font-weight:700}
+.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
+figure{margin:0;min-width:0}figcaption{font-size:.9rem;font-weight:600}
+svg{width:100%;height:auto;display:block;font:11px system-ui,sans-serif;fill:#1b1f24}
+svg .tick{stroke:#eaeef2}svg .axis{stroke:#b6bec8;stroke-width:.7}
+.query{border:1px solid #d0d7de;border-radius:6px;padding:8px 10px;min-width:0}
+.query p{margin:0 0 6px}.hits{display:flex;gap:6px}.hits figure{flex:1 1 0;text-align:center}
+.hits img,.query>img{width:100%;max-width:110px;aspect-ratio:1;object-fit:cover;border:3px solid transparent;border-radius:4px;display:block;margin:0 auto}
+.hits .true img{border-color:#009e73}.hits figcaption{font-size:.72rem;font-weight:400}
+.query ol{margin:6px 0 0;padding-left:1.6em;font-size:.86rem}.query li.true{color:#006b4f;font-weight:600}
+details{margin:.6em 0}summary{cursor:pointer}pre{overflow-x:auto;font-size:.78rem;background:#f6f8fa;padding:8px;border-radius:6px}
+"""
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    title: str = "clipkit report",
+    queries: int = 6,
+    device: str = "cpu",
+    batch_size: int = 64,
+    models: bool = True,
+) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        runs: run folders, or folders that hold them.
+        output: the HTML file.
+        queries: retrieval examples of each direction a group.
+        device, batch_size: for encoding the evaluation data again.
+        models: False leaves out what needs a checkpoint.
+
+    Raises:
+        ValueError: a path that holds no run.
+    """
+    groups = group_runs(find_runs(runs))
+    colours = {group.label: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
+    parts = [_head(title, groups), _legend(colours), _table(groups), _tradeoff(groups, colours)]
+    parts += [_curves(groups, colours, "Training", "train/"), _curves(groups, colours, "Evaluation during training", "eval/")]
+    if models:
+        from clipkit.evals.pictures import group_pictures
+
+        for group in groups:
+            parts.append(f"<h2>{escape(group.label)}: what the model finds</h2>")
+            # The first that has finished, so has a checkpoint.
+            run = next((run for run in group.runs if run.summary.get("finished")), group.runs[0])
+            parts.append(group_pictures(run, queries=queries, device=device, batch_size=batch_size))
+    parts.append(_settings(groups))
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>"
+    )
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, output)
+    return output
+
+
+def _head(title: str, groups: list[Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    unfinished = [run.path.name for run in runs if not run.summary.get("finished")]
+    notes = [f"{len(runs)} runs in {len(groups)} groups; runs of a group differ by their seed alone."]
+    if unfinished:
+        notes.append(f"Not finished, so their last evaluation stands: {', '.join(unfinished)}.")
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return f'<h1>{escape(title)}</h1><p class="note">{date}. {escape(" ".join(notes))}</p>'
+
+
+def _legend(colours: dict[str, str]) -> str:
+    items = "".join(f'<li><i style="background:{c}"></i>{escape(label)}</li>' for label, c in colours.items())
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _direction(metric: str) -> int:
+    name = metric.rpartition("/")[2]
+    if name in NEITHER:
+        return 0
+    return -1 if any(part in name for part in LOWER) else 1
+
+
+def _table(groups: list[Group]) -> str:
+    metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
+    if not metrics:
+        return "<h2>Final numbers</h2><p>No run has been evaluated yet.</p>"
+    head = "".join(f"<th>{escape(g.label)}</th>" for g in groups)
+    rows = []
+    for metric in metrics:
+        found = [group.spread(metric) for group in groups]
+        means = [value[0] for value in found if value]
+        sign = _direction(metric)
+        best = max(means, key=lambda mean: sign * mean) if sign and len(means) > 1 else None
+        cells = []
+        for value in found:
+            if value is None:
+                cells.append("<td>-</td>")
+                continue
+            mean, deviation, count = value
+            spread = f" ± {_number(deviation)}" if deviation is not None else ""
+            strong = ' class="best"' if mean == best else ""
+            cells.append(f'<td{strong} title="{count} runs">{_number(mean)}{spread}</td>')
+        arrow = {1: " ↑", -1: " ↓", 0: ""}[sign]
+        rows.append(f"<tr><td>{_breakable(metric)}{arrow}</td>{''.join(cells)}</tr>")
+    counts = ", ".join(f"{group.label}: {len(group.runs)}" for group in groups)
+    return (
+        '<h2>Final numbers</h2><p class="note">Mean ± sample standard deviation over runs '
+        f"({escape(counts)}); ↑ more is better, ↓ less is better, best mean in bold. STS and SentEval are per cent, recall and "
+        f'accuracy fractions of 1.</p><div class="scroll wide"><table><thead><tr><th>metric</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _breakable(name: str) -> str:
+    """A metric's name that may be broken after its underscores and slashes."""
+    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: str) -> str:
+    names = dict.fromkeys(name for g in groups for run in g.runs for line in run.lines for name in line if name.startswith(prefix))
+    charts = []
+    for name in names:
+        series = []
+        for group in groups:
+            if len(group.runs) > 1:
+                series += [Series(r.curve(name), colours[group.label], r.path.name, faint=True) for r in group.runs]
+            series.append(Series(group.mean_curve(name), colours[group.label], group.label))
+        # A single evaluation at the end is in the table already.
+        if any(len(s.points) > 1 for s in series):
+            charts.append(line_chart(name[len(prefix) :], series, x_label="step"))
+    if not charts:
+        return ""
+    return f'<h2>{heading}</h2><p class="note">Thick: mean over runs; thin: each run.</p><div class="grid">{"".join(charts)}</div>'
+
+
+def _tradeoff(groups: list[Group], colours: dict[str, str]) -> str:
+    """Alignment against uniformity, a path over training for each group (Wang and Isola, 2020, figure 7)."""
+    tasks = dict.fromkeys(
+        name[: -len("/align_l2")] for g in groups for run in g.runs for name in run.final if name.endswith("/align_l2"))
+    charts = []
+    for task in tasks:
+        for uniform in ("uniform_t", "uniform_i", "uniform_it"):
+            series = []
+            for group in groups:
+                x = dict(group.mean_curve(f"eval/{task}/align_l2"))
+                y = dict(group.mean_curve(f"eval/{task}/{uniform}"))
+                points = [(x[step], y[step]) for step in x if step in y]
+                series.append(Series(points, colours[group.label], group.label, arrow=True))
+            charts.append(line_chart(f"{task}: {uniform} against alignment", series, x_label="align_l2", y_label=uniform))
+    charts = [chart for chart in charts if chart]
+    if not charts:
+        return ""
+    return (
+        '<h2>Alignment and uniformity</h2><p class="note">A path is training, its dot the last evaluation. Left is better '
+        f'aligned, down is more uniform.</p><div class="grid">{"".join(charts)}</div>'
+    )
+
+
+def _settings(groups: list[Group]) -> str:
+    blocks = []
+    for group in groups:
+        flat = "\n".join(f"{key}: {value}" for key, value in flatten(group.runs[0].config).items())
+        folders = "\n".join(str(run.path) for run in group.runs)
+        blocks.append(f"<details><summary>{escape(group.label)}</summary><pre>{escape(folders)}\n\n{escape(flat)}</pre></details>")
+    return f"<h2>Settings</h2>{''.join(blocks)}"

@@ -1,0 +1,115 @@
+"""Embed, search and classify files with a trained model.
+
+    clipkit-predict embed    runs/quickstart/default --images photos/ --output photos.npy
+    clipkit-predict embed    runs/quickstart/default --texts captions.txt --output captions.parquet
+    clipkit-predict search   runs/quickstart/default "a red circle" photos/ --top 5
+    clipkit-predict search   runs/quickstart/default "a red circle" photos.npy
+    clipkit-predict classify runs/quickstart/default photos/ --labels cat,dog --top 2
+
+MODEL is a run or checkpoint folder, open_clip:NAME[=WEIGHTS], or (texts alone) sentence_transformers:FOLDER. Results go to
+standard output, one JSON line a file or query; unreadable images are named on standard error and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console command."""
+    given = _parser().parse_args(arguments)
+    try:
+        given.run(given)
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def embed(given: argparse.Namespace) -> None:
+    """Write the embeddings of images or of a text file's lines."""
+    from clipkit.evals.predict import save_embeddings
+
+    predictor = _predictor(given)
+    if given.images:
+        keys, features = predictor.embed_images(given.images)
+        _tell_skipped(predictor)
+    else:
+        keys = [line for line in Path(given.texts).read_text("utf-8").splitlines() if line.strip()]
+        features = predictor.embed_texts(keys)
+    save_embeddings(given.output, keys, features)
+    print(json.dumps({"output": given.output, "rows": len(keys), "dimensions": features.shape[1]}))
+
+
+def search(given: argparse.Namespace) -> None:
+    """Print the files nearest to a text."""
+    from clipkit.evals.predict import load_embeddings
+
+    predictor = _predictor(given)
+    if Path(given.where).suffix in (".npy", ".parquet"):
+        keys, features = load_embeddings(given.where)
+    else:
+        keys, features = predictor.embed_images(given.where)
+        _tell_skipped(predictor)
+    for key, score in predictor.search(given.query, keys, features, k=given.top):
+        print(json.dumps({"file": key, "cosine": round(score, 6)}))
+
+
+def classify(given: argparse.Namespace) -> None:
+    """Print every file's likeliest labels."""
+    from clipkit.evals.classification import read_classes
+
+    labels = given.labels.split(",") if "," in given.labels else given.labels
+    classes, _ = read_classes([label.strip() for label in labels] if isinstance(labels, list) else labels)
+    predictor = _predictor(given)
+    for key, found in predictor.classify(given.images, classes, templates=given.templates or "plain", k=given.top):
+        print(json.dumps({"file": key, "labels": [{"label": label, "probability": round(p, 6)} for label, p in found]}))
+    _tell_skipped(predictor)
+
+
+def _predictor(given: argparse.Namespace) -> Any:
+    from clipkit.evals.predict import Predictor
+
+    return Predictor(given.model, device=given.device, batch_size=given.batch_size)
+
+
+def _tell_skipped(predictor: Any) -> None:
+    for path, reason in predictor.skipped.items():
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clipkit-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="embed|search|classify")
+    for name, run, text in (
+        ("embed", embed, "embeddings of images or texts to a file"),
+        ("search", search, "the images of a folder nearest to a text"),
+        ("classify", classify, "the likeliest of some labels for every image"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("model", help="run or checkpoint folder, or open_clip:NAME[=WEIGHTS]")
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--batch-size", type=int, default=64)
+        if name == "embed":
+            source = command.add_mutually_exclusive_group(required=True)
+            source.add_argument("--images", nargs="+", help="image files or folders")
+            source.add_argument("--texts", help="text file, one text a line")
+            command.add_argument("--output", required=True, help=".npy (keys beside it in .keys.json) or .parquet")
+        elif name == "search":
+            command.add_argument("query")
+            command.add_argument("where", help="folder of images, or embeddings written by embed")
+            command.add_argument("--top", type=int, default=5)
+        else:
+            command.add_argument("images", nargs="+", help="image files or folders")
+            command.add_argument("--labels", required=True, help="a,b,c or a file with one a line")
+            command.add_argument("--templates", nargs="+", help="such as 'a photo of a {}.'")
+            command.add_argument("--top", type=int, default=1)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
