@@ -18,7 +18,7 @@ KINDS = ("lse_sums", "lse_coef", "softplus_sums", "softplus_coef")
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One kernel's launch. `outer` is the side of the block of logits handled by one launch: for coefficients it
+    """One kernel's launch. `descriptors`: load by tensor descriptors (TMA) rather than pointers. `outer` is the side of the block of logits handled by one launch: for coefficients it
     sets the workspace (outer^2 * 2 bytes), for sums that of the partial sums (outer^2 / 16 bytes)."""
 
     block_m: int = 128
@@ -27,6 +27,7 @@ class TileConfig:
     group: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    descriptors: bool = True
     outer: int = 8448
 
 
@@ -34,14 +35,14 @@ class TileConfig:
 # Outer blocks of 8448 = 66 * 128 fill whole waves of cuBLAS's 128 x 256 tiles on 132 multiprocessors.
 _TABLE: tuple[tuple[str, int | None, int | None, TileConfig], ...] = (
     ("lse_sums", 9, None, TileConfig(outer=33792)),
-    ("softplus_sums", 9, None, TileConfig(outer=33792)),
+    ("softplus_sums", 9, None, TileConfig(num_warps=8, outer=33792)),
     ("lse_coef", 9, 512, TileConfig(outer=8448)),
     ("lse_coef", 9, 768, TileConfig(outer=11264)),
     ("lse_coef", 9, None, TileConfig(outer=8448)),
     ("softplus_coef", 9, 512, TileConfig(outer=8448)),
     ("softplus_coef", 9, 768, TileConfig(outer=11264)),
     ("softplus_coef", 9, None, TileConfig(outer=8448)),
-    ("", 8, None, TileConfig(block_k=32, num_warps=8, outer=8192)),
+    ("", 8, None, TileConfig(block_k=32, num_warps=8, descriptors=False, outer=8192)),
     ("", None, None, TileConfig(num_warps=8, outer=8192)),
 )
 

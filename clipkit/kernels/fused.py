@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ COEF_POWER = 2.0**14
 # Bits of a sum (relative to the shift) under which coef_kernel takes an exponential per side; sums that were
 # recomputed exactly lie below -100 + log2 N.
 COEF_FLOOR = -70.0
+EXACT_PROGRAMS = 128
 SUM_FLOOR = 2.0**-100
 
 
@@ -35,6 +36,14 @@ def _cdiv(a: int, b: int) -> int:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+class _Weights(NamedTuple):
+    """What coef_kernel reads per row, or per column: (N,) float32 each. The sigmoid reads `weight` of rows alone."""
+
+    bits: Tensor
+    weight: Tensor
+    factor: Tensor
 
 
 class _Side:
@@ -99,12 +108,14 @@ class _Problem:
             added = -self.shift
         self.scalars = torch.stack([multiplier, added])
 
-    def descriptors(self) -> tuple[TensorDescriptor, TensorDescriptor]:
+    def source(self, tensor: Tensor, rows: int, cols: int) -> Tensor | TensorDescriptor:
+        """What a kernel takes to read or write (rows, cols) tiles of `tensor`."""
+        return TensorDescriptor.from_tensor(tensor, [rows, cols]) if self.config.descriptors else tensor
+
+    def sources(self, *, swapped: bool = False) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
         c = self.config
-        return (
-            TensorDescriptor.from_tensor(self.x.operand, [c.block_m, c.block_k]),
-            TensorDescriptor.from_tensor(self.y.operand, [c.block_n, c.block_k]),
-        )
+        first, second = (self.y, self.x) if swapped else (self.x, self.y)
+        return self.source(first.operand, c.block_m, c.block_k), self.source(second.operand, c.block_n, c.block_k)
 
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
         """col_add, row_ids, col_ids; any tensor where the flags below say it is not read."""
@@ -116,7 +127,7 @@ class _Problem:
         return {
             "D": self.x.operand.shape[1], "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
             "HAS_WEIGHT": self.col_bits is not None, "HAS_IDS": self.ids is not None,
-            "EXCLUDE": self.pairs.exclude_positives, "num_warps": c.num_warps, "num_stages": c.num_stages,
+            "EXCLUDE": self.pairs.exclude_positives, "DESCRIPTORS": c.descriptors, "num_warps": c.num_warps, "num_stages": c.num_stages,
         }
 
     def blocks(self):
@@ -143,10 +154,10 @@ class _Problem:
         )
         row_sum = torch.zeros(self.n, dtype=torch.float32, device=self.device)
         col_sum = torch.zeros(0 if self.softplus else self.m, dtype=torch.float32, device=self.device)
-        x_desc, y_desc = self.descriptors()
+        x, y = self.sources()
         for rows, cols, tiles_m, tiles_n in self.blocks():
             triton_tiles.sums_kernel[(tiles_m * tiles_n,)](
-                x_desc, y_desc, self.scalars, *self.pointers(), row_part, col_part, rows.start, cols.start, self.n,
+                x, y, self.scalars, *self.pointers(), row_part, col_part, rows.start, cols.start, self.n,
                 self.m, self.pairs.row_offset, tiles_m, tiles_n, GROUP=c.group, SOFTPLUS=self.softplus,
                 **self.constants(),
             )
@@ -157,22 +168,18 @@ class _Problem:
 
     def mend(self, lse_bits: Tensor, sums: Tensor, *, columns: bool) -> None:
         """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are none."""
-        row_desc, col_desc = self.descriptors()
         constants, c, pairs = self.constants(), self.config, self.pairs
         col_add, row_ids, col_ids = self.pointers()
         n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
         if columns:
             # The transposed problem: what was a weight of columns is now one of rows.
-            row_desc = TensorDescriptor.from_tensor(self.y.operand, [c.block_m, c.block_k])
-            col_desc = TensorDescriptor.from_tensor(self.x.operand, [c.block_n, c.block_k])
             n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
         triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
-            row_desc, col_desc, self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
+            *self.sources(swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
             pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns, HAS_WEIGHT=weighted and not columns, **constants,
         )
 
-    def gradients(self, row_bits: Tensor, col_bits: Tensor, row_weight: Tensor, col_weight: Tensor, *, need_x: bool,
-                  need_y: bool, col_sums: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(G Y, G^T X, column sums of G), float32, in the operands' and coefficients' powers of two."""
         c = self.config
         down, across = self.largest_block()
@@ -180,20 +187,30 @@ class _Problem:
             torch.empty(down * c.block_m, across * c.block_n, dtype=torch.float16, device=self.device)
             for _ in range(2 if self.high else 1)
         ]
-        g_descs = [TensorDescriptor.from_tensor(g, [c.block_m, c.block_n]) for g in work]
+        targets = [self.source(g, c.block_m, c.block_n) for g in work]
         col_part = torch.empty(down * across * c.block_n if col_sums else 0, dtype=torch.float32, device=self.device)
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=self.device)
         x_acc = zeros(self.n, self.x.padded) if need_x else None
         y_acc = zeros(self.m, self.y.padded) if need_y else None
         col_total = zeros(self.m) if col_sums else None
-        x_desc, y_desc = self.descriptors()
+        x, y = self.sources()
+        narrow = min(32, c.block_n)
+        exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
+        del exact["DESCRIPTORS"]
+        lost = ((by_row.bits < COEF_FLOOR).any() | (by_col.bits < COEF_FLOOR).any()).int()
         for rows, cols, tiles_m, tiles_n in self.blocks():
+            place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
-                x_desc, y_desc, g_descs[0], g_descs[-1], self.scalars, *self.pointers(), row_bits, col_bits, row_weight,
-                col_weight, col_part, rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m, tiles_n,
-                GROUP=c.group, SOFTPLUS=self.softplus, COL_SUMS=col_sums, HIGH=self.high, FLOOR=COEF_FLOOR,
-                **self.constants(),
+                x, y, targets[0], targets[-1], self.scalars, *self.pointers(), by_row.factor, by_col.factor, col_part,
+                *place, tiles_n, work[0].stride(0), GROUP=c.group, SOFTPLUS=self.softplus, COL_SUMS=col_sums,
+                HIGH=self.high, **self.constants(),
             )
+            if not self.softplus:
+                triton_tiles.exact_coef_kernel[(EXACT_PROGRAMS,)](
+                    self.x.operand, self.y.operand, work[0], work[-1], lost, self.scalars, *self.pointers(), by_row.bits,
+                    by_col.bits, by_row.weight, by_col.weight, col_part, *place, tiles_n * (c.block_n // narrow),
+                    work[0].stride(0), COL_SUMS=col_sums, HIGH=self.high, FLOOR=COEF_FLOOR, **exact,
+                )
             block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]
             if need_x:
                 self._multiply(x_acc[rows], block, self.y, cols)
@@ -258,23 +275,23 @@ def lse_backward(
         )
     problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_coef", high)
     size = gradient_size(grad_row, grad_col).float()
-    row_bits, row_weight = _relative(row_lse, grad_row, problem.shift, size)
-    col_bits, col_weight = _relative(col_lse, grad_col, problem.shift, size)
-    return _gradients(problem, row_bits, col_bits, row_weight, col_weight, size, need_x, need_y, need_weight)
+    by_row = _weights(row_lse, grad_row, problem.shift, size)
+    by_col = _weights(col_lse, grad_col, problem.shift, size)
+    return _gradients(problem, by_row, by_col, size, need_x, need_y, need_weight)
 
 
-def _relative(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """(bits of the sum less the shift, weight); an empty sum has weight 0."""
+def _weights(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> _Weights:
+    """The vectors of one side; an empty sum has weight 0."""
     empty = lse == NEG_INF
-    bits = torch.where(empty, torch.zeros_like(lse), lse).double() * LOG2E - torch.where(empty, 0.0, shift.double())
-    weight = torch.where(empty, torch.zeros_like(grad), grad)
-    return bits.float().contiguous(), (weight.float() / size * COEF_POWER).contiguous()
+    bits = torch.where(empty, 0.0, lse.double() * LOG2E - shift.double()).float()
+    weight = torch.where(empty, 0.0, grad.float() / size * COEF_POWER)
+    return _Weights(bits, weight, weight * torch.exp2(-bits))
 
 
-def _gradients(problem: _Problem, row_bits, col_bits, row_weight, col_weight, size, need_x, need_y, need_sums):
+def _gradients(problem: _Problem, by_row: _Weights, by_col: _Weights, size: Tensor, need_x, need_y, need_sums):
     need_x_side = need_x or not need_y
     x_acc, y_acc, col_total = problem.gradients(
-        row_bits, col_bits, row_weight, col_weight, need_x=need_x_side, need_y=need_y, col_sums=need_sums
+        by_row, by_col, need_x=need_x_side, need_y=need_y, col_sums=need_sums
     )
     factor = size / COEF_POWER
     d_x = d_y = d_scale = None
@@ -310,7 +327,6 @@ def softplus_backward(
     problem = _Problem(x, y, scale, None, pairs, "softplus_coef", high, bias)
     size = gradient_size(grad_row).float()
     weight = (grad_row.float() / size * COEF_POWER).contiguous()
-    d_x, d_y, d_scale, sums = _gradients(
-        problem, weight, weight, weight, weight, size, need_x, need_y, need_bias
-    )
+    by_row = _Weights(weight, weight, weight)
+    d_x, d_y, d_scale, sums = _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)
     return d_x, d_y, d_scale, None if sums is None else sums.sum(dtype=torch.float64)

@@ -5,6 +5,7 @@
     sums_kernel    a tile of logits -> its partial sums of rows and of columns
     strip_kernel   exact log-sum-exp of the rows whose sum against the fixed shift came out too small
     coef_kernel    a tile of logits -> the coefficients G = dL/ds, in float16
+    exact_coef_kernel  the same for the tiles of those rows and columns
     finish_kernel  accumulated G Y -> the gradient in the features' dtype, and <x, dx> for the scale
 
 Conventions. Operands are float16, times a power of two that puts the largest row norm near 2^14, so neither
@@ -24,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_RUN_TIME = ["row_start", "col_start", "n", "m", "row_offset", "tiles_m", "tiles_n", "tile_stride"]
+_RUN_TIME = ["row_start", "col_start", "n", "m", "row_offset", "tiles_m", "tiles_n"]
 
 
 @triton.jit
@@ -38,15 +39,38 @@ def _swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _tile_product(x_desc, y_desc, row, col, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) inner products of the rows from `row` and the columns from `col`."""
+def _tile_product(x, y, row, col, n, m, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) inner products of the rows from `row` and the columns from `col`.
+
+    x, y: (n, D) and (m, D), as tensor descriptors, or as pointers where the hardware has none: a descriptor taken
+    apart by the compiler no longer shows that rows are contiguous, and its loads would not be asynchronous.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, D, BLOCK_K):
-        x = x_desc.load([row, k])
-        y = y_desc.load([col, k])
-        acc = tl.dot(x, y.T, acc)
+    if DESCRIPTORS:
+        for k in range(0, D, BLOCK_K):
+            acc = tl.dot(x.load([row, k]), y.load([col, k]).T, acc)
+    else:
+        # Rows beyond the last are read as the last one; their results are dropped by every caller.
+        x_rows = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)
+        y_rows = tl.minimum(col + tl.arange(0, BLOCK_N), m - 1).to(tl.int64)
+        at = tl.arange(0, BLOCK_K)
+        x_at = x + x_rows[:, None] * D + at[None, :]
+        y_at = y + y_rows[None, :] * D + at[:, None]
+        for k in range(0, D, BLOCK_K):
+            acc = tl.dot(tl.load(x_at + k), tl.load(y_at + k), acc)
     return acc
+
+
+@triton.jit
+def _store_tile(work, values, row, col, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """A float16 tile into the workspace, whose sides are whole tiles."""
+    if DESCRIPTORS:
+        work.store([row, col], values)
+    else:
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        cols = col + tl.arange(0, BLOCK_N)
+        tl.store(work + rows[:, None] * stride + cols[None, :], values)
 
 
 @triton.jit
@@ -79,15 +103,16 @@ def _log1p(e):
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def sums_kernel(
-    x_desc, y_desc, scalars, col_add, row_ids, col_ids, row_part, col_part, row_start, col_start, n, m, row_offset,
+    x, y, scalars, col_add, row_ids, col_ids, row_part, col_part, row_start, col_start, n, m, row_offset,
     tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """row_part (tiles_n, tiles_m BLOCK_M), col_part (tiles_m, tiles_n BLOCK_N): sums of 2^bits, or of softplus."""
     tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row = row_start + tile_m * BLOCK_M
     col = col_start + tile_n * BLOCK_N
-    acc = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
     bits = acc * tl.load(scalars) + tl.load(scalars + 1)
     if HAS_WEIGHT:
         cols = col + tl.arange(0, BLOCK_N)
@@ -106,9 +131,10 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def strip_kernel(
-    x_desc, y_desc, scalars, row_add, col_add, row_ids, col_ids, sums, lse_bits, floor, n, m, row_offset,
+    x, y, scalars, row_add, col_add, row_ids, col_ids, sums, lse_bits, floor, n, m, row_offset,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
     row = tl.program_id(0) * BLOCK_M
@@ -119,7 +145,7 @@ def strip_kernel(
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         for col in range(0, m, BLOCK_N):
-            bits = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K) * multiplier
+            bits = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS) * multiplier
             cols = col + tl.arange(0, BLOCK_N)
             if HAS_WEIGHT:
                 bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
@@ -142,25 +168,17 @@ def strip_kernel(
         tl.store(lse_bits + rows, result, mask=lost)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def coef_kernel(
-    x_desc, y_desc, g_desc, low_desc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight,
-    col_part, row_start, col_start, n, m, row_offset, tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr,
-    HIGH: tl.constexpr, FLOOR: tl.constexpr,
+@triton.jit
+def _coefficients(
+    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m, row_offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, TWO: tl.constexpr,
 ):
-    """G of one tile, float16, times the power of two that row_weight and col_weight carry.
-
-    softmax: G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j), all bits less shift
-    sigmoid: G_ij = row_weight_i sigma(bits_ij ln 2)
-    """
-    tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    row = row_start + tile_m * BLOCK_M
-    col = col_start + tile_n * BLOCK_N
-    bits = _tile_product(x_desc, y_desc, row, col, D, BLOCK_M, BLOCK_N, BLOCK_K) * tl.load(scalars) + tl.load(scalars + 1)
+    """G of the tile at (row, col). TWO: an exponential for each side; else the weights hold 2^-bits, and no bits are
+    read."""
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
+    bits = acc * tl.load(scalars) + tl.load(scalars + 1)
     if HAS_WEIGHT:
         bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
     by_row = tl.load(row_weight + rows, mask=rows < n, other=0.0)
@@ -168,22 +186,92 @@ def coef_kernel(
         values = by_row[:, None] / (1.0 + tl.exp2(-bits))
     else:
         by_col = tl.load(col_weight + cols, mask=cols < m, other=0.0)
-        row_lse = tl.load(row_bits + rows, mask=rows < n, other=0.0)
-        col_lse = tl.load(col_bits + cols, mask=cols < m, other=0.0)
-        # One exponential serves both sums, unless a sum here is too small to divide by (see strip_kernel).
-        if (tl.min(row_lse, 0) < FLOOR) | (tl.min(col_lse, 0) < FLOOR):
-            values = by_row[:, None] * tl.exp2(bits - row_lse[:, None])
-            values += by_col[None, :] * tl.exp2(bits - col_lse[None, :])
+        if TWO:
+            values = by_row[:, None] * tl.exp2(bits - tl.load(row_bits + rows, mask=rows < n, other=0.0)[:, None])
+            values += by_col[None, :] * tl.exp2(bits - tl.load(col_bits + cols, mask=cols < m, other=0.0)[None, :])
         else:
-            values = tl.exp2(bits) * ((by_row * tl.exp2(-row_lse))[:, None] + (by_col * tl.exp2(-col_lse))[None, :])
-    values = _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+            values = tl.exp2(bits) * (by_row[:, None] + by_col[None, :])
+    return _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _store_coefficients(
+    values, g_work, low_work, col_part, row, col, work_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COL_SUMS: tl.constexpr, HIGH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):
+    """Writes the tile at (row, col) of the block; col_part points to this row of tiles."""
     g = values.to(tl.float16)
-    g_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], g)
+    _store_tile(g_work, g, row, col, work_stride, BLOCK_M, BLOCK_N, DESCRIPTORS)
     if HIGH:
-        low_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], (values - g.to(tl.float32)).to(tl.float16))
+        low = (values - g.to(tl.float32)).to(tl.float16)
+        _store_tile(low_work, low, row, col, work_stride, BLOCK_M, BLOCK_N, DESCRIPTORS)
     if COL_SUMS:
-        in_block_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N) + in_block_n, tl.sum(values, 0))
+        tl.store(col_part + col + tl.arange(0, BLOCK_N), tl.sum(values, 0))
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def coef_kernel(
+    x, y, g_work, low_work, scalars, col_add, row_ids, col_ids, row_factor, col_factor, col_part, row_start, col_start, n,
+    m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):
+    """G of one tile, float16, times the power of two that the factors carry.
+
+    softmax: G_ij = 2^bits_ij (row_factor_i + col_factor_j),  row_factor = dL/drow_lse * 2^-(row's sum in bits)
+    sigmoid: G_ij = row_factor_i sigma(bits_ij ln 2)
+
+    One exponential serves both sums. Where a sum is too small to divide by, the tile is done again by
+    exact_coef_kernel: a second path in here would take twice the registers from every tile.
+    """
+    tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    row = row_start + tile_m * BLOCK_M
+    col = col_start + tile_n * BLOCK_N
+    acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
+    values = _coefficients(
+        acc, scalars, col_add, row_ids, col_ids, row_factor, col_factor, row_factor, col_factor, row, col, n, m, row_offset,
+        BLOCK_M, BLOCK_N, SOFTPLUS, HAS_WEIGHT, HAS_IDS, EXCLUDE, False,
+    )
+    _store_coefficients(
+        values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M, tile_n * BLOCK_N,
+        work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, DESCRIPTORS,
+    )
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def exact_coef_kernel(
+    x, y, g_work, low_work, lost, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, col_part,
+    row_start, col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
+    COL_SUMS: tl.constexpr, HIGH: tl.constexpr, FLOOR: tl.constexpr,
+):
+    """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below FLOOR.
+
+    G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j). A few programs walk all tiles,
+    and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the rare case.
+    """
+    if tl.load(lost) > 0:
+        for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+            tile_m = tile // tiles_n
+            tile_n = tile % tiles_n
+            row = row_start + tile_m * BLOCK_M
+            col = col_start + tile_n * BLOCK_N
+            rows = row + tl.arange(0, BLOCK_M)
+            cols = col + tl.arange(0, BLOCK_N)
+            lowest = tl.minimum(
+                tl.min(tl.load(row_bits + rows, mask=rows < n, other=0.0), 0),
+                tl.min(tl.load(col_bits + cols, mask=cols < m, other=0.0), 0),
+            )
+            if lowest < FLOOR:
+                acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, False)
+                values = _coefficients(
+                    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m,
+                    row_offset, BLOCK_M, BLOCK_N, False, HAS_WEIGHT, HAS_IDS, EXCLUDE, True,
+                )
+                _store_coefficients(
+                    values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M,
+                    tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, False,
+                )
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
