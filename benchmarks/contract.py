@@ -64,9 +64,7 @@ def open_clip_siglip_loss():
 
 
 def open_clip_train_step(model, loss, batch, *, micro_batch_size, inputs):
-    """open_clip's own training loop for one step of `accum_freq` micro-batches; gradients stay in the
-    model.
-    """
+    """One step of open_clip's own training loop, `accum_freq` micro-batches; gradients stay in the model."""
     from open_clip_train.train import train_one_epoch
 
     class AsOpenClip(nn.Module):
@@ -158,10 +156,10 @@ def rows(world_size: int) -> list[tuple[str, str, str | None, ContractCase]]:
     case = partial(ContractCase, batch_size=PAIRS_IN_ALL)
     infonce = partial(case, reference_fn=plain_clip_loss)
     both = {"local_loss": True, "gather_with_grad": True}
-    registered = [
-        ("clipkit " + name, "4 micro-batches", None, case(ours(name, **NEEDED.get(name, {})), micro_batches=4))
-        for name in list_losses()
-    ]
+    registered = []
+    for name in list_losses():
+        cached = case(ours(name, **NEEDED.get(name, {})), micro_batches=4)
+        registered.append((f"clipkit {name}", "4 micro-batches", None, cached))
     return [
         ("clipkit infonce", "dense", None, infonce(ours("infonce", impl="dense"))),
         ("clipkit infonce", "chunked", None, infonce(ours("infonce", impl="chunked"))),
@@ -255,8 +253,8 @@ Python {platform.python_version()}, {versions}.
 
 Gradient averaged over {world_size} ranks as DDP does, beside one process on the whole batch of {PAIRS_IN_ALL}
 pairs: 1.00 is right. `towers`: ||g|| / ||reference|| of the towers' weights; `cosine`: the lowest of their
-directions; `logit_scale`, `logit_bias`: the same ratio, empty where the loss has no such parameter; `error`: the
-largest ||g - reference|| / ||reference|| of any parameter; `value spread`: the largest relative difference
+directions; `logit_scale`, `logit_bias`: the same ratio, empty where the loss has no such parameter; `error`:
+the largest ||g - reference|| / ||reference|| of any parameter; `value spread`: the largest difference, relative,
 between the losses that ranks return. float64, unit features of width 8, logit_scale 5, linear towers. The
 defaults of sentence-transformers and lightly contrast each rank's own rows alone, which is another, smaller
 problem by design. Command: `python benchmarks/contract.py`.
