@@ -75,34 +75,42 @@ class _Batches(torch.utils.data.Dataset):
 
     def _batch(self, start: int) -> dict[str, Any]:
         faults: list[tuple[str, str, str, str]] = []
-        images, texts, keys, index = [], [], [], []
-        for source, epoch, place, sample in self.plan(start):
-            image, text, sample = self._sample(source, epoch, place, sample, faults)
-            images.append(image)
+        texts, keys, index = [], [], []
+        # Pixel by pixel in memory (channels_last), as decoders write and convolutions like it.
+        images = torch.empty(self.batch_size, self.image_size, self.image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        rows = self.plan(start)
+        draws = self._draws([(source, epoch, sample) for source, epoch, _, sample in rows])
+        for row, (source, epoch, place, sample) in enumerate(rows):
+            images[row], text, sample = self._sample(source, epoch, place, sample, draws[row], faults)
             texts.append(text)
             keys.append(self.sets[source].key(sample))
             index.append(int(self.offsets[source]) + sample)
-        return {"image": torch.stack(images), "text": self.tokenizer(texts), "key": keys,
+        return {"image": images, "text": self.tokenizer(texts), "key": keys,
                 "sample_index": torch.tensor(index, dtype=torch.int64), "faults": faults}
 
-    def _sample(self, source: int, epoch: int, place: int, sample: int,
+    def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
+        """Each row's random numbers, a function of (seed, epoch, key): (n, 5) float64."""
+        ids = [number(self.seed, epoch, "sample", self.sets[source].key(sample)) for source, epoch, sample in rows]
+        return uniforms(0, np.array(ids, dtype=np.uint64), _DRAWS)
+
+    def _sample(self, source: int, epoch: int, place: int, sample: int, draws: np.ndarray,
                 faults: list[tuple[str, str, str, str]]) -> tuple[torch.Tensor, str, int]:
         """Image, caption and number of a sample, or of the first readable substitute."""
         for attempt in range(_ATTEMPTS):
             try:
-                return *self._read(source, epoch, sample), sample
+                return *self._read(source, epoch, sample, draws.tolist()), sample
             except DataError as error:
                 shard, key = self.sets[source].where(sample)
                 if error.cause not in CAUSES:
                     raise
                 faults.append((error.cause, shard, key, error.detail))
             sample = self.orders[source].substitute(epoch, place, attempt)
+            draws = self._draws([(source, epoch, sample)])[0]
         shard, key = self.sets[source].where(sample)
         raise DataError(faults[-1][0], f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key)
 
-    def _read(self, source: int, epoch: int, sample: int) -> tuple[torch.Tensor, str]:
+    def _read(self, source: int, epoch: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, str]:
         data = self.sets[source]
-        draws = uniforms(number(self.seed, epoch, "sample"), np.array([number(data.key(sample))], np.uint64), _DRAWS)[0]
         if self.cache is not None:
             captions, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
             image = self._crop(pixels, aspect, draws)
@@ -112,11 +120,11 @@ class _Batches(torch.utils.data.Dataset):
                                  max_pixels=self.max_pixels)
         return image, captions[self._pick(len(captions), draws[4], epoch, data.key(sample))]
 
-    def _crop(self, pixels: torch.Tensor, aspect: float, draws: np.ndarray) -> torch.Tensor:
+    def _crop(self, pixels: torch.Tensor, aspect: float, draws: list[float]) -> torch.Tensor:
         """A random resized crop of a squashed picture (3, S, S), of the same area and shape as of the picture itself."""
         side = pixels.shape[1]
         if self.scale[0] == 1.0 and side == self.image_size:
-            return pixels.clone()
+            return pixels
         top, left, h, w = crop_box(1.0, aspect, draws, self.scale, self.ratio)
         y0, x0 = round(top * side), round(left / aspect * side)
         y1, x1 = max(y0 + 1, round((top + h) * side)), max(x0 + 1, round((left + w) / aspect * side))
@@ -147,7 +155,7 @@ class _Cache:
 
     def __init__(self, side: int, sets: list[ShardSet]):
         self.sets, self.side = sets, side
-        self.pixels = [torch.zeros(len(one), 3, side, side, dtype=torch.uint8).share_memory_() for one in sets]
+        self.pixels = [torch.zeros(len(one), side, side, 3, dtype=torch.uint8).share_memory_() for one in sets]
         self.aspect = [torch.zeros(len(one), dtype=torch.float64).share_memory_() for one in sets]
         self.texts: list[dict[int, list[str]]] = [{} for _ in sets]
 
@@ -156,7 +164,7 @@ class _Cache:
         captions = self.texts[source].get(sample)
         if captions is None:
             captions = self.texts[source][sample] = data.captions(sample)
-        pixels, aspect = self.pixels[source][sample], float(self.aspect[source][sample])
+        pixels, aspect = self.pixels[source][sample].permute(2, 0, 1), float(self.aspect[source][sample])
         if aspect == 0.0:
             squashed, aspect = decode_squashed(data.image(sample), self.side, max_pixels=max_pixels)
             pixels.copy_(squashed)
