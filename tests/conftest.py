@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Tests run side by side, a process a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may reach a hub; set before anything imports a library that would try.
 os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"})
 

@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = ["data.shapes.train=600", "data.shapes.val=40", "batch_size=32", "optim.warmup_steps=2", "log_every=1", "num_threads=1"]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> str:
-    """One small set of drawn shapes for every run of this file."""
-    return f"data.shapes.folder={tmp_path_factory.mktemp('shapes')}"
-
-
-def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / recipe), *overrides], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
-
-
-def run(*overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> str:
-    process = start(*overrides, recipe=recipe, env=env)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == status, output
-    return output
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from clipkit.checkpoint import latest_checkpoint, load_checkpoint
-
-    return load_checkpoint(latest_checkpoint(folder / "checkpoints"))["weights"]
-
-
-def only_run(folder: Path) -> Path:
-    (config,) = folder.rglob("config.yaml")
-    return config.parent
+from tests.recipes.runs import SMALL, lines, only_run, run, start, weights
 
 
 def test_a_run_leaves_the_folder_of_the_design_and_is_not_repeated(tmp_path, shapes):
@@ -152,6 +113,12 @@ def test_a_mistake_is_an_error_before_the_first_step(tmp_path, shapes, case):
     drawn = [] if case == "no such shards" else [*SMALL[:2], shapes]
     output = run("batch_size=32", "log_every=1", *drawn, f"output_dir={tmp_path}", *overrides, status=1)
     assert message in output and "Traceback" not in output and "step 1/" not in output
+
+
+def test_an_empty_shard_is_named_before_the_first_step(tmp_path):
+    (tmp_path / "empty.tar").touch()
+    output = run("data=shards", f"data.train={tmp_path}/empty.tar", "eval=none", "steps=5", f"output_dir={tmp_path}/runs", status=1)
+    assert "empty.tar" in output and "Traceback" not in output and "step 1/" not in output
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
