@@ -79,7 +79,7 @@ def heat_map(title: str, values: Any, *, rows: str, columns: str, names: Sequenc
     low, high = float(values.min()), float(values.max())
     shade = ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
     pixels = (255 - shade[..., None] * shade.new_tensor([255, 175, 110])).round().byte()
-    side, left, top = 300, 96, 8
+    side, left, top = (300, 96, 8) if 0 < len(names) <= 12 else (380, 30, 8)
     # Names run down the left and, turned, below: the longest readable ones.
     shown = [escape(str(name)[:13]) for name in names] if 0 < len(names) <= 12 else []
     uri = png_uri(pixels.cpu().numpy())

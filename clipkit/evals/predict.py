@@ -99,7 +99,7 @@ class Predictor:
         """
         if not classes:
             raise ValueError("classify needs a list of class names")
-        scale = logit_scale or float(getattr(self.encoder.model, "logit_scale", 100.0))
+        scale = logit_scale or float(torch.as_tensor(getattr(self.encoder.model, "logit_scale", 100.0)).detach())
         weights = zero_shot_classifier(self.encoder, list(classes), read_templates(templates))
         keys, features = self.embed_images(images)
         best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
