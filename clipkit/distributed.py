@@ -1,15 +1,16 @@
 """Rows, sums and log-sum-exps over the ranks of a group, each with its gradient.
 
-A loss over a group is written as one global sum, `all_reduce_sum(own rows' part)`, and its collectives keep one
-convention: backward on a rank yields W times its share of the gradient (W = the group's size), so that the mean over
-ranks, which DDP and FSDP take, is the gradient of one process on the whole batch. The value is the same on every rank.
+A loss over a group is written as one global sum, `all_reduce_sum(own rows' part)`, and its collectives keep
+one convention: backward on a rank yields W times its share of the gradient (W = the group's size), so that
+the mean over ranks, which DDP and FSDP take, is the gradient of one process on the whole batch. The value is
+the same on every rank.
 
-    own rows x (B, D) ----------------------------------.
-    own rows y (B, D) --all_gather_rows--> y (N, D) -----+--> partial sums --all_reduce_sum--> loss ()
+    own rows x (B, D) ----------------------------------. own rows y (B, D) --all_gather_rows--> y (N, D)
+    -----+--> partial sums --all_reduce_sum--> loss ()
                       <--reduce-scatter--  dy (N, D) ----'
 
-Rank r of the group owns rows r B .. (r + 1) B of every gathered tensor. With `group=None` each function is the
-identity and costs nothing. Only torch is needed; the collectives work on gloo and NCCL.
+Rank r of the group owns rows r B .. (r + 1) B of every gathered tensor. With `group=None` each function is
+the identity and costs nothing. Only torch is needed; the collectives work on gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def resolve_group(group: Group | str = "auto") -> Group:
     if group is None:
         return None
     if dist.get_rank(group) < 0:
-        raise ValueError("this rank is no member of the group it was given: give each rank the group it belongs to")
+        raise ValueError(
+            "this rank is no member of the group it was given: give each rank the group it belongs to"
+        )
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -89,16 +92,17 @@ def gather_objects(obj: Any, group: Group | str = "auto") -> list[Any]:
 def check_same_rows(rows: int, group: Group, device: torch.device, what: str = "features") -> None:
     """ValueError, on every rank alike, unless each rank of the group brings the same number of rows.
 
-    One small all-gather; on CUDA the host waits for it, about a launch latency per step. Without it an uneven last
-    batch would hang in the next collective or read memory that was never written.
+    One small all-gather; on CUDA the host waits for it, about a launch latency per step. Without it an uneven
+    last batch would hang in the next collective or read memory that was never written.
     """
     if group is None:
         return
     counts = _gather(torch.tensor([rows], device=device), group).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
-            f"every rank of a group must bring the same number of {what} rows, but ranks 0..{len(counts) - 1} brought "
-            f"{counts}: drop the uneven last batch (drop_last=True) or give each rank an equal share"
+            f"every rank of a group must bring the same number of {what} rows, but ranks "
+            f"0..{len(counts) - 1} brought {counts}: drop the uneven last batch (drop_last=True) or give "
+            "each rank an equal share"
         )
 
 
@@ -108,10 +112,12 @@ def all_gather_rows(x: torch.Tensor, group: Group = None, *, check: bool = True)
     Args:
         x: (B, ...), the same shape on each rank.
         group: a ProcessGroup or None (x itself comes back).
-        check: refuse ranks with different numbers of rows. Pass False where a call just before checked the same B.
+        check: refuse ranks with different numbers of rows. Pass False where a call just before checked the
+            same B.
 
     Returns:
-        (W B, ...). Backward is a reduce-scatter SUM: each rank receives what all ranks' parts want of its rows.
+        (W B, ...). Backward is a reduce-scatter SUM: each rank receives what all ranks' parts want of its
+        rows.
 
     Raises:
         ValueError: the ranks' row counts differ; the message lists them.
@@ -126,8 +132,9 @@ def all_gather_rows(x: torch.Tensor, group: Group = None, *, check: bool = True)
 def all_reduce_sum(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     """The SUM of x over the group's ranks, for a result that every rank then uses in the same way.
 
-    Backward multiplies by W and needs no communication: each rank's W-fold share is what the mean over ranks expects.
-    Use it for the final sum of a loss, and for statistics from which each rank computes the same loss.
+    Backward multiplies by W and needs no communication: each rank's W-fold share is what the mean over ranks
+    expects. Use it for the final sum of a loss, and for statistics from which each rank computes the same
+    loss.
     """
     return x if group is None else _AllReduceSum.apply(x, group)
 
@@ -217,12 +224,15 @@ def _own_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Run `fn(*args)` on `world_size` gloo ranks, new processes of this machine, and return what each returned.
+    """Run `fn(*args)` on `world_size` gloo ranks, new processes of this machine, and return what each
+    returned.
 
-    For tests, examples and benchmarks on one machine; training starts under torchrun. Each rank uses one thread.
+    For tests, examples and benchmarks on one machine; training starts under torchrun. Each rank uses one
+    thread.
 
     Args:
-        fn: a function importable by name (spawned processes import it); it finds torch.distributed initialised.
+        fn: a function importable by name (spawned processes import it); it finds torch.distributed
+            initialised.
         world_size: the number of ranks, at least 1.
         args: picklable arguments, the same for every rank.
         timeout_s: seconds a collective waits for the other ranks, and all ranks have to finish.
@@ -238,14 +248,18 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="clipkit-launch-") as folder:
         workers = [
-            context.Process(target=_worker, args=(fn, index, world_size, folder, timeout_s, args), daemon=True)
+            context.Process(
+                target=_worker, args=(fn, index, world_size, folder, timeout_s, args), daemon=True
+            )
             for index in range(world_size)
         ]
         try:
             for worker in workers:
                 worker.start()
             _join(workers, Path(folder), timeout_s)
-            return [pickle.loads((Path(folder) / f"result-{index}").read_bytes()) for index in range(world_size)]
+            return [
+                pickle.loads((Path(folder) / f"result-{index}").read_bytes()) for index in range(world_size)
+            ]
         finally:
             for worker in workers:
                 if worker.is_alive():
@@ -254,7 +268,9 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float
                     worker.join()
 
 
-def _worker(fn: Callable[..., Any], index: int, ranks: int, folder: str, timeout_s: float, args: tuple) -> None:
+def _worker(
+    fn: Callable[..., Any], index: int, ranks: int, folder: str, timeout_s: float, args: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks)})
     try:
@@ -285,10 +301,15 @@ def _join(workers: list[Any], folder: Path, timeout_s: float) -> None:
     failed = [index for index, worker in enumerate(workers) if worker.exitcode != 0]
     if not failed:
         return
-    # A rank that fails makes the others fail on its closed connection a moment later: show the first that wrote.
+    # A rank that fails makes the others fail on its closed connection a moment later: show the first that
+    # wrote.
     reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime)
     if reports:
         report = reports[0]
-        raise RuntimeError(f"rank {report.name.removeprefix('error-')} of {len(workers)} failed:\n{report.read_text()}")
+        raise RuntimeError(
+            f"rank {report.name.removeprefix('error-')} of {len(workers)} failed:\n{report.read_text()}"
+        )
     codes = [worker.exitcode for worker in workers]
-    raise RuntimeError(f"ranks {failed} of {len(workers)} did not finish in {timeout_s:g} s; exit codes {codes}")
+    raise RuntimeError(
+        f"ranks {failed} of {len(workers)} did not finish in {timeout_s:g} s; exit codes {codes}"
+    )

@@ -18,7 +18,7 @@ def own(rank: int) -> torch.Tensor:
 
 
 def partial_sums(rank: int) -> torch.Tensor:
-    """Log-sums of W columns: one with no term on this rank, one with no term anywhere, one beyond exp's range."""
+    """Log-sums of W columns: one empty on this rank, one empty everywhere, one beyond exp's range."""
     x = torch.randn(W * 2, generator=torch.Generator().manual_seed(50 + rank), dtype=torch.float64)
     x[0] = -torch.inf
     x[1] = -torch.inf if rank != 1 else 0.5

@@ -1,14 +1,19 @@
 """Losses with one gradient, however the batch is split. Only torch is imported.
 
-Each is an `nn.Module` on features, `InfoNCE()(image_features, text_features, logit_scale) -> ()`, registered under its
-file's name; `create_loss` builds a weighted sum of them from a config. Their parameters' gradients, averaged over the
-ranks of a group as DDP and FSDP do, are those of one process on the whole batch, whatever the group, the
-implementation or the micro-batches; the value is the whole batch's on every rank.
+Each is an `nn.Module` on features, `InfoNCE()(image_features, text_features, logit_scale) -> ()`, registered
+under its file's name; `create_loss` builds a weighted sum of them from a config. Their parameters' gradients,
+averaged over the ranks of a group as DDP and FSDP do, are those of one process on the whole batch, whatever
+the group, the implementation or the micro-batches; the value is the whole batch's on every rank.
 """
 
 from clipkit.losses.cloob import CLOOB
 from clipkit.losses.compose import WeightedSum, create_loss
-from clipkit.losses.contract import ContractCase, GradientReport, check_gradient_contract, check_gradient_contracts
+from clipkit.losses.contract import (
+    ContractCase,
+    GradientReport,
+    check_gradient_contract,
+    check_gradient_contracts,
+)
 from clipkit.losses.cyclic import CyclicGeometry
 from clipkit.losses.fastclip import FastCLIP
 from clipkit.losses.infoloob import InfoLOOB

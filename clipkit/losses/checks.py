@@ -1,8 +1,9 @@
 """What every loss asks of its features, and the few lines of arithmetic they share.
 
-Shapes and dtypes are checked on every call and cost nothing. Values (unit norm, views that differ) are checked on
-every call on the CPU; on other devices only a module's first call reads them, since reading makes the host wait.
-Under torch.compile values are not checked. A NaN passes: it must reach the loss, where the trainer looks for it.
+Shapes and dtypes are checked on every call and cost nothing. Values (unit norm, views that differ) are
+checked on every call on the CPU; on other devices only a module's first call reads them, since reading makes
+the host wait. Under torch.compile values are not checked. A NaN passes: it must reach the loss, where the
+trainer looks for it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ NORM_TOLERANCE = 0.02
 
 
 def check_matrix(name: str, features: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    """ValueError unless `features` is a floating (B, D) tensor with rows, of the same shape as `like` if given."""
+    """ValueError unless `features` is a floating (B, D) tensor with rows, shaped as `like` if given."""
     if not isinstance(features, Tensor):
         raise ValueError(f"{name} is a {type(features).__name__}: give a tensor of shape (B, D)")
     if features.ndim != 2 or features.shape[0] == 0 or features.shape[1] == 0:
-        raise ValueError(f"{name} must be (B, D) with at least one row, but has shape {tuple(features.shape)}")
+        raise ValueError(
+            f"{name} must be (B, D) with at least one row, but has shape {tuple(features.shape)}"
+        )
     if not features.is_floating_point():
         raise ValueError(f"{name} must be floating point, but is {features.dtype}")
     if like is None:
@@ -32,11 +35,13 @@ def check_matrix(name: str, features: Tensor, like: tuple[str, Tensor] | None = 
     other_name, other = like
     if features.shape != other.shape:
         raise ValueError(
-            f"{name} and {other_name} must have the same shape (B, D), row i of one belonging to row i of the other, "
-            f"but have {tuple(features.shape)} and {tuple(other.shape)}"
+            f"{name} and {other_name} must have the same shape (B, D), row i of one belonging to row i of "
+            f"the other, but have {tuple(features.shape)} and {tuple(other.shape)}"
         )
     if features.device != other.device:
-        raise ValueError(f"{name} is on {features.device} and {other_name} on {other.device}: move both to one device")
+        raise ValueError(
+            f"{name} is on {features.device} and {other_name} on {other.device}: move both to one device"
+        )
 
 
 def check_scalar(name: str, value: Tensor) -> None:
@@ -49,17 +54,21 @@ def check_scalar(name: str, value: Tensor) -> None:
 def check_ids(name: str, ids: Tensor, rows: int) -> None:
     """ValueError unless `ids` is an integer (rows,) tensor."""
     if ids.ndim != 1 or len(ids) != rows or ids.is_floating_point():
-        raise ValueError(f"{name} must be integers of shape ({rows},), but is {ids.dtype} of shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"{name} must be integers of shape ({rows},), but is {ids.dtype} of shape {tuple(ids.shape)}"
+        )
 
 
 def check_negatives(loss: str, pairs: int) -> None:
     """ValueError for a group with a single pair, in a loss without a value there."""
     if pairs < 2:
-        raise ValueError(f"{loss} needs at least 2 pairs in the group, but got {pairs}: a pair alone has no negative")
+        raise ValueError(
+            f"{loss} needs at least 2 pairs in the group, but got {pairs}: a pair alone has no negative"
+        )
 
 
 def reads_values(module: nn.Module, device: torch.device) -> bool:
-    """Whether this call may look at values: always on the CPU, else a module's first call, never when compiled."""
+    """Whether this call may look at values: on the CPU always, else at first, compiled never."""
     if torch.compiler.is_compiling():
         return False
     if device.type == "cpu":
@@ -75,12 +84,15 @@ def check_unit_norm(**features: Tensor) -> None:
         norms = torch.linalg.vector_norm(value.detach(), dim=1, dtype=compute_dtype(value))
         if bool(((norms - 1).abs() > NORM_TOLERANCE).any()):
             raise ValueError(
-                f"{name} must have unit norm, but its rows have norms from {norms.min():.4g} to {norms.max():.4g}: "
-                "normalise them in fp32, torch.nn.functional.normalize(features.float(), dim=-1)"
+                f"{name} must have unit norm, but its rows have norms from {norms.min():.4g} to "
+                f"{norms.max():.4g}: normalise them in fp32, torch.nn.functional.normalize(features.float(), "
+                "dim=-1)"
             )
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+def check_number(
+    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
     """`value` as a finite float in [low, high], or (low, high] with `open_low`; ValueError otherwise."""
     try:
         number = float(value)
@@ -88,7 +100,10 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
         raise ValueError(f"{name} is {value!r}: give a number") from None
     if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):
         above = f"{'above' if open_low else 'at least'} {low:g}"
-        raise ValueError(f"{name} is {number:g}: give a finite number {above}" + (f" and at most {high:g}" if high < math.inf else ""))
+        raise ValueError(
+            f"{name} is {number:g}: give a finite number {above}"
+            + (f" and at most {high:g}" if high < math.inf else "")
+        )
     return number
 
 
@@ -102,11 +117,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     """scale <x_i, y_i>, (B,), in fp32 (fp64 for fp64 features) whatever the autocast."""
     dtype = compute_dtype(x)
-    return (x.to(dtype) * y.to(dtype)).sum(1) * (scale.to(dtype).reshape(()) if isinstance(scale, Tensor) else scale)
+    return (x.to(dtype) * y.to(dtype)).sum(1) * (
+        scale.to(dtype).reshape(()) if isinstance(scale, Tensor) else scale
+    )
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), to rounding at every argument; torch's default turns into the identity at 20 already."""
+    """log(1 + exp(x)), to rounding at every argument; torch's default is the identity above 20."""
     return nn.functional.softplus(x, threshold=40.0)
 
 

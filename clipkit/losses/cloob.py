@@ -9,7 +9,13 @@ from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_sa
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
-    check_matrix, check_negatives, check_number, check_unit_norm, constant, paired_logits, reads_values,
+    check_matrix,
+    check_negatives,
+    check_number,
+    check_unit_norm,
+    constant,
+    paired_logits,
+    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -18,21 +24,21 @@ from clipkit.losses.registry import register_loss
 class CLOOB(nn.Module):
     """InfoLOOB in the image memory and in the text memory.
 
-        U_x_i = norm(U softmax(beta U^T x_i)),  U_y_i, V_x_i, V_y_i alike;  U = all images, V = all texts of the group
+        U_x_i = norm(U softmax(beta U^T x_i)),  U_y_i, V_x_i, V_y_i alike;  U: all images, V: all texts
         L = -1/N sum_i log e^{<U_x_i, U_y_i> / t} / sum_{j != i} e^{<U_x_i, U_y_j> / t}
             -1/N sum_i log e^{<V_x_i, V_y_i> / t} / sum_{j != i} e^{<V_x_j, V_y_i> / t}
 
-    Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2.3. Retrieval
-    replaces each embedding by an average of similar ones, which enriches shared features ("covariance structure") and
-    keeps InfoLOOB from saturating. The temperature is fixed, since InfoLOOB has no lower bound in the scale. The
-    paper's code multiplies the loss by t: `weight` 1/30 gives its numbers.
+    Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2.
+    Retrieval replaces each embedding by an average of similar ones, which enriches shared features
+    ("covariance structure") and keeps InfoLOOB from saturating. The temperature is fixed, since InfoLOOB has
+    no lower bound in the scale. The paper's code multiplies the loss by t: `weight` 1/30 gives its numbers.
 
     Args:
         inverse_temperature: 1/t > 0; 30 on CC3M in the paper (14.3 on YFCC).
         beta: inverse temperature of the retrieval, > 0; 8 on CC3M in the paper (14.3 on YFCC).
         group: "auto", a ProcessGroup or None.
-        impl: "auto", "dense", "chunked" or "triton" for the InfoLOOB sums: see `clipkit.kernels.pair_lse`. The retrieval
-            is torch's scaled dot-product attention.
+        impl: "auto", "dense", "chunked" or "triton" for the InfoLOOB sums: see `clipkit.kernels.pair_lse`.
+            The retrieval is torch's scaled dot-product attention.
 
     Siblings: `infoloob` (beta large: everything retrieves itself where x and y agree), `infonce`.
     """
@@ -40,10 +46,17 @@ class CLOOB(nn.Module):
     inputs = ("image_features", "text_features")
 
     def __init__(
-        self, *, inverse_temperature: float = 30.0, beta: float = 8.0, group: Group | str = "auto", impl: str = "auto"
+        self,
+        *,
+        inverse_temperature: float = 30.0,
+        beta: float = 8.0,
+        group: Group | str = "auto",
+        impl: str = "auto",
     ):
         super().__init__()
-        self.inverse_temperature = check_number("inverse_temperature", inverse_temperature, 0.0, open_low=True)
+        self.inverse_temperature = check_number(
+            "inverse_temperature", inverse_temperature, 0.0, open_low=True
+        )
         self.beta = check_number("beta", beta, 0.0, open_low=True)
         self.group = group
         self.impl = impl
@@ -56,8 +69,8 @@ class CLOOB(nn.Module):
             text_features: (B, D), unit norm; row i belongs to image i.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, or a
-                single pair in the group.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
+                or a single pair in the group.
         """
         check_matrix("text_features", text_features, like=("image_features", image_features))
         check_matrix("image_features", image_features)
@@ -73,18 +86,24 @@ class CLOOB(nn.Module):
         check_negatives("cloob", len(texts))
         image_by_image, image_by_text = self._retrieve(x, images), self._retrieve(y, images)
         text_by_image, text_by_text = self._retrieve(x, texts), self._retrieve(y, texts)
-        loss = self._infoloob(image_by_image, image_by_text, group) + self._infoloob(text_by_text, text_by_image, group)
+        loss = self._infoloob(image_by_image, image_by_text, group) + self._infoloob(
+            text_by_text, text_by_image, group
+        )
         return all_reduce_sum(loss / len(texts), group)
 
     def _retrieve(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, D): the softmax average of `memory` (N, D) that each query recalls, unit norm."""
         with torch.autocast(queries.device.type, enabled=False):
-            recalled = nn.functional.scaled_dot_product_attention(queries[None], memory[None], memory[None], scale=self.beta)[0]
+            recalled = nn.functional.scaled_dot_product_attention(
+                queries[None], memory[None], memory[None], scale=self.beta
+            )[0]
         return nn.functional.normalize(recalled, dim=-1)
 
     def _infoloob(self, anchors: Tensor, candidates: Tensor, group: Group) -> Tensor:
         """Sum over own anchors (B, D) of InfoLOOB among every rank's candidates."""
         scale = constant(self.inverse_temperature, anchors)
         columns = all_gather_rows(candidates, group, check=False)
-        negatives, _ = pair_lse(anchors, columns, scale, row_offset=rank(group) * len(anchors), impl=self.impl)
+        negatives, _ = pair_lse(
+            anchors, columns, scale, row_offset=rank(group) * len(anchors), impl=self.impl
+        )
         return (negatives - paired_logits(anchors, candidates, scale)).sum()

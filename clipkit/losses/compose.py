@@ -27,11 +27,12 @@ class WeightedSum(nn.Module):
 
     Args:
         terms: name to loss module, at least one.
-        weights: name to weight, finite and >= 0; 1.0 where absent. A term of weight 0 is computed and reported, but
-            adds nothing.
+        weights: name to weight, finite and >= 0; 1.0 where absent. A term of weight 0 is computed and
+            reported, but adds nothing.
 
     Attributes:
-        inputs: the features that the terms need together; give them to the model, which makes just those passes.
+        inputs: the features that the terms need together; give them to the model, which makes just those
+            passes.
         optional_inputs: features that some term uses where they are present.
 
     Raises:
@@ -42,7 +43,8 @@ class WeightedSum(nn.Module):
         super().__init__()
         if not terms:
             raise ValueError(
-                f"the loss is empty: name at least one term, such as loss=clip or loss=[infonce]. Losses: {', '.join(losses.names())}"
+                "the loss is empty: name at least one term, such as loss=clip or loss=[infonce]. Losses: "
+                f"{', '.join(losses.names())}"
             )
         weights = dict(weights or {})
         check_keys(weights, terms, "the weights")
@@ -50,7 +52,9 @@ class WeightedSum(nn.Module):
             if name == "loss":
                 raise ValueError("a term cannot be called 'loss': that key holds the weighted sum")
         self.terms = nn.ModuleDict(dict(terms))
-        self.weights = {name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms}
+        self.weights = {
+            name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms
+        }
         self.inputs = _union(term.inputs for term in terms.values())
         optional = _union(getattr(term, "optional_inputs", ()) for term in terms.values())
         self.optional_inputs = tuple(name for name in optional if name not in self.inputs)
@@ -94,13 +98,13 @@ def create_loss(
         create_loss({"infonce": {}, "cyclic": {"weight": 0.5, "in_modal": 0.25}})
 
     Args:
-        spec: a loss name, a list of names, or name to settings: `weight` (default 1) and the keyword arguments of the
-            loss's class.
+        spec: a loss name, a list of names, or name to settings: `weight` (default 1) and the keyword
+            arguments of the loss's class.
         group: passed to each loss that takes a group and whose settings give none.
 
     Raises:
-        ValueError: an unknown loss or setting (with the nearest match and the list), an empty sum, a setting that
-            the loss needs and did not get, a weight that is negative or not finite.
+        ValueError: an unknown loss or setting (with the nearest match and the list), an empty sum, a setting
+            that the loss needs and did not get, a weight that is negative or not finite.
     """
     if isinstance(spec, str):
         spec = {spec: {}}
@@ -111,11 +115,15 @@ def create_loss(
             raise ValueError(f"the loss names a term twice: {list(spec)}; give it once, with a weight")
         spec = {name: {} for name in spec}
     else:
-        raise ValueError(f"loss is {spec!r}: give a name, a list of names, or a mapping from names to settings")
+        raise ValueError(
+            f"loss is {spec!r}: give a name, a list of names, or a mapping from names to settings"
+        )
     terms, weights = {}, {}
     for name, settings in spec.items():
         if settings is not None and not isinstance(settings, Mapping):
-            raise ValueError(f"the settings of loss {name!r} are {settings!r}: give a mapping such as {{'weight': 0.5}}")
+            raise ValueError(
+                f"the settings of loss {name!r} are {settings!r}: give a mapping such as {{'weight': 0.5}}"
+            )
         settings = dict(settings or {})
         weights[name] = settings.pop("weight", 1.0)
         terms[name] = build(name, settings, group=group)
@@ -123,7 +131,7 @@ def create_loss(
 
 
 def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto") -> nn.Module:
-    """One loss by name, its settings checked against its constructor; `group` is added where the class takes it."""
+    """One loss by name, its settings checked against its constructor; it gets `group` if it takes one."""
     factory = losses.get(name)
     accepted = {
         key: value
@@ -133,7 +141,9 @@ def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto"
     check_keys(settings, [*accepted, "weight"], f"loss {name!r}")
     needed = [key for key, value in accepted.items() if value.default is value.empty and key not in settings]
     if needed:
-        raise ValueError(f"loss {name!r} needs the setting {', '.join(needed)}: give it as loss.{name}.{needed[0]}=...")
+        raise ValueError(
+            f"loss {name!r} needs the setting {', '.join(needed)}: give it as loss.{name}.{needed[0]}=..."
+        )
     settings = dict(settings)
     if "group" in accepted:
         settings.setdefault("group", group)
@@ -146,7 +156,10 @@ def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto"
 def _missing(name: str, term: nn.Module, key: str, features: Mapping[str, Tensor]) -> str:
     source = {**_SUPPLIED_BY, **getattr(term, "supplied_by", {})}.get(key)
     supplied = f" It is supplied by {source}." if source else suggest(key, features)
-    return f"loss {name!r} needs the feature {key!r}, which is missing.{supplied} Features given: {', '.join(sorted(features)) or 'none'}."
+    return (
+        f"loss {name!r} needs the feature {key!r}, which is missing.{supplied} Features given: "
+        f"{', '.join(sorted(features)) or 'none'}."
+    )
 
 
 def _union(names: Any) -> tuple[str, ...]:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_reduce_sum, resolve_group
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_choice, check_matrix, check_number, check_unit_norm, constant, reads_values
+from clipkit.losses.checks import (
+    check_choice,
+    check_matrix,
+    check_number,
+    check_unit_norm,
+    constant,
+    reads_values,
+)
 from clipkit.losses.registry import register_loss
 
 
@@ -15,16 +22,18 @@ from clipkit.losses.registry import register_loss
 class CyclicGeometry(nn.Module):
     """Penalty on images and texts that lie differently: among themselves, and to each other when swapped.
 
-        L = in_modal / N sum_jk (<x_j, x_k> - <y_j, y_k>)^2  +  cross_modal / N sum_jk (<x_j, y_k> - <x_k, y_j>)^2
+        L = in_modal / N sum_jk (<x_j, x_k> - <y_j, y_k>)^2
+            + cross_modal / N sum_jk (<x_j, y_k> - <x_k, y_j>)^2
 
-    Goel et al. 2022, "CyCLIP: Cyclic Contrastive Language-Image Pretraining", section 2.2, where both weights are
-    0.25 and InfoNCE is added. With U = X + Y, V = X - Y, A = U^T U, B = V^T V, C = U^T V (D x D each) the first sum is
-    (<A, B> + <C, C^T>) / 2 and the second (<A, B> - <C, C^T>) / 2: exact, O(N D^2) time, O(D^2) memory, and across
-    ranks one all-reduce of three D x D matrices in place of gathered features.
+    Goel et al. 2022, "CyCLIP: Cyclic Contrastive Language-Image Pretraining", section 2.2, where both weights
+    are 0.25 and InfoNCE is added. With U = X + Y, V = X - Y, A = U^T U, B = V^T V, C = U^T V (D x D each) the
+    first sum is (<A, B> + <C, C^T>) / 2 and the second (<A, B> - <C, C^T>) / 2: exact, O(N D^2) time, O(D^2)
+    memory, and across ranks one all-reduce of three D x D matrices in place of gathered features.
 
-    The paper's 1/N makes the penalty grow with the batch, since it sums N^2 terms: at N = 4096 the paper's weights,
-    chosen at N = 128, weigh 32 times more against InfoNCE and learning can stop. `normalize="mean"` divides by N^2
-    instead, so that a weight means the same at any batch size; 0.25 at N = 128 there is `in_modal=32`.
+    The paper's 1/N makes the penalty grow with the batch, since it sums N^2 terms: at N = 4096 the paper's
+    weights, chosen at N = 128, weigh 32 times more against InfoNCE and learning can stop. `normalize="mean"`
+    divides by N^2 instead, so that a weight means the same at any batch size; 0.25 at N = 128 there is
+    `in_modal=32`.
 
     Args:
         in_modal: weight of the image-image against text-text term, at least 0.
@@ -32,20 +41,28 @@ class CyclicGeometry(nn.Module):
         normalize: "paper" (1/N) or "mean" (1/N^2).
         group: "auto", a ProcessGroup or None. Ranks may bring different numbers of rows.
 
-    Zero when both modalities have the same geometry: X = Y, or Y = X R with a symmetric orthogonal R (any orthogonal
-    R for the in-modal term alone). Siblings: `infonce`, which CyCLIP adds it to; `uniformity`.
+    Zero when both modalities have the same geometry: X = Y, or Y = X R with a symmetric orthogonal R (any
+    orthogonal R for the in-modal term alone). Siblings: `infonce`, which CyCLIP adds it to; `uniformity`.
     """
 
     inputs = ("image_features", "text_features")
 
     def __init__(
-        self, *, in_modal: float = 0.25, cross_modal: float = 0.25, normalize: str = "paper", group: Group | str = "auto"
+        self,
+        *,
+        in_modal: float = 0.25,
+        cross_modal: float = 0.25,
+        normalize: str = "paper",
+        group: Group | str = "auto",
     ):
         super().__init__()
         self.in_modal = check_number("in_modal", in_modal, 0.0)
         self.cross_modal = check_number("cross_modal", cross_modal, 0.0)
         if self.in_modal == self.cross_modal == 0:
-            raise ValueError("in_modal and cross_modal are both 0: the loss would always be zero; leave the loss out instead")
+            raise ValueError(
+                "in_modal and cross_modal are both 0: the loss would always be zero; leave the loss out "
+                "instead"
+            )
         self.normalize = check_choice("normalize", normalize, ("paper", "mean"))
         self.group = group
 
@@ -67,7 +84,8 @@ class CyclicGeometry(nn.Module):
         dtype = compute_dtype(image_features)
         with torch.autocast(image_features.device.type, enabled=False):
             x, y = image_features.to(dtype), text_features.to(dtype)
-            # Near convergence the sums are small differences of large Gram entries; U and V take the difference first.
+            # Near convergence the sums are small differences of large Gram entries; U and V take the
+            # difference first.
             u, v = x + y, x - y
             gram = all_reduce_sum(_Grams.apply(u, v), group)
             pairs = all_reduce_sum(constant(float(len(x)), x), group)
@@ -75,12 +93,13 @@ class CyclicGeometry(nn.Module):
             straight, crossed = (a * b).sum() / 2, (c * c.T).sum() / 2
             loss = self.in_modal * (straight + crossed) + self.cross_modal * (straight - crossed)
             loss = loss / (pairs if self.normalize == "paper" else pairs**2)
-        # Rounding may leave a value just below zero where the sum of squares is zero; its gradient stays as it is.
+        # Rounding may leave a value just below zero where the sum of squares is zero; its gradient stays as
+        # it is.
         return loss + (loss.clamp(min=0) - loss).detach()
 
 
 class _Grams(torch.autograd.Function):
-    """U^T U, V^T V and U^T V, stacked: (3, D, D). Backward takes four products where autograd would take six."""
+    """U^T U, V^T V and U^T V as one (3, D, D). Backward takes four products where autograd would take six."""
 
     @staticmethod
     def forward(ctx, u, v):

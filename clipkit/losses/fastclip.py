@@ -9,11 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import (
-    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+    Group,
+    all_gather_rows,
+    all_reduce_sum,
+    check_same_rows,
+    logsumexp_over_ranks,
+    rank,
+    resolve_group,
 )
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
-    check_ids, check_matrix, check_negatives, check_number, check_scalar, check_unit_norm, paired_logits, reads_values,
+    check_ids,
+    check_matrix,
+    check_negatives,
+    check_number,
+    check_scalar,
+    check_unit_norm,
+    paired_logits,
+    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -22,25 +35,27 @@ from clipkit.losses.registry import register_loss
 class FastCLIP(nn.Module):
     """Robust global contrastive loss with one learned temperature t = 1 / logit_scale.
 
-        g1_i = 1/(N - 1) sum_{j != i} e^{(<x_i, y_j> - <x_i, y_i>) / t},     g2_i the same over images for text i
-        u_i <- (1 - gamma) u_i + gamma g_i                                   (at a sample's first visit: u_i <- g_i)
+        g1_i = 1/(N - 1) sum_{j != i} e^{(<x_i, y_j> - <x_i, y_i>) / t},  g2_i the same over images for text i
+        u_i <- (1 - gamma) u_i + gamma g_i   (at a sample's first visit: u_i <- g_i)
         L = 1/N sum_i [ t/2 (log(eps + u1_i) + log(eps + u2_i)) ] + rho t
         dL = 1/N sum_i [ t/2 (dg1_i / (eps + u1_i) + dg2_i / (eps + u2_i)) ] + dt (L / t)
 
-    Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate CLIP Training with Limited Resources",
-    problem RGCL-g and its version v3, halved as the paper's code has it, so that it weighs as `infonce` does. The moving averages
-    u estimate each sample's denominator over all the data, so a small batch does not bias the gradient. The gradient is
-    not the derivative of the value at fixed u, but the paper's estimator above; with gamma = 1 it is.
+    Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate CLIP Training with Limited
+    Resources", problem RGCL-g and its version v3, halved as the paper's code has it, so that it weighs as
+    `infonce` does. The moving averages u estimate each sample's denominator over all the data, so a small
+    batch does not bias the gradient. The gradient is not the derivative of the value at fixed u, but the
+    paper's estimator above; with gamma = 1 it is.
 
-    u is kept as log u (it spans e^{2 logit_scale}) in two buffers indexed by the sample, updated in training mode,
-    equal on all ranks and saved in the state dict: 8 bytes a sample. They grow as indices appear unless `num_samples` is given,
-    which also spares the GPU a wait per step. Exact resume needs them, and a stable `sample_index`.
+    u is kept as log u (it spans e^{2 logit_scale}) in two buffers indexed by the sample, updated in training
+    mode, equal on all ranks and saved in the state dict: 8 bytes a sample. They grow as indices appear unless
+    `num_samples` is given, which also spares the GPU a wait per step. Exact resume needs them, and a stable
+    `sample_index`.
 
     Args:
         num_samples: size of the data set, or None to grow.
         gamma: final weight of the newest value, in (0, 1]; 0.2 (CC3M) to 0.8 in the paper.
-        gamma_decay_steps: training steps of the cosine from 1 to gamma; 0 starts at gamma. The paper decays by epoch, over half
-            of the training.
+        gamma_decay_steps: training steps of the cosine from 1 to gamma; 0 starts at gamma. The paper decays
+            by epoch, over half of the training.
         rho: weight of the temperature's price, >= 0; the paper uses 6.5 (CC3M) to 8.5.
         eps: > 0.
         group: "auto", a ProcessGroup or None.
@@ -50,7 +65,11 @@ class FastCLIP(nn.Module):
     """
 
     inputs = ("image_features", "text_features", "logit_scale", "sample_index")
-    supplied_by = {"sample_index": "the data stream, which numbers every sample; take it from the batch into the features"}
+    supplied_by = {
+        "sample_index": (
+            "the data stream, which numbers every sample; take it from the batch into the features"
+        )
+    }
 
     def __init__(
         self,
@@ -87,8 +106,8 @@ class FastCLIP(nn.Module):
             sample_index: (B,) integers >= 0, each sample's stable number in the data set.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, a single
-                pair in the group, an index out of range.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
+                a single pair in the group, an index out of range.
         """
         check_matrix("text_features", text_features, like=("image_features", image_features))
         check_matrix("image_features", image_features)
@@ -120,7 +139,8 @@ class FastCLIP(nn.Module):
 
         temperature = 1 / logit_scale.to(log_g.dtype).reshape(())
         log_total = torch.logaddexp(log_u, torch.full_like(log_u, math.log(self.eps)))
-        # dg / (eps + u) = e^{log g - log(eps + u)} d log g; its value is taken out again, only its gradient stays.
+        # dg / (eps + u) = e^{log g - log(eps + u)} d log g; its value is taken out again, only its gradient
+        # stays.
         ascent = (log_g.detach() - log_total).exp() * log_g
         loss = temperature * log_total.sum() / 2 + temperature.detach() * (ascent - ascent.detach()).sum() / 2
         return all_reduce_sum(loss / total, group) + self.rho * temperature
@@ -143,8 +163,9 @@ class FastCLIP(nn.Module):
         low, high = int(index.min()), int(index.max())
         if low < 0 or (self.num_samples is not None and high >= self.num_samples):
             raise ValueError(
-                f"sample_index goes from {low} to {high}, but fastclip has num_samples={self.num_samples}: number samples "
-                "from 0, and set num_samples to the data set's size, or to null for a state that grows"
+                f"sample_index goes from {low} to {high}, but fastclip has num_samples={self.num_samples}: "
+                "number samples from 0, and set num_samples to the data set's size, or to null for a state "
+                "that grows"
             )
         if high >= len(self.log_u1):
             self._resize(max(high + 1, 2 * len(self.log_u1)))

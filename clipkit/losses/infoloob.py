@@ -5,11 +5,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from clipkit.distributed import (
-    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+    Group,
+    all_gather_rows,
+    all_reduce_sum,
+    check_same_rows,
+    logsumexp_over_ranks,
+    rank,
+    resolve_group,
 )
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
-    check_matrix, check_negatives, check_scalar, check_unit_norm, paired_logits, reads_values,
+    check_matrix,
+    check_negatives,
+    check_scalar,
+    check_unit_norm,
+    paired_logits,
+    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -21,10 +32,11 @@ class InfoLOOB(nn.Module):
         L = 1/(2N) sum_i [ -log e^{s_ii} / sum_{j != i} e^{s_ij}  -  log e^{s_ii} / sum_{j != i} e^{s_ji} ],
         s_ij = scale <x_i, y_j>
 
-    Poole et al. 2019, "On Variational Bounds of Mutual Information", section 2.3 (the bound); Fuerst et al. 2022, "CLOOB:
-    Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2.2 (as a loss). Without the positive below, the
-    gradient does not fade as the positive wins. The loss has no lower bound in the scale: keep logit_scale fixed or
-    clamped, as CLOOB does (30 on CC3M). Yeh et al. 2022 call the same form decoupled contrastive learning.
+    Poole et al. 2019, "On Variational Bounds of Mutual Information", section 2 (the bound); Fuerst et al.
+    2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2 (as a loss). Without
+    the positive below, the gradient does not fade as the positive wins. The loss has no lower bound in the
+    scale: keep logit_scale fixed or clamped, as CLOOB does (30 on CC3M). Yeh et al. 2022 call the same form
+    decoupled contrastive learning.
 
     Args:
         group: "auto", a ProcessGroup or None.
@@ -49,8 +61,8 @@ class InfoLOOB(nn.Module):
             logit_scale: (), the multiplier.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, or a
-                single pair in the group, which has no negative.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
+                or a single pair in the group, which has no negative.
         """
         check_matrix("text_features", text_features, like=("image_features", image_features))
         check_matrix("image_features", image_features)

@@ -6,12 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import (
-    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+    Group,
+    all_gather_rows,
+    all_reduce_sum,
+    check_same_rows,
+    logsumexp_over_ranks,
+    rank,
+    resolve_group,
 )
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
-    check_choice, check_ids, check_matrix, check_number, check_scalar, check_unit_norm, paired_logits, reads_values, softplus,
+    check_choice,
+    check_ids,
+    check_matrix,
+    check_number,
+    check_scalar,
+    check_unit_norm,
+    paired_logits,
+    reads_values,
+    softplus,
 )
 from clipkit.losses.registry import register_loss
 
@@ -20,33 +34,42 @@ from clipkit.losses.registry import register_loss
 class InfoNCE(nn.Module):
     """Symmetric cross entropy of matching every image to its text and every text to its image.
 
-        L = 1/(2N) sum_i [ -log e^{s_ii} / sum_j e^{s_ij}  -  log e^{s_ii} / sum_j e^{s_ji} ],   s_ij = scale <x_i, y_j>
+        L = 1/(2N) sum_i [ -log e^{s_ii} / sum_j e^{s_ij}  -  log e^{s_ii} / sum_j e^{s_ji} ],
+        s_ij = scale <x_i, y_j>
 
-    computed as softplus(log sum_{j != i} e^{s_ij} - s_ii), which stays exact when the loss is near zero. Radford et al.
-    2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.3 and figure 3. N are the
-    pairs of the whole group: own rows stay, the texts are gathered, the columns' sums meet by an all-reduce.
+    computed as softplus(log sum_{j != i} e^{s_ij} - s_ii), which stays exact when the loss is near zero.
+    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.3
+    and figure 3. N are the pairs of the whole group: own rows stay, the texts are gathered, the columns' sums
+    meet by an all-reduce.
 
-    With `label_smoothing` e, the target of a row is (1 - e) on its positives and e spread evenly over all N columns
-    (Szegedy et al. 2016, section 7). With `pair_ids`, rows that share an id carry the same content:
+    With `label_smoothing` e, the target of a row is (1 - e) on its positives and e spread evenly over all N
+    columns (Szegedy et al. 2016, section 7). With `pair_ids`, rows that share an id carry the same content:
 
-    - `same_ids="positive"`: the target is even over all of them (Khosla et al. 2020, eq. 2; Yang et al. 2022, UniCL);
+    - `same_ids="positive"`: the target is even over all of them (Khosla et al. 2020, eq. 2; Yang et al. 2022,
+      UniCL);
     - `same_ids="mask"`: they are left out of the row's sum, and out of its smoothing, as false negatives.
 
     Args:
         label_smoothing: e in [0, 1).
         same_ids: "positive" or "mask"; used only where forward receives `pair_ids`.
-        group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows alone.
+        group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows
+            alone.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
 
-    Siblings: `sigmoid` (no normalisation over the batch), `infoloob` (the positive left out of its denominator),
-    `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
+    Siblings: `sigmoid` (no normalisation over the batch), `infoloob` (the positive left out of its
+    denominator), `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
     """
 
     inputs = ("image_features", "text_features", "logit_scale")
     optional_inputs = ("pair_ids",)
 
     def __init__(
-        self, *, label_smoothing: float = 0.0, same_ids: str = "positive", group: Group | str = "auto", impl: str = "auto"
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        same_ids: str = "positive",
+        group: Group | str = "auto",
+        impl: str = "auto",
     ):
         super().__init__()
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
@@ -55,7 +78,12 @@ class InfoNCE(nn.Module):
         self.impl = impl
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, pair_ids: Tensor | None = None
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        pair_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's ClipLoss's.
 
@@ -103,8 +131,8 @@ class InfoNCE(nn.Module):
     def _mean_target(self, texts: Tensor, all_ids: Tensor | None, own: slice) -> Tensor:
         """(B, D): the mean text under each own row's target; logits are linear, so no N x N matrix is needed.
 
-        Summed over rows it is the target of both directions: "shares an id" is symmetric. Where masking makes the
-        number of columns differ by row, the mean of the two directions' smoothing is taken.
+        Summed over rows it is the target of both directions: "shares an id" is symmetric. Where masking makes
+        the number of columns differ by row, the mean of the two directions' smoothing is taken.
         """
         texts = texts.to(compute_dtype(texts))
         total = len(texts)
@@ -112,7 +140,9 @@ class InfoNCE(nn.Module):
             return (1 - self.label_smoothing) * texts[own] + self.label_smoothing * texts.mean(0)
         classes = _class_numbers(all_ids)
         shared = torch.zeros_like(texts).index_add(0, classes, texts)[classes]
-        counts = torch.zeros_like(texts[:, 0]).index_add(0, classes, torch.ones_like(texts[:, 0]))[classes][:, None]
+        counts = torch.zeros_like(texts[:, 0]).index_add(0, classes, torch.ones_like(texts[:, 0]))[classes][
+            :, None
+        ]
         if self.same_ids == "positive":
             return (1 - self.label_smoothing) * (shared / counts)[own] + self.label_smoothing * texts.mean(0)
         weight = 1 / (total - counts + 1)
@@ -123,5 +153,7 @@ class InfoNCE(nn.Module):
 def _class_numbers(ids: Tensor) -> Tensor:
     """(N,) numbers 0, 1, ... of the distinct ids; `torch.unique` would make the host wait for their count."""
     ordered, order = ids.sort()
-    numbers = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).to(ordered.dtype)]).cumsum(0)
+    numbers = torch.cat(
+        [torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).to(ordered.dtype)]
+    ).cumsum(0)
     return torch.empty_like(numbers).scatter(0, order, numbers).long()

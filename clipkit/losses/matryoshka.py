@@ -22,13 +22,14 @@ class Matryoshka(nn.Module):
 
         L = sum_{m in dims} c_m loss(norm(x_{1:m}), norm(y_{1:m}), ...)
 
-    Kusupati et al. 2022, "Matryoshka Representation Learning", equation 1, with c_m = 1. Every input whose name says
-    features is cut and normalised again in fp32; scale, bias, labels and ids pass as they are. A loss with parameters
-    (a classifier, a head) is built once a prefix, at that width.
+    Kusupati et al. 2022, "Matryoshka Representation Learning", equation 1, with c_m = 1. Every input whose
+    name says features is cut and normalised again in fp32; scale, bias, labels and ids pass as they are. A
+    loss with parameters (a classifier, a head) is built once a prefix, at that width.
 
     Args:
         loss: name of the inner loss.
-        dims: prefix lengths, each at least 1 and at most D, usually with D itself; None is D/8, D/4, D/2 and D.
+        dims: prefix lengths, each at least 1 and at most D, usually with D itself; None is D/8, D/4, D/2 and
+            D.
         embed_dim: D, against which dims are checked when the loss is built; needed where dims is None.
         settings: keyword arguments of the inner loss, without embed_dim.
         dim_weights: c_m for each of dims; all 1 by default.
@@ -47,7 +48,9 @@ class Matryoshka(nn.Module):
     ):
         super().__init__()
         if dims is None and embed_dim is None:
-            raise ValueError("matryoshka needs dims, its prefix lengths, or embed_dim to take an eighth to the whole of")
+            raise ValueError(
+                "matryoshka needs dims, its prefix lengths, or embed_dim to take an eighth to the whole of"
+            )
         if dims is None:
             dims = sorted({max(1, int(embed_dim) // part) for part in (8, 4, 2, 1)})
         highest = math.inf if embed_dim is None else int(embed_dim)
@@ -56,11 +59,14 @@ class Matryoshka(nn.Module):
             raise ValueError(f"dims is {list(dims)}: give one or more different prefix lengths")
         weights = [1.0] * len(self.dims) if dim_weights is None else list(dim_weights)
         if len(weights) != len(self.dims):
-            raise ValueError(f"dim_weights has {len(weights)} values for {len(self.dims)} dims: give one for each")
+            raise ValueError(
+                f"dim_weights has {len(weights)} values for {len(self.dims)} dims: give one for each"
+            )
         self.dim_weights = tuple(check_number("dim_weights", weight, 0.0) for weight in weights)
         sized = "embed_dim" in inspect.signature(losses.get(loss)).parameters
         self.losses = nn.ModuleList(
-            build(loss, {**(settings or {}), **({"embed_dim": dim} if sized else {})}, group=group) for dim in self.dims
+            build(loss, {**(settings or {}), **({"embed_dim": dim} if sized else {})}, group=group)
+            for dim in self.dims
         )
         self.inputs = self.losses[0].inputs
         self.optional_inputs = getattr(self.losses[0], "optional_inputs", ())
@@ -87,5 +93,8 @@ def _prefix(name: str, value: Tensor, dim: int) -> Tensor:
     if "features" not in name:
         return value
     if value.ndim != 2 or value.shape[1] < dim:
-        raise ValueError(f"matryoshka's prefix of {dim} does not fit {name} of shape {tuple(value.shape)}: choose dims up to D")
+        raise ValueError(
+            f"matryoshka's prefix of {dim} does not fit {name} of shape {tuple(value.shape)}: choose dims up "
+            "to D"
+        )
     return nn.functional.normalize(value[:, :dim].to(compute_dtype(value)), dim=-1)

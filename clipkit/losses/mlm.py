@@ -9,7 +9,7 @@ from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import check_ids, reads_values
 from clipkit.losses.registry import register_loss
 
-_TOKENS = "a masked pass through a text tower with a vocabulary head, which gives the logits and labels of its masked tokens"
+_TOKENS = "a masked pass through the text tower and its vocabulary head: set mlm_probability (BERT: 0.15)"
 
 
 @register_loss("mlm")
@@ -18,9 +18,9 @@ class MaskedLanguageModel(nn.Module):
 
         L = -1/T sum_k log softmax(logits_k)[label_k]
 
-    Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", section 3.1.
-    Ranks mask different numbers of tokens: the mean is over the group's T tokens, not a mean of the ranks' means.
-    The head that makes the logits belongs to the model.
+    Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
+    section 3.1. Ranks mask different numbers of tokens: the mean is over the group's T tokens, not a mean of
+    the ranks' means. The head that makes the logits belongs to the model.
 
     Args:
         ignore_index: label of tokens that do not count.
@@ -46,7 +46,10 @@ class MaskedLanguageModel(nn.Module):
             ValueError: shapes that do not fit, or no masked token in the whole group.
         """
         if mlm_logits.ndim != 2 or not mlm_logits.is_floating_point():
-            raise ValueError(f"mlm_logits must be floating (T, V), but is {mlm_logits.dtype} of shape {tuple(mlm_logits.shape)}")
+            raise ValueError(
+                f"mlm_logits must be floating (T, V), but is {mlm_logits.dtype} of shape "
+                f"{tuple(mlm_logits.shape)}"
+            )
         check_ids("mlm_labels", mlm_labels, len(mlm_logits))
         group = resolve_group(self.group)
         dtype = compute_dtype(mlm_logits)
@@ -54,8 +57,8 @@ class MaskedLanguageModel(nn.Module):
         counted = all_reduce_sum(counted, group)
         if reads_values(self, mlm_logits.device) and counted == 0:
             raise ValueError(
-                "mlm got no masked token in the whole group, so it has nothing to teach: raise the masking probability "
-                "or the batch size, and check that labels are not all ignore_index"
+                "mlm got no masked token in the whole group, so it has nothing to teach: raise the masking "
+                "probability or the batch size, and check that labels are not all ignore_index"
             )
         loss = nn.functional.cross_entropy(
             mlm_logits.to(dtype), mlm_labels.long(), ignore_index=self.ignore_index, reduction="sum"

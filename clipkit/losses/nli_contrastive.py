@@ -8,21 +8,34 @@ from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
-from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, logaddexp, paired_logits, reads_values, softplus
+from clipkit.losses.checks import (
+    check_matrix,
+    check_number,
+    check_unit_norm,
+    constant,
+    logaddexp,
+    paired_logits,
+    reads_values,
+    softplus,
+)
 from clipkit.losses.registry import register_loss
 
-_TRIPLETS = "a stream of NLI triplets beside the image-text pairs: set data.sentences (a file with sent0, sent1, hard_neg)"
+_TRIPLETS = (
+    "NLI triplets beside the image-text pairs: set data.sentences.triplets to a file of sent0, sent1, "
+    "hard_neg"
+)
 
 
 @register_loss("nli_contrastive")
 class NLIContrastive(nn.Module):
     """Cross entropy of finding each premise's entailed sentence among all entailed and all contradicted ones.
 
-        L = -1/M sum_i log e^{<h_i, h+_i> / t} / sum_j (e^{<h_i, h+_j> / t} + alpha^{1[i = j]} e^{<h_i, h-_j> / t})
+        L = -1/M sum_i log e^{<h_i, h+_i> / t} / Z_i
+        Z_i = sum_j (e^{<h_i, h+_j> / t} + alpha^{1[i = j]} e^{<h_i, h-_j> / t})
 
     Gao et al. 2021, "SimCSE", equation 5 with t = 0.05; alpha weighs a premise's own contradiction, as in the
-    paper's ablation of hard negatives (equation 8 in its appendix), and alpha = 1 is equation 5. M are the triplets of
-    the whole group.
+    paper's ablation of hard negatives (in its appendix), and alpha = 1 is equation 5. M are the
+    triplets of the whole group.
 
     Args:
         temperature: t > 0.
@@ -50,7 +63,9 @@ class NLIContrastive(nn.Module):
         self.group = group
         self.impl = impl
 
-    def forward(self, premise_features: Tensor, entailment_features: Tensor, contradiction_features: Tensor) -> Tensor:
+    def forward(
+        self, premise_features: Tensor, entailment_features: Tensor, contradiction_features: Tensor
+    ) -> Tensor:
         """The loss of the group's triplets, ().
 
         Args:
@@ -63,7 +78,9 @@ class NLIContrastive(nn.Module):
         """
         check_matrix("premise_features", premise_features)
         check_matrix("entailment_features", entailment_features, like=("premise_features", premise_features))
-        check_matrix("contradiction_features", contradiction_features, like=("premise_features", premise_features))
+        check_matrix(
+            "contradiction_features", contradiction_features, like=("premise_features", premise_features)
+        )
         if reads_values(self, premise_features.device):
             check_unit_norm(
                 premise_features=premise_features,
@@ -81,7 +98,9 @@ class NLIContrastive(nn.Module):
         others, _ = pair_lse(premise_features, contradicted, scale, row_offset=offset, impl=self.impl)
         negatives = logaddexp(negatives, others)
         if self.hard_negative_weight > 0:
-            own = paired_logits(premise_features, contradiction_features, scale) + math.log(self.hard_negative_weight)
+            own = paired_logits(premise_features, contradiction_features, scale) + math.log(
+                self.hard_negative_weight
+            )
             negatives = logaddexp(negatives, own)
         loss = softplus(negatives - paired_logits(premise_features, entailment_features, scale))
         return all_reduce_sum(loss.sum() / len(entailed), group)

@@ -10,7 +10,10 @@ from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import check_ids, check_matrix, check_number, constant, reads_values
 from clipkit.losses.registry import register_loss
 
-_PAIRS = "a stream of labelled NLI pairs beside the image-text pairs: set data.sentences (a file with premise, hypothesis, label)"
+_PAIRS = (
+    "labelled NLI pairs beside the image-text pairs: set data.sentences.pairs to a file of premise, "
+    "hypothesis, label"
+)
 
 
 @register_loss("nli_softmax")
@@ -20,9 +23,9 @@ class NLISoftmax(nn.Module):
         L = 1/P sum_i CE(W [u_i, v_i, |u_i - v_i|], label_i)
 
     Reimers and Gurevych 2019, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks", section 3
-    ("Classification Objective Function"; no bias there, a `bias` here by choice). The classifier W is this loss's own
-    parameter: optimise `loss.parameters()` too, and start it equal on all ranks. P are the pairs of the whole group;
-    ranks may bring different numbers.
+    ("Classification Objective Function"; no bias there, a `bias` here by choice). The classifier W is this
+    loss's own parameter: optimise `loss.parameters()` too, and start it equal on all ranks. P are the pairs
+    of the whole group; ranks may bring different numbers.
 
     Args:
         embed_dim: D, the features' width.
@@ -36,14 +39,18 @@ class NLISoftmax(nn.Module):
     inputs = ("pair_premise_features", "pair_hypothesis_features", "nli_labels")
     supplied_by = {name: _PAIRS for name in inputs}
 
-    def __init__(self, *, embed_dim: int, num_labels: int = 3, bias: bool = False, group: Group | str = "auto"):
+    def __init__(
+        self, *, embed_dim: int, num_labels: int = 3, bias: bool = False, group: Group | str = "auto"
+    ):
         super().__init__()
         self.embed_dim = int(check_number("embed_dim", embed_dim, 1))
         self.num_labels = int(check_number("num_labels", num_labels, 2))
         self.group = group
         self.classifier = nn.Linear(3 * self.embed_dim, self.num_labels, bias=bool(bias))
 
-    def forward(self, pair_premise_features: Tensor, pair_hypothesis_features: Tensor, nli_labels: Tensor) -> Tensor:
+    def forward(
+        self, pair_premise_features: Tensor, pair_hypothesis_features: Tensor, nli_labels: Tensor
+    ) -> Tensor:
         """The loss of the group's pairs, ().
 
         Args:
@@ -59,18 +66,25 @@ class NLISoftmax(nn.Module):
         check_matrix("pair_hypothesis_features", v, like=("pair_premise_features", u))
         check_ids("nli_labels", nli_labels, len(u))
         if u.shape[1] != self.embed_dim:
-            raise ValueError(f"nli_softmax was built for embed_dim={self.embed_dim}, but features are {u.shape[1]} wide")
-        if reads_values(self, u.device) and not 0 <= int(nli_labels.min()) <= int(nli_labels.max()) < self.num_labels:
             raise ValueError(
-                f"nli_labels must lie in 0..{self.num_labels - 1}, but go from {nli_labels.min()} to {nli_labels.max()}: "
-                "drop pairs without a gold label (-1) from the data"
+                f"nli_softmax was built for embed_dim={self.embed_dim}, but features are {u.shape[1]} wide"
+            )
+        if (
+            reads_values(self, u.device)
+            and not 0 <= int(nli_labels.min()) <= int(nli_labels.max()) < self.num_labels
+        ):
+            raise ValueError(
+                f"nli_labels must lie in 0..{self.num_labels - 1}, but go from {nli_labels.min()} to "
+                f"{nli_labels.max()}: drop pairs without a gold label (-1) from the data"
             )
         group = resolve_group(self.group)
         dtype = torch.promote_types(compute_dtype(u), self.classifier.weight.dtype)
         with torch.autocast(u.device.type, enabled=False):
             u, v = u.to(dtype), v.to(dtype)
             bias = None if self.classifier.bias is None else self.classifier.bias.to(dtype)
-            logits = nn.functional.linear(torch.cat([u, v, (u - v).abs()], dim=1), self.classifier.weight.to(dtype), bias)
+            logits = nn.functional.linear(
+                torch.cat([u, v, (u - v).abs()], dim=1), self.classifier.weight.to(dtype), bias
+            )
             loss = nn.functional.cross_entropy(logits, nli_labels.long(), reduction="sum")
         pairs = all_reduce_sum(constant(float(len(u)), u), group)
         return all_reduce_sum(loss / pairs, group)

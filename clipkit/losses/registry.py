@@ -14,8 +14,8 @@ def register_loss(name: str) -> Callable[[Any], Any]:
     """Decorator that makes an `nn.Module` class a loss that `create_loss` and a config can name.
 
     The class needs `inputs`, the names of the features its forward takes, as a class attribute or set by its
-    constructor; `optional_inputs` (used where the features hold them) and `supplied_by` (input name to the setting
-    that brings it, for the error about a missing one) are optional. A taken name is a ValueError.
+    constructor; `optional_inputs` (used where the features hold them) and `supplied_by` (input name to the
+    setting that brings it, for the error about a missing one) are optional. A taken name is a ValueError.
     """
     return losses.register(name)
 

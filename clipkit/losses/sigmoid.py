@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_softplus
-from clipkit.losses.checks import check_matrix, check_scalar, check_unit_norm, paired_logits, reads_values, softplus
+from clipkit.losses.checks import (
+    check_matrix,
+    check_scalar,
+    check_unit_norm,
+    paired_logits,
+    reads_values,
+    softplus,
+)
 from clipkit.losses.registry import register_loss
 
 
@@ -16,9 +23,9 @@ class Sigmoid(nn.Module):
 
         L = -1/N sum_ij log sigma(z_ij (scale <x_i, y_j> + bias)),   z_ij = 1 if i = j else -1
 
-    Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", equation 1 and algorithm 1. It needs a learned
-    bias: the paper starts at scale 10 (log 10 in its parameter) and bias -10, so that the N^2 - N negatives do not
-    swamp the first steps. N are the pairs of the whole group: own images meet all texts.
+    Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2 and algorithm 1. It needs a
+    learned bias: the paper starts at scale 10 (log 10 in its parameter) and bias -10, so that the N^2 - N
+    negatives do not swamp the first steps. N are the pairs of the whole group: own images meet all texts.
 
     Args:
         group: "auto", a ProcessGroup or None.
@@ -28,14 +35,20 @@ class Sigmoid(nn.Module):
     """
 
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
-    supplied_by = {"logit_bias": "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"}
+    supplied_by = {
+        "logit_bias": (
+            "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"
+        )
+    }
 
     def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
         super().__init__()
         self.group = group
         self.impl = impl
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's SigLipLoss's.
 
         Args:
@@ -45,13 +58,16 @@ class Sigmoid(nn.Module):
             logit_bias: (), added to every logit.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B, no bias.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
+                no bias.
         """
         check_matrix("text_features", text_features, like=("image_features", image_features))
         check_matrix("image_features", image_features)
         check_scalar("logit_scale", logit_scale)
         if logit_bias is None:
-            raise ValueError(f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}")
+            raise ValueError(
+                f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
+            )
         check_scalar("logit_bias", logit_bias)
         if reads_values(self, image_features.device):
             check_unit_norm(image_features=image_features, text_features=text_features)
@@ -60,7 +76,9 @@ class Sigmoid(nn.Module):
         check_same_rows(rows, group, image_features.device)
         texts = all_gather_rows(text_features, group, check=False)
         offset = rank(group) * rows
-        negatives = pair_softplus(image_features, texts, logit_scale, logit_bias, row_offset=offset, impl=self.impl)
+        negatives = pair_softplus(
+            image_features, texts, logit_scale, logit_bias, row_offset=offset, impl=self.impl
+        )
         positives = paired_logits(image_features, text_features, logit_scale)
         positives = softplus(-(positives + logit_bias.to(positives.dtype).reshape(())))
         return all_reduce_sum((negatives + positives).sum() / len(texts), group)

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, paired_logits, reads_values, softplus
+from clipkit.losses.checks import (
+    check_matrix,
+    check_number,
+    check_unit_norm,
+    constant,
+    paired_logits,
+    reads_values,
+    softplus,
+)
 from clipkit.losses.registry import register_loss
 
 
@@ -18,14 +26,14 @@ class SimCSE(nn.Module):
 
         L = -1/N sum_i log e^{<h_i, h'_i> / t} / sum_j e^{<h_i, h'_j> / t}
 
-    Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", equation 4, with the paper's
-    t = 0.05; one-directional. The views h and h' are the same captions passed twice through a text tower with
-    dropout, under independent masks. Without dropout both passes agree and there is nothing to learn: an error, not a
-    small loss. N are the captions of the whole group.
+    Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", equation 4, with the
+    paper's t = 0.05; one-directional. The views h and h' are the same captions passed twice through a text
+    tower with dropout, under independent masks. Without dropout both passes agree and there is nothing to
+    learn: an error, not a small loss. N are the captions of the whole group.
 
-    With `head`, both views pass a linear layer and tanh first (section 3 and table 8 of the paper: a head in
-    training that is left out at evaluation). It is a parameter of this loss: optimise `loss.parameters()` too, and start
-    it equal on all ranks. Its input is scaled from norm 1 to the norm sqrt(D) that a hidden state has.
+    With `head`, both views pass a linear layer and tanh first (section 3 of the paper: a head in training
+    that is left out at evaluation). It is a parameter of this loss: optimise `loss.parameters()` too, and
+    start it equal on all ranks. Its input is scaled from norm 1 to the norm sqrt(D) that a hidden state has.
 
     Args:
         temperature: t > 0.
@@ -59,7 +67,10 @@ class SimCSE(nn.Module):
         self.head = None
         if head:
             if embed_dim is None:
-                raise ValueError("simcse's head needs embed_dim, the features' width: set loss.simcse.embed_dim, or head=False")
+                raise ValueError(
+                    "simcse's head needs embed_dim, the features' width: set loss.simcse.embed_dim, or "
+                    "head=False"
+                )
             self.head = nn.Linear(int(embed_dim), int(embed_dim))
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -72,8 +83,8 @@ class SimCSE(nn.Module):
             text_features_view2: (B, D), unit norm: the same captions under other dropout masks.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks with
-                different B, a head of another width.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks
+                with different B, a head of another width.
         """
         check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
         check_matrix("text_features", text_features)
@@ -81,8 +92,9 @@ class SimCSE(nn.Module):
             check_unit_norm(text_features=text_features, text_features_view2=text_features_view2)
             if torch.equal(text_features, text_features_view2):
                 raise ValueError(
-                    "simcse's two text views are identical, so the loss has nothing to teach: the text tower needs "
-                    "dropout above 0 (text_tower.dropout=0.1), training mode, and a second pass rather than a copy"
+                    "simcse's two text views are identical, so the loss has nothing to teach: the text "
+                    "tower needs dropout above 0 (text_tower.dropout=0.1), training mode, and a second pass "
+                    "rather than a copy"
                 )
         first, second = self._project(text_features), self._project(text_features_view2)
         group = resolve_group(self.group)
@@ -100,6 +112,9 @@ class SimCSE(nn.Module):
             return features
         width = features.shape[1]
         if width != self.head.in_features:
-            raise ValueError(f"simcse's head was built for embed_dim={self.head.in_features}, but features are {width} wide")
+            raise ValueError(
+                f"simcse's head was built for embed_dim={self.head.in_features}, but features are {width} "
+                "wide"
+            )
         hidden = torch.tanh(self.head(features.to(self.head.weight.dtype) * width**0.5))
         return nn.functional.normalize(hidden.to(compute_dtype(hidden)), dim=-1)

@@ -6,29 +6,48 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import (
-    Group, all_gather_rows, all_reduce_sum, check_same_rows, logsumexp_over_ranks, rank, resolve_group,
+    Group,
+    all_gather_rows,
+    all_reduce_sum,
+    check_same_rows,
+    logsumexp_over_ranks,
+    rank,
+    resolve_group,
 )
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_matrix, check_number, check_unit_norm, constant, logaddexp, paired_logits, reads_values, softplus
+from clipkit.losses.checks import (
+    check_matrix,
+    check_number,
+    check_unit_norm,
+    constant,
+    logaddexp,
+    paired_logits,
+    reads_values,
+    softplus,
+)
 from clipkit.losses.registry import register_loss
 
-_VIEWS = "two augmented passes of the images through the image tower: set data.image_views=2"
+_VIEWS = (
+    "two augmented views of each image: let data.augmentation crop, flip or jitter, and give the model the "
+    "batch's image_view1 and image_view2"
+)
 
 
 @register_loss("slip")
 class SLIP(nn.Module):
     """NT-Xent: each of the 2N views finds its partner among the other 2N - 1.
 
-        L = -1/(2N) sum_i log e^{<z_i, z_p(i)> / t} / sum_{k != i} e^{<z_i, z_k> / t},   p(i) the other view of i's image
+        L = -1/(2N) sum_i log e^{<z_i, z_p(i)> / t} / sum_{k != i} e^{<z_i, z_k> / t}
 
-    Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1, with t =
-    0.1; Mu et al. 2022, "SLIP: Self-supervision meets Language-Image Pre-training", section 3, adds it to InfoNCE at
-    weight 1. N are the images of the whole group.
+    where p(i) is the other view of i's image. Chen et al. 2020, "A Simple Framework for Contrastive Learning
+    of Visual Representations", equation 1, with t = 0.1; Mu et al. 2022, "SLIP: Self-supervision meets
+    Language-Image Pre-training", section 3, adds it to InfoNCE at weight 1. N are the images of the whole
+    group.
 
-    With `head`, both views pass a three-layer perceptron first (SLIP, section 3.2, without its batch normalisation,
-    which would make a row's gradient depend on how the batch is split). It is a parameter of this loss: optimise
-    `loss.parameters()` too, and start it equal on all ranks.
+    With `head`, both views pass a three-layer perceptron first (as SLIP does, without its batch
+    normalisation, which would make a row's gradient depend on how the batch is split). It is a parameter of
+    this loss: optimise `loss.parameters()` too, and start it equal on all ranks.
 
     Args:
         temperature: t > 0.
@@ -63,10 +82,16 @@ class SLIP(nn.Module):
         self.head = None
         if head:
             if embed_dim is None:
-                raise ValueError("slip's head needs embed_dim, the features' width: set loss.slip.embed_dim, or head=False")
+                raise ValueError(
+                    "slip's head needs embed_dim, the features' width: set loss.slip.embed_dim, or head=False"
+                )
             hidden = int(hidden_dim)
             self.head = nn.Sequential(
-                nn.Linear(int(embed_dim), hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, int(output_dim))
+                nn.Linear(int(embed_dim), hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, int(output_dim)),
             )
 
     def forward(self, image_features_view1: Tensor, image_features_view2: Tensor) -> Tensor:
@@ -77,15 +102,21 @@ class SLIP(nn.Module):
             image_features_view2: (B, D), unit norm: the same images under another augmentation.
 
         Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks with
-                different B, a head of another width.
+            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks
+                with different B, a head of another width.
         """
-        check_matrix("image_features_view2", image_features_view2, like=("image_features_view1", image_features_view1))
+        check_matrix(
+            "image_features_view2", image_features_view2, like=("image_features_view1", image_features_view1)
+        )
         check_matrix("image_features_view1", image_features_view1)
         if reads_values(self, image_features_view1.device):
-            check_unit_norm(image_features_view1=image_features_view1, image_features_view2=image_features_view2)
+            check_unit_norm(
+                image_features_view1=image_features_view1, image_features_view2=image_features_view2
+            )
             if torch.equal(image_features_view1, image_features_view2):
-                raise ValueError(f"slip's two image views are identical, so there is nothing to teach: give it {_VIEWS}")
+                raise ValueError(
+                    f"slip's two image views are identical, so there is nothing to teach. It needs {_VIEWS}"
+                )
         first, second = self._project(image_features_view1), self._project(image_features_view2)
         group = resolve_group(self.group)
         rows = len(first)
@@ -94,7 +125,8 @@ class SLIP(nn.Module):
         all_second = all_gather_rows(second, group, check=False)
         offset = rank(group) * rows
         scale = constant(1 / self.temperature, first)
-        # Excluding column offset + i leaves out the partner in the block between views and the row itself within one.
+        # Excluding column offset + i leaves out the partner in the block between views and the row itself
+        # within one.
         to_second, to_first = pair_lse(first, all_second, scale, row_offset=offset, impl=self.impl)
         within_first, _ = pair_lse(first, all_first, scale, row_offset=offset, impl=self.impl)
         within_second, _ = pair_lse(second, all_second, scale, row_offset=offset, impl=self.impl)
@@ -111,7 +143,8 @@ class SLIP(nn.Module):
         first = self.head[0]
         if features.shape[1] != first.in_features:
             raise ValueError(
-                f"slip's head was built for embed_dim={first.in_features}, but features are {features.shape[1]} wide"
+                f"slip's head was built for embed_dim={first.in_features}, but features are "
+                f"{features.shape[1]} wide"
             )
         projected = self.head(features.to(first.weight.dtype))
         return nn.functional.normalize(projected.to(compute_dtype(projected)), dim=-1)

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
-from clipkit.losses.checks import check_matrix, check_negatives, check_number, check_unit_norm, constant, reads_values
+from clipkit.losses.checks import (
+    check_matrix,
+    check_negatives,
+    check_number,
+    check_unit_norm,
+    constant,
+    reads_values,
+)
 from clipkit.losses.registry import register_loss
 
 
@@ -19,9 +26,10 @@ class Uniformity(nn.Module):
 
         L(x) = log 1/(N (N - 1)) sum_{i != j} e^{-t ||x_i - x_j||^2}
 
-    Wang and Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-    Hypersphere", section 4.1.2, t = 2. For unit rows the potential is e^{2t (<x_i, x_j> - 1)}. N are the rows of the
-    whole group. It falls as rows spread; 0 is total collapse, about -2 t the floor in high dimension.
+    Wang and Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity
+    on the Hypersphere", section 4.1, t = 2. For unit rows the potential is e^{2t (<x_i, x_j> - 1)}. N are
+    the rows of the whole group. It falls as rows spread; 0 is total collapse, about -2 t the floor in high
+    dimension.
 
     Args:
         of: names of the features to spread, each on its own.
@@ -56,11 +64,14 @@ class Uniformity(nn.Module):
             features: one (B, D) tensor of unit norm for each name in `of`, as a keyword.
 
         Raises:
-            ValueError: a name that is missing or not in `of`, a shape other than (B, D), rows off unit norm, ranks
-                with different B, or a single row in the group.
+            ValueError: a name that is missing or not in `of`, a shape other than (B, D), rows off unit norm,
+                ranks with different B, or a single row in the group.
         """
         if set(features) != set(self.inputs):
-            raise ValueError(f"uniformity of {', '.join(self.inputs)} got {', '.join(features) or 'nothing'}: give exactly those")
+            raise ValueError(
+                f"uniformity of {', '.join(self.inputs)} got {', '.join(features) or 'nothing'}: give "
+                "exactly those"
+            )
         for name, value in features.items():
             check_matrix(name, value)
         if reads_values(self, features[self.inputs[0]].device):

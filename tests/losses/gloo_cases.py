@@ -1,7 +1,9 @@
-"""What each rank of the gradient-contract test runs; spawned processes import it, so it is no test file itself.
+"""What each rank of the gradient-contract test runs; spawned processes import it, so it is no test file
+itself.
 
-A tiny model with linear towers, log scale, bias and a vocabulary head turns this rank's rows into features; the loss's
-backward is averaged over all ranks as DDP would. One process on all rows is the same code on one "rank".
+A tiny model with linear towers, log scale, bias and a vocabulary head turns this rank's rows into features;
+the loss's backward is averaged over all ranks as DDP would. One process on all rows is the same code on one
+"rank".
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ SPECS = {
     "matryoshka of a classifier": {"matryoshka": {"loss": "nli_softmax", "dims": [3, 6]}},
     "slip": {"slip": {}},
     "slip with head": {"slip": {"head": True, "embed_dim": D, "hidden_dim": 5, "output_dim": 4}},
-    "a sum": {"infonce": {"weight": 0.7}, "cyclic": {"weight": 2.0}, "simcse": {"weight": 0.1}, "nli_softmax": {"embed_dim": D}},
+    "a sum": {
+        "infonce": {"weight": 0.7},
+        "cyclic": {"weight": 2.0},
+        "simcse": {"weight": 0.1},
+        "nli_softmax": {"embed_dim": D},
+    },
 }
 UNEVEN = ("cyclic", "nli_softmax", "mlm")
 IMPLEMENTATIONS = ("dense", "chunked")
@@ -63,8 +70,18 @@ class Model(nn.Module):
 
     def forward(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         unit = nn.functional.normalize
-        image = {name: unit(self.image_tower(data[name]), dim=-1) for name in data if name.startswith("image_features")}
-        text_names = ("text_features", "text_features_view2", "premise_features", "entailment_features", "contradiction_features")
+        image = {
+            name: unit(self.image_tower(data[name]), dim=-1)
+            for name in data
+            if name.startswith("image_features")
+        }
+        text_names = (
+            "text_features",
+            "text_features_view2",
+            "premise_features",
+            "entailment_features",
+            "contradiction_features",
+        )
         text_names += ("pair_premise_features", "pair_hypothesis_features")
         text = {name: unit(self.text_tower(data[name]), dim=-1) for name in text_names}
         return {
@@ -84,7 +101,13 @@ def whole_batch() -> dict[str, torch.Tensor]:
     def rows(width: int) -> torch.Tensor:
         return torch.randn(N, width, generator=generator, dtype=torch.float64)
 
-    texts = ("text_features", "text_features_view2", "premise_features", "entailment_features", "contradiction_features")
+    texts = (
+        "text_features",
+        "text_features_view2",
+        "premise_features",
+        "entailment_features",
+        "contradiction_features",
+    )
     texts += ("pair_premise_features", "pair_hypothesis_features", "mlm_logits")
     return {
         **{name: rows(IMAGE) for name in ("image_features", "image_features_view1", "image_features_view2")},
@@ -97,7 +120,7 @@ def whole_batch() -> dict[str, torch.Tensor]:
 
 
 def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str, torch.Tensor]:
-    """Value, gradients and buffers of a case on these rows, averaged over `group` (every rank's), or alone with None."""
+    """Value, gradients (averaged over `group`, if any) and buffers of a case on these rows."""
     torch.manual_seed(3)
     model = Model().double()
     spec = {name: dict(settings) for name, settings in SPECS[case].items()}
@@ -110,7 +133,14 @@ def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str
         del data["pair_ids"]
     # A first step elsewhere gives losses with a state something to remember.
     with torch.no_grad():
-        loss(model({name: value * 0.5 + 0.1 if value.is_floating_point() else value for name, value in data.items()}))
+        loss(
+            model(
+                {
+                    name: value * 0.5 + 0.1 if value.is_floating_point() else value
+                    for name, value in data.items()
+                }
+            )
+        )
     out = loss(model(data))
     out["loss"].backward()
     found = {f"value of {name}": value.detach() for name, value in out.items()}
@@ -123,12 +153,17 @@ def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str
                     grad /= dist.get_world_size(group)
                 found[f"gradient of {prefix}.{name}"] = grad
     # log u of a sample not yet seen is -inf; its exponential can be compared.
-    found.update({f"state {name}": value.exp() if "log_u" in name else value.clone() for name, value in loss.named_buffers()})
+    found.update(
+        {
+            f"state {name}": value.exp() if "log_u" in name else value.clone()
+            for name, value in loss.named_buffers()
+        }
+    )
     return found
 
 
 def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
-    """Every case on this rank, over the world, over pairs of ranks, and with uneven rows where they are allowed."""
+    """Every case over the world, over pairs of ranks, and with uneven rows where allowed."""
     pairs.DEFAULT_CHUNK = 3
     ranks, rank = dist.get_world_size(), dist.get_rank()
     share = N // ranks

@@ -38,7 +38,10 @@ def test_names_the_inputs_of_all_terms_once():
 
 
 def test_a_name_a_list_and_a_mapping_are_the_same(features):
-    values = [create_loss(spec)(features)["loss"].item() for spec in ("infonce", ["infonce"], {"infonce": {}}, {"infonce": {"weight": 1}})]
+    values = [
+        create_loss(spec)(features)["loss"].item()
+        for spec in ("infonce", ["infonce"], {"infonce": {}}, {"infonce": {"weight": 1}})
+    ]
     assert len(set(values)) == 1
 
 
@@ -64,12 +67,12 @@ def test_a_weight_of_zero_reports_the_term_but_teaches_nothing(features):
     "missing, spec, source",
     [
         ("text_features_view2", "simcse", "text_tower.dropout"),
-        ("premise_features", "nli_contrastive", "data.sentences"),
-        ("nli_labels", {"nli_softmax": {"embed_dim": 3}}, "data.sentences"),
+        ("premise_features", "nli_contrastive", "data.sentences.triplets"),
+        ("nli_labels", {"nli_softmax": {"embed_dim": 3}}, "data.sentences.pairs"),
         ("logit_bias", "sigmoid", "init_logit_bias"),
         ("sample_index", "fastclip", "data stream"),
-        ("image_features_view1", "slip", "data.image_views"),
-        ("mlm_logits", "mlm", "vocabulary head"),
+        ("image_features_view1", "slip", "data.augmentation"),
+        ("mlm_logits", "mlm", "mlm_probability"),
         ("text_features_view2", {"matryoshka": {"loss": "simcse", "dims": [2]}}, "text_tower.dropout"),
     ],
 )
@@ -144,7 +147,13 @@ def test_a_class_without_inputs_and_a_term_named_loss_are_refused():
 
 def test_takes_the_mapping_type_of_a_config():
     config = pytest.importorskip("omegaconf").OmegaConf.create(
-        {"embed_dim": 6, "loss": {"infonce": {"weight": 0.5}, "matryoshka": {"dims": [2, 6], "settings": {}, "embed_dim": "${embed_dim}"}}}
+        {
+            "embed_dim": 6,
+            "loss": {
+                "infonce": {"weight": 0.5},
+                "matryoshka": {"dims": [2, 6], "settings": {}, "embed_dim": "${embed_dim}"},
+            },
+        }
     )
     loss = create_loss(config.loss)
     assert loss.weights == {"infonce": 0.5, "matryoshka": 1.0} and loss.terms["matryoshka"].dims == (2, 6)

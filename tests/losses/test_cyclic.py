@@ -10,7 +10,10 @@ def by_loops(x, y, dots, in_modal: float, cross_modal: float) -> float:
     n, total = len(images), 0.0
     for j in range(n):
         for k in range(n):
-            total += in_modal * (images[j][k] - texts[j][k]) ** 2 + cross_modal * (across[j][k] - across[k][j]) ** 2
+            total += (
+                in_modal * (images[j][k] - texts[j][k]) ** 2
+                + cross_modal * (across[j][k] - across[k][j]) ** 2
+            )
     return total
 
 
@@ -44,7 +47,8 @@ def test_a_quarter_at_128_pairs_is_32_of_the_mean(unit):
 
 def test_is_zero_when_both_geometries_agree(unit):
     x = unit(6, 4, 1)
-    # A symmetric orthogonal matrix (a reflection) keeps both cycles; any other rotation the in-modal one alone.
+    # A symmetric orthogonal matrix (a reflection) keeps both cycles; any other rotation the in-modal one
+    # alone.
     v = unit(1, 4, 3).detach()
     reflection = torch.eye(4, dtype=torch.float64) - 2 * v.T @ v
     assert CyclicGeometry()(x, x @ reflection).item() == pytest.approx(0.0, abs=1e-14)
@@ -54,7 +58,7 @@ def test_is_zero_when_both_geometries_agree(unit):
 
 
 def test_is_never_negative_though_rounding_may_be(unit):
-    """A reflection keeps the cross-modal cycle: zero in exact arithmetic, below zero in fp32 for half of these seeds."""
+    """A reflection keeps this cycle: exactly zero, and below zero in fp32 for half of these seeds."""
     loss = CyclicGeometry(in_modal=0.0)
     for seed in range(20):
         x, v = unit(50, 16, seed, torch.float32), unit(1, 16, 100 + seed, torch.float32)
@@ -64,19 +68,26 @@ def test_is_never_negative_though_rounding_may_be(unit):
 
 
 def test_fp32_gradient_keeps_its_digits_near_convergence(unit):
-    """With ||x - y|| about 1e-3 the dense fp32 gradient is off by 2e-4 already; U and V are formed before the products."""
+    """At ||x - y|| of 1e-3 a dense fp32 gradient is off by 2e-4; U and V take the difference first."""
     x = unit(200, 64, 1).detach()
-    y = torch.nn.functional.normalize(x + 1e-3 / 8 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    y = torch.nn.functional.normalize(
+        x + 1e-3 / 8 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        dim=-1,
+    )
     x32, y32 = x.float().requires_grad_(), y.float().requires_grad_()
     x64, y64 = x32.detach().double().requires_grad_(), y32.detach().double().requires_grad_()
-    exact = ((x64 @ x64.T - y64 @ y64.T) ** 2).sum() * 0.25 / 200 + ((x64 @ y64.T - y64 @ x64.T) ** 2).sum() * 0.25 / 200
+    exact = ((x64 @ x64.T - y64 @ y64.T) ** 2).sum() * 0.25 / 200 + (
+        (x64 @ y64.T - y64 @ x64.T) ** 2
+    ).sum() * 0.25 / 200
     wanted = torch.autograd.grad(exact, x64)[0]
     found = torch.autograd.grad(CyclicGeometry()(x32, y32), x32)[0]
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_gradcheck(unit):
-    assert torch.autograd.gradcheck(CyclicGeometry(in_modal=0.3, cross_modal=0.7), (unit(4, 3, 1), unit(4, 3, 2)))
+    assert torch.autograd.gradcheck(
+        CyclicGeometry(in_modal=0.3, cross_modal=0.7), (unit(4, 3, 1), unit(4, 3, 2))
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,11 @@ import torch
 
 from clipkit.losses import create_loss, list_losses
 
-D, SCALES, INTEGERS = 6, ("logit_scale", "logit_bias"), ("nli_labels", "mlm_labels", "sample_index", "pair_ids")
+D, SCALES, INTEGERS = (
+    6,
+    ("logit_scale", "logit_bias"),
+    ("nli_labels", "mlm_labels", "sample_index", "pair_ids"),
+)
 SETTINGS = {
     "nli_softmax": {"embed_dim": D},
     "matryoshka": {"dims": [3, D]},
@@ -25,7 +29,9 @@ def build(name: str):
     return create_loss({name: SETTINGS.get(name, {})})
 
 
-def make(loss, rows: int = 5, dtype: torch.dtype = torch.float32, grad: bool = True) -> dict[str, torch.Tensor]:
+def make(
+    loss, rows: int = 5, dtype: torch.dtype = torch.float32, grad: bool = True
+) -> dict[str, torch.Tensor]:
     """A value for each of the loss's inputs, by kind."""
     generator, features = torch.Generator().manual_seed(0), {}
     for name in loss.inputs:
@@ -94,7 +100,8 @@ def test_a_view_with_other_strides_changes_nothing(name):
     loss = build(name)
     plain = make(loss)
     strided = {
-        key: value.detach().T.contiguous().T.requires_grad_() if value.ndim == 2 else value for key, value in plain.items()
+        key: value.detach().T.contiguous().T.requires_grad_() if value.ndim == 2 else value
+        for key, value in plain.items()
     }
     assert any(not value.is_contiguous() for value in strided.values())
     found, expected = gradients(build(name), strided), gradients(build(name), plain)
@@ -142,7 +149,10 @@ def test_compiles_without_a_graph_break_to_the_same_loss_and_gradient(name):
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 def test_compiles_in_chunks_too(name):
     torch._dynamo.reset()
-    settings = {"impl": "chunked", **({"same_ids": "mask", "label_smoothing": 0.1} if name == "infonce" else {})}
+    settings = {
+        "impl": "chunked",
+        **({"same_ids": "mask", "label_smoothing": 0.1} if name == "infonce" else {}),
+    }
     eager, compiled = create_loss({name: settings}), create_loss({name: settings})
     features = {**make(eager), "pair_ids": torch.tensor([0, 1, 0, 2, 3])}
     expected = gradients(eager, features)
@@ -164,7 +174,9 @@ def test_every_loss_has_a_config_that_builds_it():
     omegaconf = pytest.importorskip("omegaconf")
     folder = Path(__file__).resolve().parents[2] / "conf" / "loss"
     for name in list_losses():
-        config = omegaconf.OmegaConf.create({"embed_dim": 16, "loss": omegaconf.OmegaConf.load(folder / f"{name}.yaml")})
+        config = omegaconf.OmegaConf.create(
+            {"embed_dim": 16, "loss": omegaconf.OmegaConf.load(folder / f"{name}.yaml")}
+        )
         assert list(config.loss) == [name]
         loss = create_loss(config.loss)
         assert list(loss.terms) == [name] and loss.weights[name] > 0

@@ -42,7 +42,7 @@ def test_value_and_state_follow_the_papers_moving_average(unit, dots, scale):
 
 
 def test_gradient_is_the_papers_estimator(unit, scale):
-    """dL = 1/N sum t/2 dg / (eps + u) for features and scale at fixed u, plus dt times L / t, from dense autograd."""
+    """At fixed u: 1/N sum t/2 dg / (eps + u) for features and scale, plus dt times L / t."""
     x, y, index = unit(4, 3, 1), unit(4, 3, 2), torch.tensor([3, 1, 0, 2])
     loss = FastCLIP(gamma=0.3, rho=RHO, eps=EPS, num_samples=4).double()
     loss(unit(4, 3, 3), unit(4, 3, 4), scale, index)
@@ -120,7 +120,9 @@ def test_refuses_indices_out_of_range(unit, scale):
         FastCLIP().double()(unit(1, 3, 1), unit(1, 3, 2), scale, torch.tensor([0]))
 
 
-@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"gamma": 1.5}, {"rho": -1.0}, {"eps": 0.0}, {"num_samples": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"gamma": 0.0}, {"gamma": 1.5}, {"rho": -1.0}, {"eps": 0.0}, {"num_samples": 0}]
+)
 def test_refuses_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         FastCLIP(**settings)

@@ -1,4 +1,4 @@
-"""However the batch is split over gloo ranks, every loss has the value and gradients of one process, in float64."""
+"""However the batch is split over ranks, a loss has the gradients of one process, in float64."""
 
 from __future__ import annotations
 

@@ -19,10 +19,12 @@ def test_leaves_the_positive_out_of_both_denominators(unit, dots, scale, impl, r
 
 
 def test_gradient_does_not_fade_as_the_positive_wins():
-    """Orthogonal pairs at scale 20: InfoNCE has nothing left to learn, InfoLOOB pulls the positives as before."""
+    """Orthogonal pairs at scale 20: nothing left for InfoNCE; InfoLOOB pulls as before."""
     x = torch.eye(4, dtype=torch.float64).requires_grad_()
     y, scale = torch.eye(4, dtype=torch.float64), torch.tensor(20.0, dtype=torch.float64)
-    faded, kept = (torch.autograd.grad(loss(x, y, scale), x)[0].diagonal() for loss in (InfoNCE(), InfoLOOB()))
+    faded, kept = (
+        torch.autograd.grad(loss(x, y, scale), x)[0].diagonal() for loss in (InfoNCE(), InfoLOOB())
+    )
     assert faded.abs().max() < 1e-6
     # -1/(2N) scale from each direction.
     assert torch.allclose(kept, torch.full_like(kept, -20 / 4))

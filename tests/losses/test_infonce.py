@@ -7,10 +7,13 @@ from clipkit.losses import InfoNCE
 
 
 def by_loops(s: list[list[float]], targets: list[list[float]], kept=lambda i, j: True) -> float:
-    """Mean over both directions of the cross entropy to `targets`, row by row, over the columns that are kept."""
+    """Mean over both directions of the cross entropy to `targets` over the columns that are kept."""
     n, total = len(s), 0.0
     for i in range(n):
-        for logits, target in (([s[i][j] for j in range(n)], targets[i]), ([s[j][i] for j in range(n)], [targets[j][i] for j in range(n)])):
+        for logits, target in (
+            ([s[i][j] for j in range(n)], targets[i]),
+            ([s[j][i] for j in range(n)], [targets[j][i] for j in range(n)]),
+        ):
             denominator = sum(math.exp(logits[j]) for j in range(n) if kept(i, j))
             total -= sum(target[j] * (logits[j] - math.log(denominator)) for j in range(n) if target[j])
     return total / (2 * n)
@@ -53,7 +56,8 @@ def test_label_smoothing_spreads_the_target_over_all_columns(unit, dots, scale):
 def test_rows_that_share_an_id_share_the_target(unit, dots, scale, smoothing):
     x, y, ids = unit(6, 4, 1), unit(6, 4, 2), [5, 1, 5, 5, 0, 1]
     targets = [
-        [(1 - smoothing) * (ids[i] == ids[j]) / ids.count(ids[i]) + smoothing / 6 for j in range(6)] for i in range(6)
+        [(1 - smoothing) * (ids[i] == ids[j]) / ids.count(ids[i]) + smoothing / 6 for j in range(6)]
+        for i in range(6)
     ]
     expected = by_loops(logits(dots, x, y, scale), targets)
     found = InfoNCE(label_smoothing=smoothing)(x, y, scale, pair_ids=torch.tensor(ids))
@@ -75,8 +79,12 @@ def test_masked_duplicates_are_no_negatives(unit, dots, scale, impl, smoothing):
         for row in ([s[i][j] for j in columns], [s[j][i] for j in columns]):
             log_sum = math.log(sum(math.exp(value) for value in row))
             own = s[i][i]
-            total -= (1 - smoothing) * (own - log_sum) + smoothing * sum(value - log_sum for value in row) / len(row)
-    found = InfoNCE(same_ids="mask", label_smoothing=smoothing, impl=impl)(x, y, scale, pair_ids=torch.tensor(ids))
+            total -= (1 - smoothing) * (own - log_sum) + smoothing * sum(
+                value - log_sum for value in row
+            ) / len(row)
+    found = InfoNCE(same_ids="mask", label_smoothing=smoothing, impl=impl)(
+        x, y, scale, pair_ids=torch.tensor(ids)
+    )
     assert found.item() == pytest.approx(total / 12, rel=1e-12)
 
 
@@ -101,17 +109,21 @@ def test_is_log_n_when_all_features_are_equal(scale):
 
 
 def test_keeps_its_digits_when_the_loss_is_nearly_zero():
-    """At scale 80 orthogonal pairs have loss 7 e^-80, which fp32 logits minus their log-sum-exp round to zero."""
+    """Orthogonal pairs at scale 80 have loss 7 e^-80; fp32 log-softmax rounds it to zero."""
     x = torch.eye(8)
     loss = InfoNCE()(x, x.clone(), torch.tensor(80.0))
     assert loss.item() == pytest.approx(7 * math.exp(-80), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.2}, {"same_ids": "mask", "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"label_smoothing": 0.2}, {"same_ids": "mask", "label_smoothing": 0.1}]
+)
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 def test_gradcheck(unit, scale, settings, impl):
     loss, ids = InfoNCE(impl=impl, **settings), torch.tensor([0, 1, 0, 2])
-    assert torch.autograd.gradcheck(lambda x, y, s: loss(x, y, s, pair_ids=ids), (unit(4, 3, 1), unit(4, 3, 2), scale))
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: loss(x, y, s, pair_ids=ids), (unit(4, 3, 1), unit(4, 3, 2), scale)
+    )
 
 
 def test_refuses_images_and_texts_of_different_numbers(unit, scale):

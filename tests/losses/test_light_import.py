@@ -1,7 +1,9 @@
 import subprocess
 import sys
 
-HEAVY = "hydra omegaconf wandb webdataset timm open_clip transformers sentence_transformers torchvision triton PIL numpy.testing"
+HEAVY = (
+    "hydra omegaconf wandb webdataset timm open_clip transformers sentence_transformers torchvision triton"
+)
 
 
 def test_losses_kernels_and_distributed_bring_torch_alone():

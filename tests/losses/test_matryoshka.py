@@ -12,7 +12,9 @@ def prefix(x, m):
 
 def test_adds_the_loss_of_each_normalised_prefix(unit, scale):
     x, y = unit(5, 6, 1), unit(5, 6, 2)
-    expected = sum(c * InfoNCE()(prefix(x, m), prefix(y, m), scale) for m, c in ((2, 0.5), (4, 1.0), (6, 3.0)))
+    expected = sum(
+        c * InfoNCE()(prefix(x, m), prefix(y, m), scale) for m, c in ((2, 0.5), (4, 1.0), (6, 3.0))
+    )
     loss = Matryoshka(loss="infonce", dims=[2, 4, 6], dim_weights=[0.5, 1.0, 3.0])
     found = loss(image_features=x, text_features=y, logit_scale=scale)
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -16,12 +16,18 @@ def test_is_the_mean_cross_entropy_of_masked_tokens():
 
 
 def test_uniform_logits_cost_log_of_the_vocabulary():
-    assert MaskedLanguageModel()(torch.zeros(3, 11), torch.tensor([1, 2, 3])).item() == pytest.approx(math.log(11), rel=1e-6)
+    assert MaskedLanguageModel()(torch.zeros(3, 11), torch.tensor([1, 2, 3])).item() == pytest.approx(
+        math.log(11), rel=1e-6
+    )
 
 
 def test_gradcheck():
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: MaskedLanguageModel()(x, torch.tensor([0, -100, 2, 1])), (logits,))
+    logits = torch.randn(
+        4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: MaskedLanguageModel()(x, torch.tensor([0, -100, 2, 1])), (logits,)
+    )
 
 
 @pytest.mark.parametrize("logits, labels", [((3, 5), [-100] * 3), ((0, 5), [])])

@@ -30,10 +30,12 @@ def test_gradcheck_of_features_and_classifier(unit):
 
 
 def test_learns_to_separate_real_labels(unit):
-    """A pair of equal rows entails, an opposite pair contradicts, an orthogonal pair is neutral: 30 steps find it."""
+    """Equal rows entail, opposite ones contradict, orthogonal ones are neutral: 30 steps find it."""
     torch.manual_seed(0)
     u = unit(30, 8, 1).detach()
-    across = torch.nn.functional.normalize(unit(30, 8, 2).detach() - u * (unit(30, 8, 2).detach() * u).sum(1, keepdim=True), dim=1)
+    across = torch.nn.functional.normalize(
+        unit(30, 8, 2).detach() - u * (unit(30, 8, 2).detach() * u).sum(1, keepdim=True), dim=1
+    )
     labels = torch.arange(30) % 3
     v = torch.where((labels == 0)[:, None], u, torch.where((labels == 1)[:, None], across, -u))
     loss = NLISoftmax(embed_dim=8).double()

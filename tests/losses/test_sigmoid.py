@@ -25,12 +25,16 @@ def test_equals_the_papers_double_sum(unit, dots, scale, bias, rows, impl):
 
 def test_equals_open_clips_loss_with_the_same_positional_arguments(unit, scale, bias):
     theirs = pytest.importorskip("open_clip.loss").SigLipLoss()(unit(6, 8, 1), unit(6, 8, 2), scale, bias)
-    assert Sigmoid()(unit(6, 8, 1), unit(6, 8, 2), scale, bias).item() == pytest.approx(theirs.item(), rel=1e-12)
+    assert Sigmoid()(unit(6, 8, 1), unit(6, 8, 2), scale, bias).item() == pytest.approx(
+        theirs.item(), rel=1e-12
+    )
 
 
 def test_does_not_see_the_order_of_pairs(unit, scale, bias):
     x, y, order = unit(5, 4, 1), unit(5, 4, 2), torch.tensor([3, 0, 4, 1, 2])
-    assert Sigmoid()(x[order], y[order], scale, bias).item() == pytest.approx(Sigmoid()(x, y, scale, bias).item(), rel=1e-12)
+    assert Sigmoid()(x[order], y[order], scale, bias).item() == pytest.approx(
+        Sigmoid()(x, y, scale, bias).item(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])

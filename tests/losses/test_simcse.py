@@ -12,7 +12,8 @@ def test_equals_equation_4(unit, dots, impl, temperature):
     h, h2 = unit(5, 4, 1), unit(5, 4, 2)
     s = dots(h, h2)
     expected = -sum(
-        math.log(math.exp(s[i][i] / temperature) / sum(math.exp(s[i][j] / temperature) for j in range(5))) for i in range(5)
+        math.log(math.exp(s[i][i] / temperature) / sum(math.exp(s[i][j] / temperature) for j in range(5)))
+        for i in range(5)
     )
     assert SimCSE(temperature=temperature, impl=impl)(h, h2).item() == pytest.approx(expected / 5, rel=1e-12)
 

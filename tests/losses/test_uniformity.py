@@ -22,12 +22,16 @@ def test_is_the_log_mean_gaussian_potential_of_distinct_rows(unit, impl, t):
 def test_equals_the_papers_pdist(unit):
     x = unit(7, 4, 1)
     expected = torch.pdist(x, p=2).pow(2).mul(-2).exp().mean().log()
-    assert Uniformity(of="image_features")(image_features=x).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert Uniformity(of="image_features")(image_features=x).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
 
 
 def test_averages_the_named_features(unit):
     x, y = unit(5, 4, 1), unit(5, 4, 2)
-    one = Uniformity(of=["image_features"])(image_features=x) + Uniformity(of=["text_features"])(text_features=y)
+    one = Uniformity(of=["image_features"])(image_features=x) + Uniformity(of=["text_features"])(
+        text_features=y
+    )
     assert Uniformity()(image_features=x, text_features=y).item() == pytest.approx(one.item() / 2, rel=1e-12)
 
 
