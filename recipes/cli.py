@@ -22,6 +22,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+import clipkit
 from clipkit.registry import suggest
 
 # Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories check them.
@@ -73,10 +74,16 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
             raise
         message = explain(error, config_name)
         print(f"\nError: {message}", file=sys.stderr)
-        if not isinstance(error, (HydraException, ValueError, OSError)):
+        if isinstance(error, RuntimeError) and not _ours(error):
             traceback.print_exc()
         print("(CLIPKIT_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         sys.exit(1)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether clipkit raised it, with a message written for the user; one of torch's needs its traceback."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(folder in raised_in.parents for folder in (Path(__file__).resolve().parent, Path(clipkit.__file__).resolve().parent))
 
 
 def explain(error: BaseException, config_name: str) -> str:
