@@ -84,9 +84,9 @@ class DualEncoder(nn.Module):
         self.mlm_head = None
         if mlm_probability is not None:
             self.mlm_head = MaskedLanguageHead(text_tower, mlm_probability, mask_id=mask_id, sot_id=sot_id)
-        # For values 0..255, so that uint8 is normalised in one subtraction and one division.
-        for name, values in (("image_mean", image_tower.mean), ("image_std", image_tower.std)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1) * 255, persistent=False)
+        self.register_buffer("image_mean", None, persistent=False)
+        self.register_buffer("image_std", None, persistent=False)
+        self._set_channel_statistics(self.log_logit_scale.device)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -98,13 +98,24 @@ class DualEncoder(nn.Module):
         """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, section 2.5)."""
         self.log_logit_scale.clamp_(max=math.log(max))
 
+    def _set_channel_statistics(self, device: torch.device) -> None:
+        # For values 0..255, so that uint8 is normalised in one subtraction and one division.
+        for name, values in (("image_mean", self.image_tower.mean), ("image_std", self.image_tower.std)):
+            setattr(self, name, torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) * 255)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
+        super()._apply(fn, recurse)
+        # .to(bfloat16) would round the statistics and .to_empty() lose them.
+        self._set_channel_statistics(self.image_mean.device)
+        return self
+
     def normalize_image(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W) uint8 -> the tower's normalised float input; float images pass, taken as normalised."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), not {tuple(image.shape)}")
         if image.dtype == torch.uint8:
             # In fp32 even under autocast: 255 levels do not survive a bf16 subtraction.
-            image = (image.float() - self.image_mean.float()) / self.image_std.float()
+            image = (image.float() - self.image_mean) / self.image_std
         elif not image.is_floating_point():
             raise ValueError(f"images must be uint8 in 0..255 or already normalised floats, not {image.dtype}")
         image = image.to(next(self.image_tower.parameters()).dtype)

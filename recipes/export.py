@@ -51,7 +51,9 @@ def export(cfg: DictConfig, run_dir: Path) -> Path:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), folder / "model.safetensors")
+        # T5 names one embedding twice, and safetensors refuses shared memory.
+        weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
         tokenizer.save(folder / "tokenizer.json")
         load = f'model.load_state_dict(safetensors.torch.load_file("{folder / "model.safetensors"}"))'
     print(f"{path}\nwritten to {folder}; load it with\n    {load}")

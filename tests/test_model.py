@@ -79,8 +79,9 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     assert [name for name, parameter in dual.named_parameters() if parameter.grad is None] == []
 
 
-def test_one_joined_text_pass_equals_separate_passes(batch):
-    dual = model().eval()
+@pytest.mark.parametrize("text", [{}, {"causal": False, "pooling": "mean"}], ids=["causal", "both_sides"])
+def test_one_joined_text_pass_equals_separate_passes(batch, text):
+    dual = model(text).eval()
     names = ("text_features", "premise_features", "entailment_features", "contradiction_features",
              "pair_premise_features", "pair_hypothesis_features")
     joined = dual(batch, names)
@@ -139,8 +140,16 @@ def test_normalisation_stays_in_fp32_under_bf16(batch):
     torch.testing.assert_close(features["image_features"].norm(dim=1), torch.ones(4))
     # Weights in bf16: the image is rounded once, after the arithmetic.
     half = dual.to(torch.bfloat16)
-    assert half.normalize_image(batch["image"]).dtype == torch.bfloat16
+    torch.testing.assert_close(half.normalize_image(batch["image"]), exact.bfloat16(), atol=0, rtol=0)
     assert half(batch)["image_features"].dtype == torch.float32
+
+
+def test_channel_statistics_survive_the_meta_device(batch):
+    expected = model().normalize_image(batch["image"])
+    with torch.device("meta"):
+        late = model()
+    late.to_empty(device="cpu")
+    torch.testing.assert_close(late.normalize_image(batch["image"]), expected, atol=0, rtol=0)
 
 
 def test_channels_last_changes_the_layout_and_not_the_features(batch):
@@ -307,7 +316,7 @@ def test_compiles_with_activation_checkpointing(batch, image):
     plain.image_tower.set_activation_checkpointing(False)
     plain.text_tower.set_activation_checkpointing(False)
     # BatchNorm in a recomputed block stays outside the graph.
-    compiled = torch.compile(dual, fullgraph=image == "vit", backend="aot_eager")
+    compiled = torch.compile(dual, fullgraph=image == "vit", backend="eager")
     for encode in (compiled, plain):
         features = encode(batch, ("image_features", "text_features"))
         (features["image_features"] @ features["text_features"].T).diagonal().sum().backward()

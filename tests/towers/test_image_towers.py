@@ -57,6 +57,13 @@ def test_timm_drop_path_reaches_the_blocks():
     assert max(rates) == pytest.approx(0.2)
 
 
+def test_a_fixed_size_vit_is_built_for_the_image_size():
+    # One class token and (32 / 16)^2 patches; at its own 224 pixels there would be 197 positions.
+    tower = create_image_tower({"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 32}, embed_dim=8)
+    assert tower.trunk.pos_embed.shape == (1, 5, 192)
+    assert tower(torch.randn(1, 3, 32, 32)).shape == (1, 192)
+
+
 def test_mobilenet_head_width_is_what_comes_out():
     tower = create_image_tower({"name": "timm", "model": "mobilenetv3_small_050"}, embed_dim=8).eval()
     assert tower(torch.randn(1, 3, 64, 64)).shape == (1, tower.width)
