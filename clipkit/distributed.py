@@ -160,7 +160,9 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _reduce_scatter(grad, ctx.group), None
+        # Half-precision parts are added up in fp32: W roundings become one.
+        wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        return _reduce_scatter(wide, ctx.group).to(grad.dtype), None
 
 
 class _AllReduceSum(torch.autograd.Function):

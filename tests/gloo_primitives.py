@@ -49,6 +49,11 @@ def run_rank() -> dict:
     (gathered * coefficients(rank)).sum().backward()
     found["gathered"], found["gathered gradient"] = gathered.detach(), x.grad
 
+    half = torch.full((1, 2), 0.5, dtype=torch.bfloat16).requires_grad_()
+    # 256 + 1 + 1 is 256 when each addition is rounded to bf16, 258 when the sum is.
+    (distributed.all_gather_rows(half, group) * (256.0 if rank == 0 else 1.0)).sum().backward()
+    found["half gradient"] = half.grad
+
     transposed = own(rank).T.contiguous().T.requires_grad_()
     found["strided"] = distributed.all_gather_rows(transposed, group).detach()
     found["integers"] = distributed.all_gather_rows(torch.tensor([rank, -rank]), group)

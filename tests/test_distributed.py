@@ -49,6 +49,11 @@ def test_a_gathered_row_gets_the_sum_of_what_all_ranks_want(ranks):
         assert torch.allclose(found["gathered gradient"], wanted[2 * rank : 2 * rank + 2], rtol=1e-14)
 
 
+def test_half_precision_gradients_are_added_up_in_fp32(ranks):
+    assert all(found["half gradient"].tolist() == [[258.0, 258.0]] for found in ranks)
+    assert all(found["half gradient"].dtype == torch.bfloat16 for found in ranks)
+
+
 def test_a_sum_gets_w_times_the_gradient_of_its_replicated_use(ranks):
     for found in ranks:
         assert torch.allclose(found["sum"], sum(own(rank) for rank in range(W)), rtol=1e-14)
