@@ -1,0 +1,125 @@
+"""The kernels compile for three architectures, use their tensor cores, and keep their tiles in registers.
+
+No GPU is needed: fused.py's launches are recorded instead of run, with the configuration it would pick on each
+architecture, and every distinct one is compiled to machine code. A process of its own, since the interpreter's tests
+decide at import that nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KERNELS = ("norm_kernel", "cast_kernel", "sums_kernel", "strip_kernel", "coef_kernel", "exact_coef_kernel", "finish_kernel")
+PRODUCTS = ("sums_kernel", "strip_kernel", "coef_kernel", "exact_coef_kernel")
+# Instructions that multiply on tensor cores, and those that must not be there instead.
+TENSOR_CORES = {80: (r"\bHMMA\b", r"HGMMA"), 90: (r"\bHGMMA\b", r"\bHMMA\b"), 100: (r"\bUTC\w*MMA\b", r"\bHMMA\b|HGMMA")}
+
+
+def record(arch: int, dim: int, dtype: torch.dtype, high: bool) -> list[tuple]:
+    """(kernel, arguments, constants) of every launch of a forward and a backward pass of both kinds."""
+    from clipkit.kernels import fused, triton_tiles
+    from clipkit.kernels.chunked import Pairs
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launches.append((self.kernel, args, constants))
+
+    for name in KERNELS:
+        setattr(triton_tiles, name, Recorder(getattr(triton_tiles, name)))
+    fused._capability = lambda device: divmod(arch, 10)
+    n = 300
+    x, y = torch.randn(n, dim).to(dtype), torch.randn(n, dim).to(dtype)
+    scale, bias, ones = torch.tensor(10.0), torch.tensor(-3.0), torch.ones(n)
+    plain, masked = Pairs(), Pairs(0, torch.arange(n), torch.arange(n))
+    for pairs, weight in ((plain, None), (masked, torch.zeros(n))):
+        fused.lse_forward(x, y, scale, weight, pairs, high=high)
+        fused.lse_backward(ones, ones, x, y, scale, weight, ones, ones, pairs, high=high, need_x=True, need_y=True,
+                           need_weight=weight is not None)
+    fused.softplus_forward(x, y, scale, bias, plain, high=high)
+    fused.softplus_backward(ones, x, y, scale, bias, plain, high=high, need_x=True, need_y=True, need_bias=True)
+    return launches
+
+
+def compile_launch(kernel, args, constants: dict, arch: int):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.runtime.jit import mangle_type
+
+    options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
+    signature, attributes = {}, {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        signature[name] = "fp32" if isinstance(value, float) else mangle_type(value)
+        if isinstance(value, torch.Tensor):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    values = {name: constants[name] for name in kernel.arg_names[len(args) :]}
+    signature |= {name: "constexpr" for name in values}
+    source = ASTSource(kernel, signature, values, attributes)
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """(registers, bytes of stack) of the kernel in `cubin`; a spilled register lives on the stack."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def check(arch: int, dim: int, dtype: str, high: bool, folder: Path) -> None:
+    seen, checked = set(), set()
+    wanted, unwanted = TENSOR_CORES[arch]
+    for kernel, args, constants in record(arch, dim, getattr(torch, dtype), high):
+        key = (kernel.__name__, str(sorted((k, str(v)) for k, v in constants.items())))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_launch(kernel, args, constants, arch)
+        registers, stack = resources(compiled.asm["cubin"], folder)
+        name = f"sm_{arch} {kernel.__name__}: {registers} registers, {stack} bytes of stack"
+        print(name, flush=True)
+        assert stack == 0, f"{name}: spills"
+        if kernel.__name__ in PRODUCTS:
+            sass = compiled.asm["sass"]
+            assert re.search(wanted, sass), f"{name}: no tensor-core instruction ({wanted})"
+            assert not re.search(unwanted, sass), f"{name}: an older generation's instruction ({unwanted})"
+            if arch == 80:
+                assert "LDGSTS" in sass, f"{name}: its loads are not asynchronous"
+            checked.add(kernel.__name__)
+    assert checked == set(PRODUCTS)
+
+
+@pytest.mark.parametrize("arch, dim, dtype, high", [
+    (80, 512, "bfloat16", False), (90, 512, "float16", False), (90, 768, "float32", True), (100, 512, "float16", False),
+])
+def test_compiles_to_tensor_cores_without_spills(arch, dim, dtype, high, tmp_path):
+    triton = pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"this triton has no {tool.name}: nothing to read machine code with")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CLIPKIT_KERNEL_CONFIGS")}
+    command = [sys.executable, "-W", "ignore", __file__, str(arch), str(dim), dtype, str(int(high)), str(tmp_path)]
+    result = subprocess.run(
+        command, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+if __name__ == "__main__":
+    check(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], bool(int(sys.argv[4])), Path(sys.argv[5]))
