@@ -254,7 +254,7 @@ Python {platform.python_version()}, {versions}.
 Gradient averaged over {world_size} ranks as DDP does, beside one process on the whole batch of {PAIRS_IN_ALL}
 pairs: 1.00 is right. `towers`: ||g|| / ||reference|| of the towers' weights; `cosine`: the lowest of their
 directions; `logit_scale`, `logit_bias`: the same ratio, empty where the loss has no such parameter; `error`:
-the largest ||g - reference|| / ||reference|| of any parameter; `value spread`: the largest difference, relative,
+the largest ||g - reference|| / ||reference|| of any parameter; `value spread`: the largest relative difference
 between the losses that ranks return. float64, unit features of width 8, logit_scale 5, linear towers. The
 defaults of sentence-transformers and lightly contrast each rank's own rows alone, which is another, smaller
 problem by design. Command: `python benchmarks/contract.py`.

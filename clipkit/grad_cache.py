@@ -179,6 +179,7 @@ def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, 
 
 def _wanted(loss: Any, batch: dict[str, Any]) -> tuple[str, ...] | None:
     """The features that the loss names; its optional ones where the batch has an entry of that name."""
+    loss = loss.module if isinstance(loss, DistributedDataParallel) else loss
     if getattr(loss, "inputs", None) is None:
         return None
     return (*loss.inputs, *(name for name in getattr(loss, "optional_inputs", ()) if name in batch))

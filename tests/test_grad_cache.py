@@ -1,10 +1,4 @@
-"""The gradient cache against one ordinary graph: values, gradients, buffers, random numbers, ranks and
-memory.
-
-"One graph" below is plain autograd: the model is called on each micro-batch (or once on all rows), everything
-is kept, and a single backward runs through it. Nothing of clipkit.grad_cache but the way of splitting rows is
-used for it.
-"""
+"""The gradient cache against one ordinary graph: values, gradients, random numbers, ranks and memory."""
 
 from __future__ import annotations
 
@@ -14,101 +8,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from clipkit.distributed import launch
+from clipkit.distributed import launch, rank
 from clipkit.grad_cache import cached_backward, split_batch
-
-ALL = ("image_features", "text_features", "premise_features", "logit_scale")
-
-
-class Towers(nn.Module):
-    """A convolutional image tower (BatchNorm optional) and a dropout Transformer layer over text."""
-
-    def __init__(self, *, batch_norm=True, dropout=0.2, attention_dropout=0.2):
-        super().__init__()
-        norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        self.image = nn.Sequential(
-            nn.Conv2d(3, 4, 3, stride=2, bias=False), norm(4), nn.ReLU(inplace=True),
-            nn.Conv2d(4, 6, 3, stride=2, bias=False), norm(6), nn.ReLU(inplace=True),
-            nn.Flatten(), nn.Linear(24, 8),
-        )  # fmt: skip
-        self.embedding = nn.Embedding(20, 8)
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
-        self.block.self_attn.dropout = attention_dropout
-        self.log_logit_scale = nn.Parameter(torch.tensor([1.0]))
-
-    def text(self, text):
-        return F.normalize(self.block(self.embedding(text)).mean(1), dim=-1)
-
-    def forward(self, batch, inputs=("image_features", "text_features", "logit_scale")):
-        features = {}
-        if "image_features" in inputs:
-            features["image_features"] = F.normalize(self.image(batch["image"]), dim=-1)
-        if "text_features" in inputs:
-            features["text_features"] = self.text(batch["text"])
-        if "text_features_view2" in inputs:
-            features["text_features_view2"] = self.text(batch["text"])
-        for name in ("premise", "entailment", "contradiction"):
-            if f"{name}_features" in inputs:
-                features[f"{name}_features"] = self.text(batch[name])
-        if "logit_scale" in inputs:
-            features["logit_scale"] = self.log_logit_scale.exp()[0]
-        return features
-
-
-def contrastive(features):
-    """Radford et al. 2021, figure 3, in plain torch."""
-    logits = features["logit_scale"] * features["image_features"] @ features["text_features"].T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def with_premises(features):
-    """A second term over a second stream, of another number of rows."""
-    premise = features["premise_features"]
-    spread = (premise @ premise.T).square().sum()
-    return {"loss": contrastive(features) + 0.3 * spread, "spread": spread}
-
-
-def make_batch(rows, premises=None, *, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        "image": torch.randn(rows, 3, 12, 12, generator=generator, dtype=dtype),
-        "text": torch.randint(0, 20, (rows, 5), generator=generator),
-        "key": [f"{k:03d}" for k in range(rows)],
-        "epoch": 3,
-    }
-    if premises:
-        batch["premise"] = torch.randint(0, 20, (premises, 4), generator=generator)
-    return batch
+from tests.grad_cache_cases import (
+    ALL,
+    CLIP,
+    Towers,
+    assert_same_gradients,
+    contrastive,
+    make_batch,
+    one_graph,
+    with_premises,
+)
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(1)
     return Towers().double().train()
-
-
-def one_graph(model, loss, batch, micro_batch_size, inputs):
-    """All micro-batches' graphs at once, one backward; returns the terms."""
-    parts = [model(part, inputs) for part in split_batch(batch, micro_batch_size)]
-    whole = {k: torch.cat([p[k] for p in parts]) if parts[0][k].dim() else parts[0][k] for k in parts[0]}
-    terms = loss(whole)
-    terms = terms if isinstance(terms, dict) else {"loss": terms}
-    terms["loss"].backward()
-    return terms
-
-
-def assert_same_gradients(model, reference, tolerance):
-    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
-        if expected.grad is None:
-            assert parameter.grad is None, name
-            continue
-        error = (parameter.grad - expected.grad).norm()
-        # The second term is for gradients that are 0 but for rounding.
-        assert error <= tolerance * expected.grad.norm() + 1e-15, (name, float(error / expected.grad.norm()))
 
 
 @pytest.mark.parametrize(
@@ -132,189 +50,12 @@ def test_gradients_add_to_what_is_there_and_follow_backward_scale(model):
     reference, batch = copy.deepcopy(model), make_batch(6)
     for part in (0, 1):
         torch.manual_seed(part)
-        one_graph(reference, lambda f: {"loss": 0.5 * contrastive(f)}, batch, 2, ALL[:2] + ALL[3:])
+        one_graph(reference, lambda f: {"loss": 0.5 * contrastive(f)}, batch, 2, CLIP)
     for part in (0, 1):
         torch.manual_seed(part)
         terms = cached_backward(model, contrastive, batch, micro_batch_size=2, backward_scale=0.5)
     assert_same_gradients(model, reference, 1e-12)
     assert terms["loss"] > 1  # the value itself is not scaled
-
-
-class MasksByRow(TorchFunctionMode):
-    """Dropout masks that belong to rows: call i draws for the whole batch and keeps this part's rows."""
-
-    def __init__(self, seed, rows, total):
-        super().__init__()
-        self.seed, self.rows, self.total, self.calls = seed, rows, total, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.dropout:
-            return func(*args, **kwargs)
-        x, p, training = args[0], kwargs["p"], kwargs["training"]
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.calls)
-        self.calls += 1
-        mask = torch.rand(self.total, *x.shape[1:], generator=generator)[self.rows] >= p
-        return x * mask / (1 - p) if training else x
-
-
-class RowMasked(nn.Module):
-    """A model whose dropout masks depend on the step and the row, not on how the batch was split."""
-
-    def __init__(self, model, total):
-        super().__init__()
-        self.model, self.total, self.step = model, total, 0
-
-    def forward(self, batch, inputs=ALL[:2] + ALL[3:]):
-        with MasksByRow(self.step, batch["row"], self.total):
-            return self.model(batch, inputs)
-
-
-def train(model, step, *, steps=5, rows=12):
-    """Train by SGD with momentum; `step` leaves a batch's gradient in the parameters. Returns the losses."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for k in range(steps):
-        model.step = k
-        losses.append(float(step(model, {**make_batch(rows, seed=k), "row": torch.arange(rows)})))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
-
-
-def full_batch_step(model, batch):
-    loss = contrastive(model(batch))
-    loss.backward()
-    return loss.detach()
-
-
-def assert_same_state(model, reference, tolerance):
-    for (name, value), expected in zip(
-        model.state_dict().items(), reference.state_dict().values(), strict=True
-    ):
-        if not value.is_floating_point():
-            assert torch.equal(value, expected), name
-            continue
-        error = float((value - expected).norm() / expected.norm().clamp_min(1e-3))
-        assert error <= tolerance, (name, error)
-
-
-def resnet_and_dropout_transformer():
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(3)
-    model = Towers(dropout=0.3, attention_dropout=0.0)
-    model.image = timm.create_model("test_resnet", num_classes=8)
-    # Zero-initialised last norms would hide the residual branches from the gradient.
-    for module in model.image.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return RowMasked(model.double().train(), 12)
-
-
-def test_five_steps_of_a_batch_norm_resnet_and_dropout_transformer_equal_the_full_batch():
-    """With batch_norm="whole" and the same masks only rounding differs: 1e-9 after five float64 steps."""
-    model = resnet_and_dropout_transformer()
-    reference = copy.deepcopy(model)
-    expected = train(reference, full_batch_step)
-    losses = train(
-        model, lambda m, b: cached_backward(m, contrastive, b, micro_batch_size=5, batch_norm="whole")["loss"]
-    )
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-9, atol=0)
-    assert_same_state(model, reference, 1e-9)
-
-
-def test_micro_batches_normalised_apart_differ_from_the_full_batch_as_documented():
-    """The default differs from the full batch in BatchNorm alone: frozen, it is exact."""
-    model = resnet_and_dropout_transformer()
-    frozen = copy.deepcopy(model)
-    for module in frozen.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    step = lambda m, b: cached_backward(m, contrastive, b, micro_batch_size=5)["loss"]  # noqa: E731
-    for start, same in ((frozen, True), (model, False)):
-        cached, reference = copy.deepcopy(start), copy.deepcopy(start)
-        train(reference, full_batch_step)
-        train(cached, step)
-        if same:
-            assert_same_state(cached, reference, 1e-9)
-        else:
-            with pytest.raises(AssertionError):
-                assert_same_state(cached, reference, 1e-3)
-
-
-def test_running_statistics_move_once_to_those_of_the_whole_batch(model):
-    """The first BatchNorm sees the images themselves, so its statistics can be computed by hand."""
-    batch = make_batch(9)
-    cached_backward(model, contrastive, batch, micro_batch_size=4)
-    values = model.image[0](batch["image"]).transpose(0, 1).flatten(1)
-    norm = model.image[1]
-    torch.testing.assert_close(norm.running_mean, 0.1 * values.mean(1))
-    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * values.var(1))
-    assert int(norm.num_batches_tracked) == 1
-
-
-@pytest.mark.parametrize("batch_norm", ["micro", "whole"])
-def test_a_cumulative_average_and_a_layer_called_twice_follow_torch(batch_norm):
-    """momentum=None averages over updates; a layer called twice in a forward moves twice, as in torch."""
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3, momentum=None)
-            self.other = nn.BatchNorm1d(3, momentum=0.25)
-
-        def forward(self, batch, inputs=None):
-            image, text = self.norm(batch["image"]), self.norm(batch["text"])
-            return {
-                "image_features": self.other(self.other(image)),
-                "text_features": text,
-                "logit_scale": image.new_ones(()),
-            }
-
-    generator = torch.Generator().manual_seed(0)
-    steps = [
-        {k: torch.randn(8, 3, generator=generator).double() + 2 for k in ("image", "text")} for _ in range(3)
-    ]
-    cached, reference = Twice().double().train(), Twice().double().train()
-    for batch in steps:
-        reference(batch)
-        cached_backward(cached, contrastive, batch, micro_batch_size=4, batch_norm=batch_norm)
-    # `other` sees normalised inputs in its second call, which equal the whole batch's only with "whole".
-    names = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "other.num_batches_tracked"]
-    names += ["other.running_mean", "other.running_var"] if batch_norm == "whole" else []
-    for name in names:
-        torch.testing.assert_close(
-            cached.state_dict()[name], reference.state_dict()[name], rtol=1e-12, atol=1e-12
-        )
-
-
-def test_buffers_are_as_they_were_after_an_error(model):
-    before = copy.deepcopy(model.state_dict())
-
-    def broken(features):
-        raise ArithmeticError("no loss today")
-
-    with pytest.raises(ArithmeticError):
-        cached_backward(model, broken, make_batch(8), micro_batch_size=4)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert not model.image[1]._forward_hooks
-
-
-def test_compiled_model_gets_the_same_gradients_and_statistics(model):
-    """Forward hooks do not run inside a compiled graph; statistics are then read from the buffers."""
-    eager, batch = copy.deepcopy(model), make_batch(8)
-    compiled = torch.compile(model, backend="aot_eager")
-    for _ in range(2):
-        torch.manual_seed(5)
-        cached_backward(eager, contrastive, batch, micro_batch_size=4)
-        torch.manual_seed(5)
-        cached_backward(compiled, contrastive, batch, micro_batch_size=4)
-    assert_same_gradients(model, eager, 1e-9)
-    for name in ("running_mean", "num_batches_tracked"):
-        torch.testing.assert_close(getattr(model.image[1], name), getattr(eager.image[1], name))
-    # 25 positions of 4 rows: the count taken as large overstates the batch's variance by 1 % at most.
-    torch.testing.assert_close(model.image[1].running_var, eager.image[1].running_var, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("outer", [False, True])
@@ -365,6 +106,56 @@ def test_several_losses_of_the_registry_at_once(model):
         torch.testing.assert_close(terms[name], value.detach(), rtol=1e-12, atol=0)
     assert_same_gradients(model, reference, 1e-12)
     assert_same_gradients(loss, reference_loss, 1e-12)
+
+
+def texts(rows, generator):
+    """(rows, 8) ids: start 2, words 3 to 28, end 29, padding 0."""
+    text = torch.randint(3, 29, (rows, 8), generator=generator)
+    text[:, 0], text[:, 5], text[:, 6:] = 2, 29, 0
+    return text
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_dual_encoder_with_every_stream_of_a_step(activation_checkpointing):
+    """clipkit's own model: two text views, masked tokens, two sentence streams with fewer rows than
+    micro-batches."""
+    pytest.importorskip("timm")
+    from clipkit.losses import create_loss
+    from clipkit.model import DualEncoder
+    from clipkit.towers import create_image_tower, create_text_tower
+
+    torch.manual_seed(0)
+    image = {"name": "timm", "model": "test_resnet", "image_size": 32}
+    text = {"name": "transformer", "width": 16, "layers": 1, "heads": 2, "dropout": 0.1, "pooling": "mean"}
+    model = DualEncoder(
+        create_image_tower({**image, "activation_checkpointing": activation_checkpointing}, embed_dim=16),
+        create_text_tower(
+            {**text, "causal": False}, embed_dim=16, vocab_size=30, context_length=8, pad_id=0, eot_id=29
+        ),
+        embed_dim=16, init_logit_bias=-1.0, mlm_probability=0.3, mask_id=1, sot_id=2,
+    )  # fmt: skip
+    model = model.double().train()
+    spec = {name: {} for name in ("infonce", "cyclic", "sigmoid", "simcse", "nli_contrastive", "mlm")}
+    loss = create_loss({**spec, "nli_softmax": {"embed_dim": 16}, "fastclip": {"num_samples": 50}}).double()
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "image": torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        "text": texts(12, generator),
+        "sample_index": torch.randperm(50, generator=generator)[:12],
+        "key": list("abcdefghijkl"),
+        "nli_labels": torch.tensor([0, 2, 1]),
+    }
+    batch |= {name: texts(2, generator) for name in ("premise", "entailment", "contradiction")}
+    batch |= {name: texts(3, generator) for name in ("pair_premise", "pair_hypothesis")}
+    reference, reference_loss = copy.deepcopy(model), copy.deepcopy(loss)
+    torch.manual_seed(3)
+    expected = one_graph(reference, reference_loss, batch, 3, loss.inputs)
+    torch.manual_seed(3)
+    terms = cached_backward(model, loss, batch, micro_batch_size=3)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach(), rtol=1e-12, atol=0)
+    assert_same_gradients(model, reference, 1e-11)
+    assert_same_gradients(loss, reference_loss, 1e-11)
 
 
 def test_one_micro_batch_is_the_plain_step_to_the_bit(model):
@@ -447,12 +238,6 @@ def test_a_loss_without_a_loss_says_so(model):
         cached_backward(model, lambda f: {"infonce": contrastive(f)}, make_batch(4), micro_batch_size=2)
 
 
-def test_whole_batch_norm_refuses_sync_batch_norm(model):
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with pytest.raises(ValueError, match="SyncBatchNorm.*use batch_norm='micro'"):
-        cached_backward(model, contrastive, make_batch(4), micro_batch_size=2, batch_norm="whole")
-
-
 def test_split_keeps_every_row_once_and_in_order():
     batch = {
         "image": torch.arange(9),
@@ -469,66 +254,92 @@ def test_split_keeps_every_row_once_and_in_order():
     assert all(part["epoch"] == 3 and part["name"] == "cc3m" for part in parts)
 
 
-def _ranks(kind):
-    """On each of two ranks: gradients reduced by DDP or FSDP2, buffers, and the number of reductions."""
-    from torch.nn.parallel import DistributedDataParallel
+# A loss with parameters of its own, which DDP reduces beside the model's.
+LOSSES = {"infonce": {}, "simcse": {"head": True, "embed_dim": 8}}
 
-    from clipkit.distributed import rank
+
+def _towers(kind):
+    torch.manual_seed(1)
+    return Towers(batch_norm=kind == "ddp", dropout=0.2).double().train()
+
+
+def _make_loss():
     from clipkit.losses import create_loss
 
-    torch.manual_seed(1)
-    model = Towers(batch_norm=kind == "ddp", dropout=0.2).double().train()
-    batch = {
-        k: v[4 * rank() : 4 * rank() + 4] if k in ("image", "text") else v for k, v in make_batch(8).items()
-    }
-    batch.pop("key")
-    loss, buckets = create_loss("infonce"), []
+    torch.manual_seed(2)
+    return create_loss(LOSSES).double()
+
+
+def _wrap(kind, model, loss, buckets):
+    """Model and loss under DDP, which notes every bucket it reduces, or the model and its block under
+    FSDP2."""
     if kind == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (2,))
         fully_shard(model.block, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    else:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        return fully_shard(model, mesh=mesh), loss
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
 
-        wrapped = DistributedDataParallel(model)
+    def counted(state, bucket):
+        buckets.append(bucket.index())
+        return allreduce_hook(state, bucket)
 
-        def counted(state, bucket):
-            buckets.append(bucket.index())
-            return allreduce_hook(state, bucket)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, counted)
+    return wrapped, DistributedDataParallel(loss)
 
-        wrapped.register_comm_hook(None, counted)
-    torch.manual_seed(10 + rank())
-    terms = cached_backward(wrapped, loss, batch, micro_batch_size=2)
-    full = {n: p.grad.full_tensor() if kind == "fsdp" else p.grad for n, p in model.named_parameters()}
-    return float(terms["loss"]), full, dict(model.named_buffers()), len(buckets)
+
+def _ranks():
+    """On each of two ranks and for both kinds: value, reduced gradients, buffers, number of reductions."""
+    results = {}
+    for kind in ("ddp", "fsdp"):
+        model, loss, buckets = _towers(kind), _make_loss(), []
+        wrapped, wrapped_loss = _wrap(kind, model, loss, buckets)
+        whole = make_batch(8)
+        batch = {name: whole[name][4 * rank() : 4 * rank() + 4] for name in ("image", "text")}
+        torch.manual_seed(10 + rank())
+        terms = cached_backward(wrapped, wrapped_loss, batch, micro_batch_size=2)
+        gradients = {
+            n: p.grad.full_tensor() if kind == "fsdp" else p.grad for n, p in model.named_parameters()
+        }
+        if kind == "ddp":
+            gradients |= {f"loss.{n}": p.grad for n, p in loss.named_parameters()}
+        results[kind] = (terms["loss"].item(), gradients, dict(model.named_buffers()), len(buckets))
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return launch(_ranks, 2)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_with_micro_batches_give_one_process_gradients(kind):
+def test_ranks_with_micro_batches_give_one_process_gradients(two_ranks, kind):
     """Two ranks of two micro-batches are one process with four, under the same masks; DDP reduces once."""
-    ranks = launch(_ranks, 2, kind)
-    torch.manual_seed(1)
-    reference = Towers(batch_norm=kind == "ddp", dropout=0.2).double().train()
-    parts = split_batch(make_batch(8), 2)
-    features, inputs = [], ("image_features", "text_features", "logit_scale")
+    reference, loss = _towers(kind), _make_loss()
+    parts, features = split_batch(make_batch(8), 2), []
     for r in range(2):
         torch.manual_seed(10 + r)
-        features += [reference(part, inputs) for part in parts[2 * r : 2 * r + 2]]
-    whole = {
-        k: torch.cat([f[k] for f in features]) if features[0][k].dim() else features[0][k] for k in inputs
-    }
-    loss = contrastive(whole)
-    loss.backward()
-    for value, gradients, _, _ in ranks:
-        assert math.isclose(value, loss.item(), rel_tol=1e-12)
-        for name, parameter in reference.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-15, msg=name)
+        features += [reference(part, loss.inputs) for part in parts[2 * r : 2 * r + 2]]
+    first = features[0]
+    whole = {k: torch.cat([f[k] for f in features]) if first[k].dim() else first[k] for k in loss.inputs}
+    expected = loss(whole)["loss"]
+    expected.backward()
+    wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
     if kind == "ddp":
-        assert [buckets for *_, buckets in ranks] == [1, 1]
-        assert all(int(buffers["image.1.num_batches_tracked"]) == 1 for _, _, buffers, _ in ranks)
+        wanted |= {f"loss.{name}": parameter.grad for name, parameter in loss.named_parameters()}
+    for results in two_ranks:
+        value, gradients, buffers, reductions = results[kind]
+        assert math.isclose(value, expected.item(), rel_tol=1e-12)
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-15, msg=name)
+        if kind == "ddp":
+            assert reductions == 1
+            assert int(buffers["image.1.num_batches_tracked"]) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -537,7 +348,7 @@ def test_cuda_masks_are_replayed_and_the_generator_goes_on(model):
     reference, batch = copy.deepcopy(model), make_batch(9)
     on_device = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     torch.manual_seed(7)
-    one_graph(reference, contrastive, on_device, 4, ALL[:2] + ALL[3:])
+    one_graph(reference, contrastive, on_device, 4, CLIP)
     end = torch.cuda.get_rng_state()
     torch.manual_seed(7)
     cached_backward(model, contrastive, batch, micro_batch_size=4, device="cuda")

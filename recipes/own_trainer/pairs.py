@@ -51,7 +51,7 @@ def make_pairs(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 def batches(
     pairs: list[dict[str, torch.Tensor]], batch_size: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[dict]:
-    """Batches in the order of `pairs`; of each, rank r takes rows r, r + ranks, ... (DistributedSampler's)."""
+    """Batches in the order of `pairs`; of each, rank r takes rows r, r + ranks, ... as samplers do."""
     for start in range(0, len(pairs) - batch_size + 1, batch_size):
         rows = pairs[start + rank : start + batch_size : ranks]
         yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
