@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import (
@@ -27,6 +26,7 @@ from clipkit.losses.checks import (
     reads_values,
     softplus,
 )
+from clipkit.losses.duplicates import shared_sums
 from clipkit.losses.registry import register_loss
 
 
@@ -138,22 +138,9 @@ class InfoNCE(nn.Module):
         total = len(texts)
         if all_ids is None:
             return (1 - self.label_smoothing) * texts[own] + self.label_smoothing * texts.mean(0)
-        classes = _class_numbers(all_ids)
-        shared = torch.zeros_like(texts).index_add(0, classes, texts)[classes]
-        counts = torch.zeros_like(texts[:, 0]).index_add(0, classes, torch.ones_like(texts[:, 0]))[classes][
-            :, None
-        ]
+        shared, counts = shared_sums(texts, all_ids)
         if self.same_ids == "positive":
             return (1 - self.label_smoothing) * (shared / counts)[own] + self.label_smoothing * texts.mean(0)
         weight = 1 / (total - counts + 1)
         smooth = weight * (texts.sum(0) + 2 * (texts - shared)) + (weight * texts).sum(0)
         return (1 - self.label_smoothing) * texts[own] + self.label_smoothing / 2 * smooth[own]
-
-
-def _class_numbers(ids: Tensor) -> Tensor:
-    """(N,) numbers 0, 1, ... of the distinct ids; `torch.unique` would make the host wait for their count."""
-    ordered, order = ids.sort()
-    numbers = torch.cat(
-        [torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).to(ordered.dtype)]
-    ).cumsum(0)
-    return torch.empty_like(numbers).scatter(0, order, numbers).long()

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
+    check_choice,
+    check_ids,
     check_matrix,
     check_scalar,
     check_unit_norm,
@@ -14,6 +16,7 @@ from clipkit.losses.checks import (
     reads_values,
     softplus,
 )
+from clipkit.losses.duplicates import shared_sums
 from clipkit.losses.registry import register_loss
 
 
@@ -27,7 +30,11 @@ class Sigmoid(nn.Module):
     learned bias: the paper starts at scale 10 (log 10 in its parameter) and bias -10, so that the N^2 - N
     negatives do not swamp the first steps. N are the pairs of the whole group: own images meet all texts.
 
+    With `pair_ids`, rows that share an id carry the same content: with `same_ids="positive"` z is 1 between
+    them, with "mask" they are left out as false negatives.
+
     Args:
+        same_ids: "positive" or "mask"; used only where forward receives `pair_ids`.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_softplus`.
 
@@ -35,19 +42,27 @@ class Sigmoid(nn.Module):
     """
 
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
+    optional_inputs = ("pair_ids",)
     supplied_by = {
         "logit_bias": (
             "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"
         )
     }
 
-    def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
+    def __init__(self, *, same_ids: str = "positive", group: Group | str = "auto", impl: str = "auto"):
         super().__init__()
+        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = impl
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        *,
+        pair_ids: Tensor | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's SigLipLoss's.
 
@@ -56,6 +71,7 @@ class Sigmoid(nn.Module):
             text_features: (B, D), unit norm; row i belongs to image i.
             logit_scale: (), the multiplier.
             logit_bias: (), added to every logit.
+            pair_ids: (B,) integers, the same id for rows with the same content, or None.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
@@ -75,10 +91,29 @@ class Sigmoid(nn.Module):
         rows = len(image_features)
         check_same_rows(rows, group, image_features.device)
         texts = all_gather_rows(text_features, group, check=False)
+        ids = all_ids = None
+        if pair_ids is not None:
+            check_ids("pair_ids", pair_ids, rows)
+            ids, all_ids = pair_ids, all_gather_rows(pair_ids, group, check=False)
+        masked = ids is not None and self.same_ids == "mask"
         offset = rank(group) * rows
-        negatives = pair_softplus(
-            image_features, texts, logit_scale, logit_bias, row_offset=offset, impl=self.impl
+        loss = pair_softplus(
+            image_features,
+            texts,
+            logit_scale,
+            logit_bias,
+            row_offset=offset,
+            row_ids=ids if masked else None,
+            col_ids=all_ids if masked else None,
+            impl=self.impl,
         )
-        positives = paired_logits(image_features, text_features, logit_scale)
-        positives = softplus(-(positives + logit_bias.to(positives.dtype).reshape(())))
-        return all_reduce_sum((negatives + positives).sum() / len(texts), group)
+        positive = paired_logits(image_features, text_features, logit_scale)
+        bias = logit_bias.to(positive.dtype).reshape(())
+        loss = loss + softplus(-(positive + bias))
+        if ids is not None and not masked:
+            # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
+            wide, own = texts.to(positive.dtype), slice(offset, offset + rows)
+            shared, counts = shared_sums(wide, all_ids)
+            loss = loss - paired_logits(image_features, (shared - wide)[own], logit_scale)
+            loss = loss - (counts[own, 0] - 1) * bias
+        return all_reduce_sum(loss.sum() / len(texts), group)

@@ -27,6 +27,8 @@ SPECS = {
     "cyclic": {"cyclic": {}},
     "cyclic mean": {"cyclic": {"normalize": "mean", "in_modal": 3.0, "cross_modal": 0.5}},
     "sigmoid": {"sigmoid": {}},
+    "sigmoid with positives": {"sigmoid": {"same_ids": "positive"}},
+    "sigmoid with masks": {"sigmoid": {"same_ids": "mask"}},
     "simcse": {"simcse": {"temperature": 0.3}},
     "simcse with head": {"simcse": {"head": True, "embed_dim": D}},
     "nli_contrastive": {"nli_contrastive": {"temperature": 0.3}},
@@ -133,7 +135,9 @@ def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str
         del data["pair_ids"]
     if next(loss.buffers(), None) is not None:
         # A step elsewhere gives a loss with a state something to remember.
-        moved = {key: value * 0.5 + 0.1 if value.is_floating_point() else value for key, value in data.items()}
+        moved = {
+            key: value * 0.5 + 0.1 if value.is_floating_point() else value for key, value in data.items()
+        }
         with torch.no_grad():
             loss(model(moved))
     out = loss(model(data))

@@ -23,6 +23,26 @@ def test_equals_the_papers_double_sum(unit, dots, scale, bias, rows, impl):
     assert Sigmoid(impl=impl)(x, y, scale, bias).item() == pytest.approx(total / rows, rel=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+@pytest.mark.parametrize("same_ids", ["positive", "mask"])
+def test_rows_that_share_an_id_are_positives_or_left_out(unit, dots, scale, bias, same_ids, impl):
+    x, y, ids = unit(6, 5, 1), unit(6, 5, 2), [5, 1, 5, 5, 0, 1]
+    s, total = dots(x, y), 0.0
+    for i in range(6):
+        for j in range(6):
+            if i != j and ids[i] == ids[j] and same_ids == "mask":
+                continue
+            z = 1 if ids[i] == ids[j] else -1
+            total += math.log1p(math.exp(-z * (7.0 * s[i][j] - 3.0)))
+    loss = Sigmoid(same_ids=same_ids, impl=impl)
+    found = loss(x, y, scale, bias, pair_ids=torch.tensor(ids))
+    assert found.item() == pytest.approx(total / 6, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: loss(*inputs, pair_ids=torch.tensor([0, 1, 0, 2])),
+        (unit(4, 3, 1), unit(4, 3, 2), scale, bias),
+    )
+
+
 def test_equals_open_clips_loss_with_the_same_positional_arguments(unit, scale, bias):
     theirs = pytest.importorskip("open_clip.loss").SigLipLoss()(unit(6, 8, 1), unit(6, 8, 2), scale, bias)
     assert Sigmoid()(unit(6, 8, 1), unit(6, 8, 2), scale, bias).item() == pytest.approx(
