@@ -17,7 +17,7 @@ SMALL = ["data.shapes.train=600", "data.shapes.val=40", "batch_size=32", "optim.
 def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "recipes" / recipe), *overrides], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True)
 
 
 def run(*overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> str:
