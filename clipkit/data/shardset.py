@@ -135,6 +135,10 @@ class ShardSet:
         found = [text.strip() for text in found if text.strip()]
         if not found:
             raise DataError("empty_caption")
+        try:
+            "".join(found).encode("utf-8")
+        except UnicodeEncodeError as error:  # json can spell half of a surrogate pair
+            raise DataError("caption_not_utf8", str(error)) from None
         return found
 
     def meta(self, sample: int) -> dict[str, Any]:

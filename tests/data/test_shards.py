@@ -10,6 +10,8 @@ import torch
 
 from clipkit.data import create_stream
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
 
 def stream_of(shards, tokenizer, *, batch_size, rank=0, world_size=1, num_workers=0, epochs=None, seed=0, image_size=16,
               **spec):
@@ -29,21 +31,17 @@ def global_batches(shards, tokenizer, *, global_batch, world_size, num_workers, 
     return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_a_thousand_shards_come_in_one_order_for_any_workers_and_ranks(thousand_shards, byte_tokenizer, keys_in):
     everything = keys_in(thousand_shards)
-    assert len(everything) == 2500
+    assert len(everything) == 1500
     expected = None
-    for world_size in (1, 2, 4):
-        for num_workers in (0, 1, 2, 4):
-            if world_size == 4 and num_workers == 4:
-                continue  # sixteen processes add nothing that 2 x 4 and 4 x 2 do not show
-            steps = global_batches(thousand_shards, byte_tokenizer, global_batch=100, world_size=world_size,
-                                   num_workers=num_workers, epochs=2, image_size=8)
-            line = [key for step in steps for key in step]
-            expected = expected or line
-            assert line == expected, f"{world_size} ranks with {num_workers} workers"
-    first, second = expected[:2500], expected[2500:]
+    for world_size, num_workers in ((1, 0), (1, 1), (1, 2), (1, 4), (2, 0), (2, 2), (4, 0), (4, 1)):
+        steps = global_batches(thousand_shards, byte_tokenizer, global_batch=100, world_size=world_size,
+                               num_workers=num_workers, epochs=2, image_size=8)
+        line = [key for step in steps for key in step]
+        expected = expected or line
+        assert line == expected, f"{world_size} ranks with {num_workers} workers"
+    first, second = expected[:1500], expected[1500:]
     assert Counter(first) == Counter(everything) and Counter(second) == Counter(everything)
     assert first != second and first != everything
 
@@ -52,18 +50,18 @@ def test_real_photographs_come_once_an_epoch_for_any_workers_and_ranks(test_data
     shards = sorted(test_data("flickr8k-mini/val").glob("*.tar"))
     everything = keys_in(shards)
     lines = []
-    for world_size, num_workers in ((1, 0), (1, 2), (2, 1), (4, 0)):
+    for world_size, num_workers in ((1, 0), (1, 2), (2, 0), (4, 1)):
         steps = global_batches(shards, byte_tokenizer, global_batch=100, world_size=world_size, num_workers=num_workers,
-                               epochs=3, image_size=32, cache="ram" if num_workers else "none")
+                               epochs=2, image_size=32, cache="ram" if num_workers else "none")
         lines.append([key for step in steps for key in step])
     assert all(line == lines[0] for line in lines)
-    for epoch in range(3):
+    for epoch in range(2):
         assert Counter(lines[0][1000 * epoch : 1000 * epoch + 1000]) == Counter(everything)
 
 
 def test_batches_are_equal_to_the_byte_with_and_without_workers(thousand_shards, byte_tokenizer):
     def digest(num_workers, cache):
-        stream = stream_of(thousand_shards[:60], byte_tokenizer, batch_size=30, num_workers=num_workers, epochs=2, cache=cache)
+        stream = stream_of(thousand_shards[:100], byte_tokenizer, batch_size=30, num_workers=num_workers, epochs=2, cache=cache)
         return [(batch["image"].clone(), batch["text"], batch["sample_index"]) for batch in stream]
 
     for cache in ("none", "ram"):
@@ -74,19 +72,19 @@ def test_batches_are_equal_to_the_byte_with_and_without_workers(thousand_shards,
 
 
 def test_epochs_join_without_a_gap_when_the_batch_does_not_divide_them(thousand_shards, byte_tokenizer, keys_in):
-    shards = thousand_shards[:40]
+    shards = thousand_shards[:66]
     everything = keys_in(shards)
-    stream = stream_of(shards, byte_tokenizer, batch_size=33, epochs=5)
+    stream = stream_of(shards, byte_tokenizer, batch_size=35, epochs=5)
     line = [key for batch in stream for key in batch["key"]]
-    assert stream.samples_per_epoch == 100 and stream.batches_per_epoch == 3
-    assert len(line) == 495, "the last 5 of 500 do not fill a batch"
+    assert stream.samples_per_epoch == 99 and stream.batches_per_epoch == 2
+    assert len(line) == 490, "the last 5 of 495 do not fill a batch"
     for epoch in range(4):
-        assert Counter(line[100 * epoch : 100 * epoch + 100]) == Counter(everything)
+        assert Counter(line[99 * epoch : 99 * epoch + 99]) == Counter(everything)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resume_continues_with_the_next_sample(thousand_shards, byte_tokenizer, num_workers):
-    make = lambda: stream_of(thousand_shards[:60], byte_tokenizer, batch_size=20, num_workers=num_workers, epochs=3)  # noqa: E731
+    make = lambda: stream_of(thousand_shards[:100], byte_tokenizer, batch_size=20, num_workers=num_workers, epochs=3)  # noqa: E731
     whole = [(batch["key"], batch["image"]) for batch in make()]
     for stop in (1, 7, 11):
         first = make()
@@ -131,31 +129,31 @@ def test_the_state_is_small(thousand_shards, byte_tokenizer):
 
 
 def test_weighted_sources_get_their_shares_and_each_stays_exactly_once(thousand_shards, byte_tokenizer, keys_in):
-    train = [{"name": "a", "shards": [str(p) for p in thousand_shards[:40]], "weight": 3},
-             {"name": "b", "shards": [str(p) for p in thousand_shards[40:80]], "weight": 1}]
+    train = [{"name": "a", "shards": [str(p) for p in thousand_shards[:66]], "weight": 3},
+             {"name": "b", "shards": [str(p) for p in thousand_shards[66:132]], "weight": 1}]
     lines = []
     for world_size, num_workers in ((1, 0), (2, 2)):
-        steps = global_batches(train, byte_tokenizer, global_batch=50, world_size=world_size, num_workers=num_workers,
+        steps = global_batches(train, byte_tokenizer, global_batch=66, world_size=world_size, num_workers=num_workers,
                                epochs=2)
         lines.append([key for step in steps for key in step])
     assert lines[0] == lines[1]
-    of_a = [key for key in lines[0] if key < "00040"]
-    assert abs(len(of_a) - 300) < 30, "400 samples at 3 to 1"
-    assert Counter(of_a[:100]) == Counter(keys_in(thousand_shards[:40]))
+    of_a = [key for key in lines[0] if key < "00066"]
+    assert abs(len(of_a) - 297) < 30, "396 samples at 3 to 1"
+    assert Counter(of_a[:99]) == Counter(keys_in(thousand_shards[:66]))
 
 
 def test_unweighted_sources_are_joined(thousand_shards, byte_tokenizer, keys_in):
     train = [{"name": "a", "shards": [str(p) for p in thousand_shards[:4]]},
              {"name": "b", "shards": [str(p) for p in thousand_shards[4:8]]}]
-    stream = stream_of(train, byte_tokenizer, batch_size=20, epochs=1)
+    stream = stream_of(train, byte_tokenizer, batch_size=12, epochs=1)
     assert sorted(key for batch in stream for key in batch["key"]) == sorted(keys_in(thousand_shards[:8]))
 
 
 def test_resampling_is_reproducible_and_allows_batches_larger_than_the_data(thousand_shards, byte_tokenizer):
     runs = [next(iter(stream_of(thousand_shards[:4], byte_tokenizer, batch_size=64, resample=True, num_workers=n)))["key"]
             for n in (0, 1)]
-    assert runs[0] == runs[1] and len(set(runs[0])) <= 10
-    with pytest.raises(ValueError, match="larger than the 10 training samples"):
+    assert runs[0] == runs[1] and len(set(runs[0])) <= 6
+    with pytest.raises(ValueError, match="larger than the 6 training samples"):
         stream_of(thousand_shards[:4], byte_tokenizer, batch_size=64)
 
 
@@ -181,7 +179,7 @@ def test_captions_are_chosen_by_rule(tmp_path, write_tar, sample, byte_tokenizer
 
 def test_the_crop_of_a_sample_changes_with_the_epoch_and_not_with_the_run(thousand_shards, byte_tokenizer):
     def images():
-        stream = stream_of(thousand_shards[:8], byte_tokenizer, batch_size=20, epochs=2,
+        stream = stream_of(thousand_shards[:16], byte_tokenizer, batch_size=24, epochs=2,
                            augmentation={"crop_scale": [0.2, 0.6]})
         return [dict(zip(batch["key"], batch["image"])) for batch in stream]
 
