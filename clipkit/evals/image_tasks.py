@@ -6,6 +6,7 @@ Every task reads one data source, given by exactly one of
     clip_benchmark  a folder in CLIP_benchmark's webdataset layout, `split` of it
     folder          FOLDER/CLASS/NAME.jpg
     tar             a tar of PART/CLASS/NAME.jpg
+    cifar           the folder in which torchvision keeps CIFAR-10 or CIFAR-100; `split` test or train
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from clipkit.evals.linear_probe import linear_probe_metrics
 from clipkit.evals.retrieval import retrieval_metrics
 from clipkit.evals.sources import ClipBenchmark, ImageSource, open_source
 from clipkit.evals.tasks import register_task
-
-Source = str | list[str] | dict[str, Any]
 
 
 @register_task("retrieval")
@@ -80,9 +79,10 @@ class ZeroShot:
     """Zero-shot classification of one labelled data set: top1, top5, mean_per_class.
 
     Args:
-        shards, clip_benchmark, folder, tar, split, label_key: the source; exactly one of the first four.
-        classes: as read_classes; CLIP_benchmark folders and image folders bring their own.
+        shards, clip_benchmark, folder, tar, cifar, split, label_key: the source; exactly one of the first five.
+        classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own.
         templates: as read_templates; CLIP_benchmark folders bring their own.
+        present_only: let only classes with an image compete, as ImageNet-A and ImageNet-R ask with 200 of 1,000.
     """
 
     def __init__(
@@ -92,20 +92,25 @@ class ZeroShot:
         clip_benchmark: str | None = None,
         folder: str | None = None,
         tar: str | None = None,
+        cifar: str | None = None,
         split: str = "test",
         classes: str | list[str] | None = None,
         templates: str | list[str] | None = None,
         label_key: str | None = None,
+        present_only: bool = False,
     ):
         self.data = _Labelled(
-            "zero_shot", classes, shards=shards, clip_benchmark=clip_benchmark, folder=folder, tar=tar, split=split,
+            "zero_shot", classes, shards=shards, clip_benchmark=clip_benchmark, folder=folder, tar=tar, cifar=cifar, split=split,
             label_key=label_key)
-        self.templates = self.data.templates(templates)
+        self.templates, self.present_only = self.data.templates(templates), present_only
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         features, labels = self.data.encode(encoder)
-        classifier = zero_shot_classifier(encoder, self.data.classes, self.templates)
-        return classification_metrics(features, classifier, labels)
+        classes = self.data.classes
+        if self.present_only:
+            present, labels = labels.unique(return_inverse=True)
+            classes = [classes[label] for label in present.tolist()]
+        return classification_metrics(features, zero_shot_classifier(encoder, classes, self.templates), labels)
 
 
 @register_task("linear_probe")
@@ -113,7 +118,7 @@ class LinearProbe:
     """Logistic regression on frozen image features: top1, mean_per_class and the C chosen; see linear_probe.
 
     Args:
-        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar.
+        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar, cifar.
         classes: as read_classes, for both; folders and CLIP_benchmark folders bring their own.
     """
 
@@ -130,7 +135,7 @@ class Consistency:
     """CyCLIP's consistency between image and text space at k = 1, 3, 5, 10; see geometry.consistency_scores.
 
     Args:
-        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar.
+        train, test: the two sources, each a dict with one of shards, clip_benchmark, folder, tar, cifar.
         classes, templates: as in zero_shot.
     """
 

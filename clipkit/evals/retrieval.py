@@ -121,7 +121,7 @@ def _counts(
     # Equal vectors may get scores that differ by the rounding of a float64 dot product, as blocks are summed in
     # different orders: that much counts as level.
     tolerance = 4 * torch.finfo(torch.float64).eps * images.shape[1]
-    tolerance *= float(images.double().norm(dim=1).max() * texts.double().norm(dim=1).max())
+    tolerance *= float(images.norm(dim=1).max()) * float(texts.norm(dim=1).max())
     positive = torch.empty(m, dtype=torch.float64, device=device)
     for start in range(0, m, block[1]):
         rows = slice(start, start + block[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipkit.registry import suggest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
-SOURCE_SETTINGS = ("shards", "clip_benchmark", "folder", "tar")
+SOURCE_SETTINGS = ("shards", "clip_benchmark", "folder", "tar", "cifar")
 
 
 def load_image(data: bytes | Path, image_size: int) -> Tensor:
@@ -113,6 +113,9 @@ class Items(ImageSource):
     def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
         """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
         found = sorted({Path(key).parent.name for key in keys})
+        if folders is not None and len(folders) == len(found) and not set(found) & set(folders):
+            # As ImageNet's folders of wnids under a list of names: both in the same order.
+            folders = None
         self.classes = list(folders) if folders is not None else found
         for name in found:
             if name not in self.classes:
@@ -221,6 +224,58 @@ class ClipBenchmark(Items):
             return file.read(size)
 
 
+class Cifar(Items):
+    """CIFAR-10 or CIFAR-100 as torchvision keeps it: FOLDER/cifar-10-batches-py or FOLDER/cifar-100-python.
+
+    The files are pickles; they are read by an unpickler that knows arrays, bytes, lists and dicts alone.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "test"):
+        names = {
+            "cifar-10-batches-py": {"test": ["test_batch"], "train": [f"data_batch_{i}" for i in range(1, 6)]},
+            "cifar-100-python": {"test": ["test"], "train": ["train"]},
+        }
+        self.identity = f"CIFAR in {folder} split {split}"
+        root = next((Path(folder) / name for name in names if (Path(folder) / name).is_dir()), Path(folder))
+        if root.name not in names:
+            raise ValueError(f"{folder} holds neither cifar-10-batches-py nor cifar-100-python")
+        if split not in names[root.name]:
+            raise ValueError(f"CIFAR has the splits test and train; got {split!r}")
+        meta = _load_arrays(root / ("batches.meta" if "10-" in root.name and "100" not in root.name else "meta"))
+        names_key, label_key = (b"label_names", b"labels") if b"label_names" in meta else (b"fine_label_names", b"fine_labels")
+        self.classes = [name.decode().replace("_", " ") for name in meta[names_key]]
+        batches = [_load_arrays(root / name) for name in names[root.name][split]]
+        self._pixels = [row for batch in batches for row in batch[b"data"]]
+        labels = [label for batch in batches for label in batch[label_key]]
+        self.items = [(f"{split}/{i:05d}", int(label), []) for i, label in enumerate(labels)]
+
+    def read(self, key):
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        pixels = self._pixels[int(key.rpartition("/")[2])].reshape(3, 32, 32).transpose(1, 2, 0)
+        Image.fromarray(pixels).save(buffer, "BMP")
+        return buffer.getvalue()
+
+
+def _load_arrays(path: Path) -> Any:
+    """A pickle of plain values and NumPy arrays; anything else in it is a ValueError."""
+    import pickle
+
+    class Arrays(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name in ("_reconstruct", "ndarray", "dtype") and module.startswith("numpy"):
+                return super().find_class("numpy._core.multiarray" if name == "_reconstruct" else "numpy", name)
+            if (module, name) == ("_codecs", "encode"):
+                return super().find_class(module, name)
+            raise ValueError(f"{path} holds {module}.{name}, which is no array: it is not CIFAR's file, and was not loaded")
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        return Arrays(file, encoding="bytes").load()
+
+
 def open_source(
     what: str,
     *,
@@ -228,6 +283,7 @@ def open_source(
     clip_benchmark: str | None = None,
     folder: str | None = None,
     tar: str | None = None,
+    cifar: str | None = None,
     split: str = "test",
     label_key: str | None = None,
     folders: list[str] | None = None,
@@ -235,7 +291,7 @@ def open_source(
     """The one source that is given; `what` names the task in the error for none or several."""
     given = {
         name: value
-        for name, value in zip(SOURCE_SETTINGS, (shards, clip_benchmark, folder, tar), strict=True)
+        for name, value in zip(SOURCE_SETTINGS, (shards, clip_benchmark, folder, tar, cifar), strict=True)
         if value is not None
     }
     if len(given) != 1:
@@ -244,4 +300,6 @@ def open_source(
         return Shards(shards, label_key)
     if clip_benchmark is not None:
         return ClipBenchmark(clip_benchmark, split)
+    if cifar is not None:
+        return Cifar(cifar, split)
     return ImageFolder(folder, folders) if folder is not None else ClassTar(tar, folders)

@@ -111,7 +111,7 @@ def test_registered_names_are_listed_and_taken_once():
         ({"classes": "shape"}, "unknown class list 'shape'. Did you mean 'shapes'"),
         ({"classes": ["cat", " "]}, "class 1 of the list is empty"),
         ({"classes": []}, "the class list .* is empty"),
-        ({"shards": None}, "needs exactly one of shards, clip_benchmark, folder, tar; got none"),
+        ({"shards": None}, "needs exactly one of shards, clip_benchmark, folder, tar, cifar; got none"),
         ({"folder": "there"}, "got shards, folder"),
         ({"shards": "nowhere/*.tar"}, "evaluation 'a': shards: no file matches 'nowhere/"),
     ],
@@ -182,6 +182,58 @@ def test_image_folders_and_their_empty_class(tmp_path):
     (tmp_path / "blue").rmdir()
     with pytest.raises(ValueError, match="folder 'red' is none of the 2 classes. Did you mean 'reds'"):
         create_tasks({"z": {**spec, "classes": ["green", "reds"]}})
+
+
+def test_a_folder_of_wnids_follows_a_list_of_as_many_names(tmp_path):
+    for name in ("n002", "n001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(image_bytes(9))
+    task = create_tasks({"z": {"kind": "zero_shot", "folder": str(tmp_path), "classes": ["cat", "dog"], "templates": ["{}"]}})["z"]
+    assert task.data.classes == ["cat", "dog"]
+    assert task.data.source.items == [("n001/a.png", 0, []), ("n002/a.png", 1, [])]
+
+
+def test_only_present_classes_compete_when_asked(tmp_path):
+    """Two of five classes have images: guessing among them is 1/2, top-5 is certain."""
+    for name in ("b", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(image_bytes(9))
+
+    class Constant(TinyModel):
+        def encode_image(self, image):
+            return torch.ones(len(image), 16) / 4
+
+        def encode_text(self, tokens):
+            return torch.ones(len(tokens), 16) / 4
+
+    spec = {"kind": "zero_shot", "folder": str(tmp_path), "classes": list("abcdefg"), "templates": ["{}"]}
+    assert run({"z": spec}, Constant())["z"] == pytest.approx({"top1": 1 / 7, "top5": 5 / 7, "mean_per_class": 1 / 7})
+    assert run({"z": {**spec, "present_only": True}}, Constant())["z"] == pytest.approx(
+        {"top1": 1 / 2, "top5": 1.0, "mean_per_class": 1 / 2})
+
+
+def test_cifar_as_torchvision_keeps_it(tmp_path):
+    import pickle
+
+    import numpy as np
+
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072).astype(np.uint8)
+    (root / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"cat", b"aquarium_fish"]}))
+    (root / "test_batch").write_bytes(pickle.dumps({b"data": pixels, b"labels": [1, 0, 0, 1]}, protocol=2))
+    spec = {"kind": "zero_shot", "cifar": str(tmp_path), "templates": ["{}"]}
+    task = create_tasks({"z": spec})["z"]
+    assert task.data.classes == ["cat", "aquarium fish"]
+    _, batch = next(task.data.source.batches(32, 4))
+    assert batch["labels"] == [1, 0, 0, 1]
+    assert torch.equal(batch["image"], torch.from_numpy(pixels.reshape(4, 3, 32, 32)))
+    assert set(run({"z": spec})["z"].values()) <= {i / 4 for i in range(5)}
+    (root / "test_batch").write_bytes(pickle.dumps({b"data": print, b"labels": []}))
+    with pytest.raises(ValueError, match="holds .*print, which is no array"):
+        create_tasks({"z": spec})
+    with pytest.raises(ValueError, match="splits test and train"):
+        create_tasks({"z": {**spec, "split": "val"}})
 
 
 def test_clip_benchmarks_layout(tmp_path):
