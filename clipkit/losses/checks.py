@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from clipkit.kernels.pairs import IMPLEMENTATIONS
 from clipkit.kernels.reference import compute_dtype
 from clipkit.registry import unknown
 
@@ -57,6 +58,11 @@ def check_ids(name: str, ids: Tensor, rows: int) -> None:
         raise ValueError(
             f"{name} must be integers of shape ({rows},), but is {ids.dtype} of shape {tuple(ids.shape)}"
         )
+
+
+def check_impl(impl: str) -> str:
+    """`impl` if the kernels know it; ValueError with the nearest otherwise. They say whether it runs here."""
+    return check_choice("impl", impl, IMPLEMENTATIONS)
 
 
 def check_negatives(loss: str, pairs: int) -> None:

@@ -9,6 +9,7 @@ from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_sa
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
+    check_impl,
     check_matrix,
     check_negatives,
     check_number,
@@ -59,7 +60,7 @@ class CLOOB(nn.Module):
         )
         self.beta = check_number("beta", beta, 0.0, open_low=True)
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """The loss of the group's pairs, (); it may be negative.

@@ -110,7 +110,7 @@ def create_loss(
         spec = {spec: {}}
     elif isinstance(spec, Mapping):
         spec = dict(spec)
-    elif isinstance(spec, Sequence):
+    elif isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
         if len(set(spec)) != len(spec):
             raise ValueError(f"the loss names a term twice: {list(spec)}; give it once, with a weight")
         spec = {name: {} for name in spec}

@@ -20,6 +20,7 @@ from clipkit.distributed import (
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_ids,
+    check_impl,
     check_matrix,
     check_negatives,
     check_number,
@@ -49,7 +50,7 @@ class FastCLIP(nn.Module):
     u is kept as log u (it spans e^{2 logit_scale}) in two buffers indexed by the sample, updated in training
     mode, equal on all ranks and saved in the state dict: 8 bytes a sample. They grow as indices appear unless
     `num_samples` is given, which also spares the GPU a wait per step. Exact resume needs them, and a stable
-    `sample_index`.
+    `sample_index`. Under DistributedDataParallel pass broadcast_buffers=False: the ranks agree already.
 
     Args:
         num_samples: size of the data set, or None to grow.
@@ -89,7 +90,7 @@ class FastCLIP(nn.Module):
         self.rho = check_number("rho", rho, 0.0)
         self.eps = check_number("eps", eps, 0.0, open_low=True)
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
         for name in ("log_u1", "log_u2"):
             self.register_buffer(name, torch.full((self.num_samples or 0,), -torch.inf))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

@@ -15,6 +15,7 @@ from clipkit.distributed import (
 )
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
+    check_impl,
     check_matrix,
     check_negatives,
     check_scalar,
@@ -50,7 +51,7 @@ class InfoLOOB(nn.Module):
     def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
         super().__init__()
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         """The loss of the group's pairs, (); it may be negative.

@@ -18,6 +18,7 @@ from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
+    check_impl,
     check_matrix,
     check_number,
     check_scalar,
@@ -75,7 +76,7 @@ class InfoNCE(nn.Module):
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
+    check_impl,
     check_matrix,
     check_number,
     check_unit_norm,
@@ -61,7 +62,7 @@ class NLIContrastive(nn.Module):
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.hard_negative_weight = check_number("hard_negative_weight", hard_negative_weight, 0.0)
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(
         self, premise_features: Tensor, entailment_features: Tensor, contradiction_features: Tensor

@@ -9,6 +9,7 @@ from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
+    check_impl,
     check_matrix,
     check_scalar,
     check_unit_norm,
@@ -53,7 +54,7 @@ class Sigmoid(nn.Module):
         super().__init__()
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(
         self,

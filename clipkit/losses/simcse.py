@@ -9,6 +9,7 @@ from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_sa
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
+    check_impl,
     check_matrix,
     check_number,
     check_unit_norm,
@@ -63,7 +64,7 @@ class SimCSE(nn.Module):
         super().__init__()
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
         self.head = None
         if head:
             if embed_dim is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
+    check_impl,
     check_matrix,
     check_negatives,
     check_number,
@@ -55,7 +56,7 @@ class Uniformity(nn.Module):
         self.inputs = of
         self.t = check_number("t", t, 0.0, open_low=True)
         self.group = group
-        self.impl = impl
+        self.impl = check_impl(impl)
 
     def forward(self, **features: Tensor) -> Tensor:
         """The mean over `of` of L, ().

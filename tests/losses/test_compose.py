@@ -100,6 +100,8 @@ def test_a_missing_input_names_the_setting_that_supplies_it(features, unit, miss
         ({"infonce": 0.5}, "settings of loss 'infonce'"),
         ({"nli_softmax": {}}, "needs the setting embed_dim"),
         (3, "give a name"),
+        ([{"infonce": {}}], "give a name"),
+        ({"infonce": {"impl": "trition"}}, "Did you mean 'triton'"),
         (None, "give a name"),
     ],
 )
