@@ -226,7 +226,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         name = state.pop("tokenizer")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a tokenizer file written by clipkit: {error}") from None
     cls = _registry.get(name)
     if name == "hf":

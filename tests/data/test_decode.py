@@ -1,0 +1,148 @@
+"""Pixels: against Pillow on real and converted pictures, guarded against huge headers."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipkit.data.decode import crop_box, decode, decode_eval, decode_squashed, decode_train
+from clipkit.data.faults import DataError
+
+
+def smooth(width=90, height=60):
+    """A picture without sharp edges, so that filters can be compared."""
+    x, y = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
+    channels = [127 + 120 * np.sin(x + k) * np.cos(y - k) for k in range(3)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def save(image, form="JPEG", **options):
+    out = io.BytesIO()
+    image.save(out, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {}), **options)
+    return out.getvalue()
+
+
+def far(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pixels_equal_pillows(form):
+    data = save(smooth(), form)
+    assert far(decode(data), Image.open(io.BytesIO(data)).convert("RGB")) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation, form):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(smooth(), form, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert decode(data).shape == (*upright.size[::-1], 3)
+    assert far(decode(data), upright) <= 1
+
+
+def test_greyscale_palette_cmyk_and_one_bit_become_rgb():
+    for mode, form in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("L", "PNG"), ("1", "PNG"), ("P", "GIF")):
+        data = save(smooth().convert(mode), form)
+        assert far(decode(data), Image.open(io.BytesIO(data)).convert("RGB")) <= 1, (mode, form)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    values = np.arange(0, 65536, 65536 // 64, dtype=np.uint16).reshape(8, 8)
+    pixels = decode(save(Image.fromarray(values), "PNG"))
+    assert far(pixels[..., 0], np.rint(values / 257.0)) == 0 and (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_transparency_is_laid_on_white():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((0, 0), (200, 0, 0, 255))
+    image.putpixel((1, 0), (200, 0, 0, 128))
+    pixels = decode(save(image, "PNG"))
+    assert pixels[0, 0].tolist() == [200, 0, 0] and pixels[3, 3].tolist() == [255, 255, 255]
+    # 128/255 of (200, 0, 0) over white.
+    assert far(pixels[0, 1], [227, 127, 127]) <= 1
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    for form in ("GIF", "WEBP"):
+        data = save(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+        assert far(decode(data), frames[0]) <= 2
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (224, 224), (100, 451)])
+def test_evaluation_equals_torchvisions_resize_and_centre_crop(size):
+    from torchvision.transforms import v2
+
+    data = save(smooth(*size), "PNG")
+    pillow = v2.Compose([v2.Resize(128, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(128)])(
+        Image.open(io.BytesIO(data)).convert("RGB"))
+    ours = decode_eval(data, 128)
+    assert ours.shape == (3, 128, 128) and ours.dtype == torch.uint8
+    assert far(ours.permute(1, 2, 0), pillow) <= 2
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (3000, 500), (100, 100), (449, 448)])
+def test_a_training_crop_is_the_crop_of_the_whole_picture(size):
+    data = save(smooth(*size))
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    for draws in ([0.0, 0.5, 0.0, 0.0], [0.9, 0.1, 0.7, 0.3], [0.5, 0.99, 0.99, 0.99]):
+        top, left, h, w = crop_box(size[1], size[0], draws, (0.4, 1.0), (0.75, 4 / 3))
+        expected = whole.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        ours = decode_train(data, 224, draws=draws, scale=(0.4, 1.0))
+        # Boxes are rounded to pixels and a halved JPEG is used where it has enough; the picture is smooth.
+        assert np.abs(ours.permute(1, 2, 0).numpy().astype(float) - np.asarray(expected)).mean() < 2.0
+
+
+def test_crops_have_the_asked_areas_and_shapes():
+    rng = np.random.default_rng(0)
+    areas, ratios = [], []
+    for draws in rng.random((2000, 4)):
+        top, left, h, w = crop_box(300, 300, draws, (0.2, 0.5), (0.75, 4 / 3))
+        assert 0 <= top <= 300 - h + 1e-9 and 0 <= left <= 300 - w + 1e-9
+        areas.append(h * w / 300**2)
+        ratios.append(math.log(w / h))
+    assert 0.2 <= min(areas) and max(areas) <= 0.5 + 1e-9 and abs(np.mean(areas) - 0.35) < 0.01
+    assert abs(np.mean(ratios)) < 0.02 and max(ratios) <= math.log(4 / 3) + 1e-9
+
+
+def test_a_huge_header_is_refused_before_decoding():
+    data = bytearray(save(smooth()))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 65_000, 65_000)
+    for read in (lambda d: decode_train(d, 32, draws=[0.5] * 4), lambda d: decode_eval(d, 32), decode, lambda d: decode_squashed(d, 8)):
+        with pytest.raises(DataError, match="65000 x 65000"):
+            read(bytes(data))
+    with pytest.raises(DataError, match="max_pixels = 1000"):
+        decode(save(smooth(), "PNG"), max_pixels=1000)
+
+
+@pytest.mark.parametrize("data, cause", [(b"", "empty_image"), (b"\xff\xd8", "corrupt_image"), (b"hello", "corrupt_image"),
+                                         (b"\x89PNG\r\n\x1a\n", "corrupt_image"), (b"GIF89a", "corrupt_image")])
+def test_what_is_no_picture_is_named(data, cause):
+    with pytest.raises(DataError) as raised:
+        decode(data)
+    assert raised.value.cause == cause
+
+
+def test_a_cut_jpeg_is_corrupt_and_stray_bytes_are_not():
+    data = save(smooth(200, 200))
+    with pytest.raises(DataError, match="corrupt_image"):
+        decode(data[: len(data) // 2])
+    stray = data[:-2] + b"\x00\x00\x12" + data[-2:]
+    assert far(decode(stray), decode(data)) <= 1
+
+
+def test_squashing_keeps_the_shape_as_a_number():
+    pixels, aspect = decode_squashed(save(smooth(90, 60)), 16)
+    assert pixels.shape == (3, 16, 16) and aspect == 1.5
