@@ -90,8 +90,11 @@ class DualEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """() multiplier of the cosines, exp of the parameter."""
-        return self.log_logit_scale.float().exp()[0]
+        """() multiplier of the cosines, exp of the parameter. Under FSDP every rank must ask: the parameter is gathered."""
+        log = self.log_logit_scale
+        log = log.full_tensor() if hasattr(log, "full_tensor") else log
+        # A sum of one: FSDP warns of outputs that are views.
+        return log.float().exp().sum()
 
     @torch.no_grad()
     def clamp_logit_scale(self, max: float = 100.0) -> None:  # noqa: A002
@@ -169,7 +172,7 @@ class DualEncoder(nn.Module):
         if "logit_scale" in inputs:
             features["logit_scale"] = self.logit_scale
         if "logit_bias" in inputs:
-            features["logit_bias"] = self.logit_bias.float()[0]
+            features["logit_bias"] = self.logit_bias.float().sum()
         if "mlm_logits" in inputs or "mlm_labels" in inputs:
             text = _entry(batch, "text", "mlm_logits", "data: shards with captions")
             features["mlm_logits"], features["mlm_labels"] = self.mlm_head(self.text_tower, text)
@@ -181,15 +184,16 @@ class DualEncoder(nn.Module):
 
     def _encode_images(self, images: list[Tensor]) -> Sequence[Tensor]:
         # One pass over all views: BatchNorm sees the step's images once and updates its statistics once.
-        joined = images[0] if len(images) == 1 else torch.cat(images)
-        return self.encode_image(joined).split([len(image) for image in images])
+        return _apart(self.encode_image(torch.cat(images)), images) if len(images) > 1 else [self.encode_image(*images)]
 
     def _encode_texts(self, texts: list[Tensor]) -> Sequence[Tensor]:
+        if len(texts) == 1:
+            return [self.encode_text(*texts)]
         length = max(text.shape[1] for text in texts)
         pad_id = self.text_tower.pad_id
         texts = [F.pad(text, (0, length - text.shape[1]), value=pad_id) for text in texts]
         # Dropout draws one mask an entry of the joined batch, so two rows of the same caption get independent masks.
-        return self.encode_text(torch.cat(texts)).split([len(text) for text in texts])
+        return _apart(self.encode_text(torch.cat(texts)), texts)
 
 
 class MaskedLanguageHead(nn.Module):
@@ -288,6 +292,11 @@ def _unit(features: Tensor) -> Tensor:
     """features: (B, D) -> unit rows in fp32 (fp64 stays), whatever the autocast."""
     features = features if features.dtype == torch.float64 else features.float()
     return F.normalize(features, dim=-1)
+
+
+def _apart(features: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of each part, copied: FSDP warns of outputs that are views."""
+    return [rows.clone() for rows in features.split([len(part) for part in parts])]
 
 
 def _entry(batch: Mapping[str, Any], entry: str, feature: str, source: str | None) -> Tensor:

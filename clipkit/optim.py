@@ -173,10 +173,17 @@ class WeightAverage:
         """Take in the model's weights after an optimizer step."""
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = model.state_dict()
-        floating = [name for name, tensor in self.weights.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.weights[n] for n in floating], [current[n].detach() for n in floating], weight)
-        for name in self.weights.keys() - set(floating):
-            self.weights[name].copy_(current[name])
+        # One call a kind of tensor: FSDP shards parameters into DTensors and leaves buffers whole.
+        together: dict[type, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for name, average in self.weights.items():
+            if average.is_floating_point():
+                averages, values = together.setdefault(type(average), ([], []))
+                averages.append(average)
+                values.append(current[name].detach())
+            else:
+                average.copy_(current[name])
+        for averages, values in together.values():
+            torch._foreach_lerp_(averages, values, weight)
         self.updates += 1
 
     @contextmanager
@@ -242,7 +249,9 @@ def _adamw(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimiz
 
 
 def _sgd(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=lr, fused=_fusable(groups), **{"momentum": 0.9, **settings})
+    # The fused step knows no sharding of DTensors, which AdamW's does.
+    sharded = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
+    return torch.optim.SGD(groups, lr=lr, fused=not sharded and _fusable(groups), **{"momentum": 0.9, **settings})
 
 
 def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipkit.distributed import launch
 from clipkit.model import FEATURES, DualEncoder, create_model
 from clipkit.towers import create_image_tower, create_text_tower
+from tests.fsdp_case import two_steps
 
 PAD, SOT, EOT, V = 0, 48, 49, 50
 TOKENIZER = SimpleNamespace(vocab_size=V, context_length=12, pad_id=PAD, sot_id=SOT, eot_id=EOT)
@@ -331,3 +333,13 @@ def test_compiles_without_graph_breaks(batch):
     compiled = torch.compile(dual, fullgraph=True, backend="eager")
     for name, value in dual(batch).items():
         torch.testing.assert_close(compiled(batch)[name], value, atol=1e-6, rtol=0)
+
+
+def test_sharded_by_fsdp2_it_trains_as_in_one_process():
+    expected = two_steps(sharded=False)
+    assert expected["logit_scale"] <= 5.0 * (1 + 1e-6)
+    for result in launch(two_steps, 2, True, timeout_s=120):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["logit_scale"] == pytest.approx(expected["logit_scale"], rel=1e-6)
+        for kind in ("weights", "averaged"):
+            torch.testing.assert_close(result[kind], expected[kind], atol=1e-5, rtol=1e-4)
