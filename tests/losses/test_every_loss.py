@@ -195,7 +195,7 @@ def test_every_loss_says_formula_source_and_arguments():
 
 @pytest.mark.parametrize("name", ["cloob", "fastclip", "infoloob", "infonce", "matryoshka", "sigmoid"])
 def test_training_teaches_images_to_find_their_texts(name):
-    """A linear image tower over 32 pairs, each image a fixed, unknown rotation of its text; chance is 0.03."""
+    """A linear image tower over 32 pairs, each image a fixed rotation of its text; chance is 0.03."""
     generator = torch.Generator().manual_seed(1)
     texts = torch.nn.functional.normalize(torch.randn(32, D, generator=generator), dim=-1)
     images = texts @ torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
