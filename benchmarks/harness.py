@@ -102,8 +102,11 @@ def hardware(device: torch.device) -> str:
     """The kind of machine, never its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores}-core {platform.machine().replace('_', '-')} CPU"
+    return f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+
+
+def _allowed_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def header(device: torch.device) -> dict[str, str]:
@@ -119,7 +122,8 @@ def header(device: torch.device) -> dict[str, str]:
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Commit": git("rev-parse", "--short", "HEAD") or "not a git checkout",
         "Date": datetime.date.today().isoformat(),
-        "Load before": " ".join(f"{value:.1f}" for value in os.getloadavg()) + f" on {os.cpu_count()} cores",
+        "Threads": f"{torch.get_num_threads()}, on {_allowed_cores()} of {os.cpu_count()} cores",
+        "Load before": " ".join(f"{value:.1f}" for value in os.getloadavg()),
     }
 
 
@@ -133,11 +137,13 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def report(
-    title: str, device: torch.device, sections: list[tuple[str, str]], results: dict[str, Any], skipped: list[str],
+    title: str, facts: dict[str, str], sections: list[tuple[str, str]], results: dict[str, Any], skipped: list[str],
     out: str | None,
 ) -> None:
-    """Prints tables and one JSON line last; with `out`, writes the same as a result file."""
-    facts = header(device)
+    """Prints tables and one JSON line last; with `out`, writes the same as a result file.
+
+    facts: `header(device)`, taken before anything was timed, so that it holds the load the run began under.
+    """
     parts = [f"# {title}", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
     parts += [f"## {name}\n\n{text}" for name, text in sections]
     parts.append("## Not measured\n\n" + ("\n".join(f"- {line}" for line in skipped) or "- Nothing was left out."))
