@@ -34,8 +34,8 @@ th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #eaeef2;white-sp
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 thead th{white-space:normal;vertical-align:bottom;min-width:84px;overflow-wrap:break-word}
 .wide th:first-child,.wide td:first-child{white-space:normal;overflow-wrap:normal;min-width:130px;max-width:300px}
-.best{font-weight:700}
-.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
+td small{display:block;color:#57606a;font-weight:400;line-height:1.1}.best{font-weight:700}
+.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 figure{margin:0;min-width:0}figcaption{font-size:.9rem;font-weight:600}
 svg{width:100%;height:auto;display:block;font:11px system-ui,sans-serif;fill:#1b1f24}
 svg .tick{stroke:#eaeef2}svg .axis{stroke:#b6bec8;stroke-width:.7}
@@ -101,7 +101,8 @@ def _head(title: str, groups: list[Group]) -> str:
     unfinished = [run.path.name for run in runs if not run.summary.get("finished")]
     notes = [f"{len(runs)} runs in {len(groups)} groups; runs of a group differ by their seed alone."]
     if unfinished:
-        notes.append(f"Not finished, so their last evaluation stands: {', '.join(unfinished)}.")
+        named = ", ".join(unfinished[:3]) + (f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else "")
+        notes.append(f"Not finished, so their last evaluation stands: {named}.")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return f'<h1>{escape(title)}</h1><p class="note">{date}. {escape(" ".join(notes))}</p>'
 
@@ -122,25 +123,27 @@ def _table(groups: list[Group]) -> str:
     metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
     if not metrics:
         return "<h2>Final numbers</h2><p>No run has been evaluated yet.</p>"
-    head = "".join(f"<th>{escape(g.label)}</th>" for g in groups)
+    head = "".join(f"<th>{_breakable(g.label)}</th>" for g in groups)
     rows = []
     for metric in metrics:
         found = [group.spread(metric) for group in groups]
         means = [value[0] for value in found if value]
         sign = _direction(metric)
-        best = max(means, key=lambda mean: sign * mean) if sign and len(means) > 1 else None
+        best = max(means, key=lambda mean: sign * mean) if sign and len(set(means)) > 1 else None
         cells = []
         for value in found:
             if value is None:
                 cells.append("<td>-</td>")
                 continue
             mean, deviation, count = value
-            spread = f" ± {_number(deviation)}" if deviation is not None else ""
+            spread = f" <small>± {_number(deviation)}</small>" if deviation is not None else ""
             strong = ' class="best"' if mean == best else ""
             cells.append(f'<td{strong} title="{count} runs">{_number(mean)}{spread}</td>')
-        arrow = {1: " ↑", -1: " ↓", 0: ""}[sign]
+        arrow = {1: "&nbsp;↑", -1: "&nbsp;↓", 0: ""}[sign]
         rows.append(f"<tr><td>{_breakable(metric)}{arrow}</td>{''.join(cells)}</tr>")
-    counts = ", ".join(f"{group.label}: {len(group.runs)}" for group in groups)
+    sizes = {len(group.runs) for group in groups}
+    each = "each" if len(groups) > 1 else "in all"
+    counts = f"{sizes.pop()} {each}" if len(sizes) == 1 else ", ".join(f"{group.label}: {len(group.runs)}" for group in groups)
     return (
         '<h2>Final numbers</h2><p class="note">Mean ± sample standard deviation over runs '
         f"({escape(counts)}); ↑ more is better, ↓ less is better, best mean in bold. STS and SentEval are per cent, recall and "
@@ -150,8 +153,8 @@ def _table(groups: list[Group]) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A metric's name that may be broken after its underscores and slashes."""
-    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+    """A metric's or group's name that may be broken after its underscores, slashes and plus signs."""
+    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>").replace("+", "+<wbr>")
 
 
 def _number(value: float) -> str:

@@ -108,7 +108,7 @@ def test_the_page_is_whole_self_contained_and_escaped(runs, tmp_path):
     assert "http" not in re.sub(r"data:image/[^\"]*", "", page)
     assert "<script" not in page and "&lt;script&gt;" in page and "a &lt; b" in page
     text = " ".join(parsed.text)
-    assert "0.5050 ± 0.0071" in text and "0.3050 ± 0.0071" in text
+    assert "0.5050 <small>± 0.0071" in page and "0.3050 <small>± 0.0071" in page
     assert 'class="best" title="2 runs">0.5050' in page
     # Curves of loss and three metrics, three trade-offs with uniform_t alone present, a matrix, a plane, a confusion.
     assert parsed.tags.count("svg") == 1 + 3 + 1 + 3
