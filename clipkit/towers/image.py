@@ -57,6 +57,13 @@ class TimmTower(ImageTower):
             self.trunk = timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
         except TypeError as error:
             raise ValueError(f"timm's {model} does not take one of {sorted(settings)}: {error}") from error
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise ValueError(
+                f"image_tower.pretrained is true but timm gave no weights for {model}: {error} "
+                "Fetch them once with the network, or set image_tower.pretrained: false"
+            ) from error
         config = self.trunk.pretrained_cfg
         self.image_size = image_size or config["input_size"][-1]
         self.mean = tuple(config["mean"] if mean is None else mean)

@@ -99,6 +99,12 @@ def test_unknown_names_point_to_the_nearest():
         create_image_tower("timm", embed_dim=8)
 
 
+def test_pretrained_weights_that_are_not_there_name_the_setting():
+    name = min(set(timm.list_models("lcnet*")) - {full.split(".")[0] for full in timm.list_pretrained("lcnet*")})
+    with pytest.raises(ValueError, match="image_tower.pretrained is true but timm gave no weights"):
+        create_image_tower({"name": "timm", "model": name, "pretrained": True}, embed_dim=8)
+
+
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="multiples of 32"):
         create_image_tower({"name": "clip_resnet50", "image_size": 100}, embed_dim=8)
