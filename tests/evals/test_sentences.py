@@ -27,7 +27,8 @@ def test_spearman_of_ties_is_the_mean_over_their_orders():
     import itertools
 
     stats = pytest.importorskip("scipy.stats")
-    similarity, gold = torch.tensor([0.1, 1.0, 1.0 + 1e-8, 1.0 - 1e-8, 0.5]), torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0])
+    similarity = torch.tensor([0.1, 1.0, 1.0 + 1e-8, 1.0 - 1e-8, 0.5], dtype=torch.float64)
+    gold = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0])
     orders = [
         stats.spearmanr([0.1, *order, 0.5], gold).statistic for order in itertools.permutations([1.0, 1.1, 1.2])]
     assert spearman(similarity, gold) == pytest.approx(sum(orders) / 6, abs=1e-12)
