@@ -24,6 +24,7 @@ _HOME = {
     "create_augment": "augment", "Augment": "augment",
     "DataError": "faults", "CAUSES": "faults",
     "expand_shards": "urls",
+    "pack": "packing", "check": "checking", "stats": "checking",
 }
 
 __all__ = sorted(_HOME)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The upright picture, (H, W, 3) uint8 RGB. Raises as `decode_train`."""
     _, _, jpeg, turn = _header(data, max_pixels)
     return _pixels(data, jpeg, turn)
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Stored height and width by the header alone. Raises as `decode_train`."""
+    return _header(data, sys.maxsize)[:2]
 
 
 def crop_box(height: float, width: float, draws: Sequence[float], scale: tuple[float, float],

@@ -98,6 +98,11 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all the tars."""
+        return sum(self._sizes)
+
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right") - 1)
