@@ -105,7 +105,7 @@ def cached_backward(
                 for k, v in part.items()
             }
         # A weight cast to bf16 without a graph in pass 1 must not be met again in pass 2: it would get no
-        # gradient.
+        # Some torch releases would meet pass 1's bf16 copy of a weight, which has no graph, again in pass 2.
         torch.clear_autocast_cache()
         with autocast:
             return module(part) if names is None else module(part, names)

@@ -46,6 +46,20 @@ def test_equals_one_graph_with_the_same_masks(model, rows, premises, micro_batch
     assert_same_gradients(model, reference, 1e-12)
 
 
+def test_a_loss_that_draws_random_numbers_leaves_the_generator_as_one_graph_does(model):
+    def noisy(features):
+        return contrastive(features) * torch.rand(())
+
+    reference, batch = copy.deepcopy(model), make_batch(6)
+    torch.manual_seed(7)
+    one_graph(reference, noisy, batch, 2, CLIP)
+    end = torch.get_rng_state()
+    torch.manual_seed(7)
+    cached_backward(model, noisy, batch, micro_batch_size=2, inputs=CLIP)
+    assert torch.equal(torch.get_rng_state(), end)
+    assert_same_gradients(model, reference, 1e-12)
+
+
 def test_gradients_add_to_what_is_there_and_follow_backward_scale(model):
     reference, batch = copy.deepcopy(model), make_batch(6)
     for part in (0, 1):
