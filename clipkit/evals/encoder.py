@@ -6,7 +6,7 @@ million images of 512 dimensions), so that a metric is the same number on every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,11 +91,13 @@ class Encoder:
             raise ValueError(f"{type(self.model).__name__} encodes text only; {source.identity} holds images")
         rank, world = self.world
         image_size = self.model.image_tower.image_size
-        mine = []
-        for number, batch in source.batches(image_size, self.batch_size, rank=rank, world_size=world):
-            features = self.model.encode_image(batch.pop("image").to(self.device))
-            mine.append((number, features.float().cpu(), batch))
-        parts = sorted((part for ranks in self._gather(mine) for part in ranks), key=lambda part: part[0])
+
+        def encode() -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+            for number, batch in source.batches(image_size, self.batch_size, rank=rank, world_size=world):
+                features = self.model.encode_image(batch.pop("image").to(self.device))
+                yield number, features.float().cpu(), batch
+
+        parts = sorted(self._gather(encode()), key=lambda part: part[0])
         if not parts:
             raise ValueError(f"{source.identity} holds no image; check the path")
         merged = {name: [x for part in parts for x in part[2][name]] for name in ("captions", "labels", "keys", "meta")}
@@ -125,19 +127,32 @@ class Encoder:
         # tokenizer that pads to the longest then pads little.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         batches = [range(i, min(i + self.batch_size, len(distinct))) for i in range(0, len(distinct), self.batch_size)]
-        mine = []
-        for rows in batches[rank::world]:
-            tokens = self.tokenizer([distinct[i] for i in rows]).to(self.device)
-            mine.append((rows, self.model.encode_text(tokens).float().cpu()))
-        parts = sorted((part for ranks in self._gather(mine) for part in ranks), key=lambda part: part[0].start)
+
+        def encode() -> Iterator[tuple[range, Tensor]]:
+            for rows in batches[rank::world]:
+                tokens = self.tokenizer([distinct[i] for i in rows]).to(self.device)
+                yield rows, self.model.encode_text(tokens).float().cpu()
+
+        parts = sorted(self._gather(encode()), key=lambda part: part[0].start)
         features = torch.cat([values for _, values in parts])
         check_features(features, "text_features", distinct)
         place = {text: row for row, text in enumerate(distinct)}
         return features[[place[text] for text in texts]]
 
-    def _gather(self, mine: list) -> list[list]:
+    def _gather(self, work: Iterator[Any]) -> list[Any]:
+        """Every rank's results in one list. An error on one rank is an error on all: none is left waiting for it."""
         if self.group is None:
-            return [mine]
-        everyone: list = [None] * self.group.size()
-        torch.distributed.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+            return list(work)
+        mine, error = [], None
+        try:
+            mine = list(work)
+        except Exception as caught:
+            error = caught
+        everyone: list[Any] = [None] * self.group.size()
+        torch.distributed.all_gather_object(everyone, (mine, repr(error) if error else None), group=self.group)
+        if error is not None:
+            raise error
+        for rank, (_, message) in enumerate(everyone):
+            if message is not None:
+                raise RuntimeError(f"evaluation failed on rank {rank}: {message}")
+        return [part for parts, _ in everyone for part in parts]

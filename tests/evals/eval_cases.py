@@ -44,7 +44,17 @@ def ties(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, torch.randint(-2, 3, (130, 3), generator=generator).double(), index
 
 
-def rank_metrics(tasks: dict) -> tuple:
+def failure(folder: str) -> str:
+    """What this rank says of a folder whose last image is broken."""
+    spec = {"kind": "zero_shot", "folder": folder, "templates": ["{}"]}
+    try:
+        evaluate(TinyModel(), tokenize, {"z": spec}, batch_size=1, group="auto")
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def rank_metrics(tasks: dict, broken: str) -> tuple:
     """Every metric that meets other ranks, with this process's group or alone."""
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     images, texts, index = ties(0)
@@ -57,4 +67,5 @@ def rank_metrics(tasks: dict) -> tuple:
         geometry_metrics(images, texts, index, block=9, group=group),
         results,
         order.tolist(),
+        failure(broken),
     )

@@ -67,10 +67,19 @@ def test_a_data_set_is_encoded_once_for_all_its_tasks(tasks):
     assert results["zero_shot"]["mean_per_class"] == pytest.approx(results["zero_shot"]["top1"])
 
 
-def test_any_number_of_ranks_gives_the_same_numbers(tasks):
-    expected = eval_cases.rank_metrics(tasks)
+def test_any_number_of_ranks_gives_the_same_numbers(tasks, tmp_path):
+    (tmp_path / "class").mkdir()
+    for name, data in (("a", image_bytes(0)), ("b", image_bytes(1)), ("c", b"broken")):
+        (tmp_path / "class" / f"{name}.png").write_bytes(data)
+    expected = eval_cases.rank_metrics(tasks, str(tmp_path))
+    assert expected[4].startswith("ValueError") and "class/c.png is not a readable image" in expected[4]
     for world in (2, 4):
-        for found in launch(eval_cases.rank_metrics, world, tasks):
+        ranks = launch(eval_cases.rank_metrics, world, tasks, str(tmp_path))
+        # Image c is read by rank 0 of 2 and by rank 2 of 4; the others hear of it.
+        assert [found[4].split(":")[0] for found in ranks] == [
+            "ValueError" if rank == {2: 0, 4: 2}[world] else "RuntimeError" for rank in range(world)]
+        assert all("class/c.png is not a readable image" in found[4] for found in ranks)
+        for found in ranks:
             # Ranks are counted in integers; only sums of floats may differ in their last digits.
             assert found[0] == expected[0]
             assert found[1] == pytest.approx(expected[1], abs=1e-12)
