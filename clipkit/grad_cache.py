@@ -116,6 +116,7 @@ def cached_backward(
 
     generators = _Generators(model, batch, device)
     plain = model.module if isinstance(model, DistributedDataParallel) else model
+    _take_buffers_of_rank_0(model)
     with UpdateOnce(model) as norms:
         starts, cached = [], []
         with torch.no_grad(), norms.recording():
@@ -308,6 +309,14 @@ class _Drift:
                     "its gradient is wrong. The model must draw randomness from torch's default generators "
                     "alone (not Python's, NumPy's or one of its own) and must not change as it runs"
                 )
+
+
+def _take_buffers_of_rank_0(model: nn.Module) -> None:
+    """What DDP does as a step begins; later in it the statistics are cleared, and its own broadcast comes too
+    late."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+            module._sync_buffers()
 
 
 @contextlib.contextmanager

@@ -314,6 +314,9 @@ def _ranks():
         wrapped, wrapped_loss = _wrap(kind, model, loss, buckets)
         whole = make_batch(8)
         batch = {name: whole[name][4 * rank() : 4 * rank() + 4] for name in ("image", "text")}
+        if kind == "ddp":
+            # DDP starts a step from rank 0's buffers.
+            model.image[1].running_mean += rank()
         torch.manual_seed(10 + rank())
         terms = cached_backward(wrapped, wrapped_loss, batch, micro_batch_size=2)
         gradients = {
@@ -345,7 +348,7 @@ def test_ranks_with_micro_batches_give_one_process_gradients(two_ranks, kind):
     wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
     if kind == "ddp":
         wanted |= {f"loss.{name}": parameter.grad for name, parameter in loss.named_parameters()}
-    for results in two_ranks:
+    for index, results in enumerate(two_ranks):
         value, gradients, buffers, reductions = results[kind]
         assert math.isclose(value, expected.item(), rel_tol=1e-12)
         assert gradients.keys() == wanted.keys()
@@ -354,6 +357,8 @@ def test_ranks_with_micro_batches_give_one_process_gradients(two_ranks, kind):
         if kind == "ddp":
             assert reductions == 1
             assert int(buffers["image.1.num_batches_tracked"]) == 1
+            own = reference.image[0](make_batch(8)["image"][4 * index : 4 * index + 4])
+            torch.testing.assert_close(buffers["image.1.running_mean"], 0.1 * own.mean((0, 2, 3)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
