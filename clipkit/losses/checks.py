@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from clipkit.distributed import Group, check_same_rows
 from clipkit.kernels.pairs import IMPLEMENTATIONS
 from clipkit.kernels.reference import compute_dtype
 from clipkit.registry import unknown
@@ -22,13 +23,11 @@ NORM_TOLERANCE = 0.02
 
 
 def check_matrix(name: str, features: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    """ValueError unless `features` is a floating (B, D) tensor with rows, shaped as `like` if given."""
+    """ValueError unless `features` is a floating (B, D) tensor, shaped as `like` if given."""
     if not isinstance(features, Tensor):
         raise ValueError(f"{name} is a {type(features).__name__}: give a tensor of shape (B, D)")
-    if features.ndim != 2 or features.shape[0] == 0 or features.shape[1] == 0:
-        raise ValueError(
-            f"{name} must be (B, D) with at least one row, but has shape {tuple(features.shape)}"
-        )
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name} must be (B, D), but has shape {tuple(features.shape)}")
     if not features.is_floating_point():
         raise ValueError(f"{name} must be floating point, but is {features.dtype}")
     if like is None:
@@ -60,8 +59,15 @@ def check_ids(name: str, ids: Tensor, rows: int) -> None:
         )
 
 
+def check_rows(features: Tensor, group: Group) -> None:
+    """ValueError, on every rank alike, unless all ranks bring the same number of rows above 0."""
+    check_same_rows(len(features), group, features.device)
+    if len(features) == 0:
+        raise ValueError("the batch is empty: features have 0 rows")
+
+
 def check_impl(impl: str) -> str:
-    """`impl` if the kernels know it; ValueError with the nearest otherwise. They say whether it runs here."""
+    """`impl` if the kernels know it; ValueError with the nearest otherwise. They say if it runs here."""
     return check_choice("impl", impl, IMPLEMENTATIONS)
 
 

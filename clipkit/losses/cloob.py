@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
@@ -13,6 +13,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_negatives,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     paired_logits,
@@ -78,8 +79,7 @@ class CLOOB(nn.Module):
         if reads_values(self, image_features.device):
             check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
-        rows = len(image_features)
-        check_same_rows(rows, group, image_features.device)
+        check_rows(image_features, group)
         dtype = compute_dtype(image_features)
         x, y = image_features.to(dtype), text_features.to(dtype)
         images = all_gather_rows(x, group, check=False)

@@ -11,6 +11,7 @@ from clipkit.losses.checks import (
     check_choice,
     check_matrix,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     reads_values,
@@ -81,6 +82,8 @@ class CyclicGeometry(nn.Module):
         if reads_values(self, image_features.device):
             check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
+        if group is None:
+            check_rows(image_features, group)
         dtype = compute_dtype(image_features)
         with torch.autocast(image_features.device.type, enabled=False):
             x, y = image_features.to(dtype), text_features.to(dtype)

@@ -12,7 +12,6 @@ from clipkit.distributed import (
     Group,
     all_gather_rows,
     all_reduce_sum,
-    check_same_rows,
     logsumexp_over_ranks,
     rank,
     resolve_group,
@@ -24,6 +23,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_negatives,
     check_number,
+    check_rows,
     check_scalar,
     check_unit_norm,
     paired_logits,
@@ -118,7 +118,7 @@ class FastCLIP(nn.Module):
             check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
         rows = len(image_features)
-        check_same_rows(rows, group, image_features.device)
+        check_rows(image_features, group)
         texts = all_gather_rows(text_features, group, check=False)
         total = len(texts)
         check_negatives("fastclip", total)

@@ -8,7 +8,6 @@ from clipkit.distributed import (
     Group,
     all_gather_rows,
     all_reduce_sum,
-    check_same_rows,
     logsumexp_over_ranks,
     rank,
     resolve_group,
@@ -21,6 +20,7 @@ from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_number,
+    check_rows,
     check_scalar,
     check_unit_norm,
     paired_logits,
@@ -104,7 +104,7 @@ class InfoNCE(nn.Module):
             check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
         rows = len(image_features)
-        check_same_rows(rows, group, image_features.device)
+        check_rows(image_features, group)
         texts = all_gather_rows(text_features, group, check=False)
         ids = all_ids = None
         if pair_ids is not None:

@@ -6,12 +6,13 @@ import math
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     logaddexp,
@@ -90,7 +91,7 @@ class NLIContrastive(nn.Module):
             )
         group = resolve_group(self.group)
         rows = len(premise_features)
-        check_same_rows(rows, group, premise_features.device)
+        check_rows(premise_features, group)
         entailed = all_gather_rows(entailment_features, group, check=False)
         contradicted = all_gather_rows(contradiction_features, group, check=False)
         offset = rank(group) * rows

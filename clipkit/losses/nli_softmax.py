@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_reduce_sum, resolve_group
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_ids, check_matrix, check_number, constant, reads_values
+from clipkit.losses.checks import check_ids, check_matrix, check_number, check_rows, constant, reads_values
 from clipkit.losses.registry import register_loss
 
 _PAIRS = (
@@ -70,7 +70,8 @@ class NLISoftmax(nn.Module):
                 f"nli_softmax was built for embed_dim={self.embed_dim}, but features are {u.shape[1]} wide"
             )
         if (
-            reads_values(self, u.device)
+            len(u)
+            and reads_values(self, u.device)
             and not 0 <= int(nli_labels.min()) <= int(nli_labels.max()) < self.num_labels
         ):
             raise ValueError(
@@ -78,6 +79,8 @@ class NLISoftmax(nn.Module):
                 f"{nli_labels.max()}: drop pairs without a gold label (-1) from the data"
             )
         group = resolve_group(self.group)
+        if group is None:
+            check_rows(u, group)
         dtype = torch.promote_types(compute_dtype(u), self.classifier.weight.dtype)
         with torch.autocast(u.device.type, enabled=False):
             u, v = u.to(dtype), v.to(dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
 from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
     check_matrix,
+    check_rows,
     check_scalar,
     check_unit_norm,
     paired_logits,
@@ -90,7 +91,7 @@ class Sigmoid(nn.Module):
             check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
         rows = len(image_features)
-        check_same_rows(rows, group, image_features.device)
+        check_rows(image_features, group)
         texts = all_gather_rows(text_features, group, check=False)
         ids = all_ids = None
         if pair_ids is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     paired_logits,
@@ -89,6 +90,8 @@ class SimCSE(nn.Module):
         """
         check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
         check_matrix("text_features", text_features)
+        group = resolve_group(self.group)
+        check_rows(text_features, group)
         if reads_values(self, text_features.device):
             check_unit_norm(text_features=text_features, text_features_view2=text_features_view2)
             if torch.equal(text_features, text_features_view2):
@@ -98,9 +101,7 @@ class SimCSE(nn.Module):
                     "rather than a copy"
                 )
         first, second = self._project(text_features), self._project(text_features_view2)
-        group = resolve_group(self.group)
         rows = len(first)
-        check_same_rows(rows, group, first.device)
         others = all_gather_rows(second, group, check=False)
         scale = constant(1 / self.temperature, first)
         row_lse, _ = pair_lse(first, others, scale, row_offset=rank(group) * rows, impl=self.impl)

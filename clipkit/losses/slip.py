@@ -9,7 +9,6 @@ from clipkit.distributed import (
     Group,
     all_gather_rows,
     all_reduce_sum,
-    check_same_rows,
     logsumexp_over_ranks,
     rank,
     resolve_group,
@@ -20,6 +19,7 @@ from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     logaddexp,
@@ -110,6 +110,8 @@ class SLIP(nn.Module):
             "image_features_view2", image_features_view2, like=("image_features_view1", image_features_view1)
         )
         check_matrix("image_features_view1", image_features_view1)
+        group = resolve_group(self.group)
+        check_rows(image_features_view1, group)
         if reads_values(self, image_features_view1.device):
             check_unit_norm(
                 image_features_view1=image_features_view1, image_features_view2=image_features_view2
@@ -119,9 +121,7 @@ class SLIP(nn.Module):
                     f"slip's two image views are identical, so there is nothing to teach. It needs {_VIEWS}"
                 )
         first, second = self._project(image_features_view1), self._project(image_features_view2)
-        group = resolve_group(self.group)
         rows = len(first)
-        check_same_rows(rows, group, first.device)
         all_first = all_gather_rows(first, group, check=False)
         all_second = all_gather_rows(second, group, check=False)
         offset = rank(group) * rows

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, check_same_rows, rank, resolve_group
+from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_negatives,
     check_number,
+    check_rows,
     check_unit_norm,
     constant,
     reads_values,
@@ -81,7 +82,7 @@ class Uniformity(nn.Module):
 
     def _potential(self, x: Tensor) -> Tensor:
         group = resolve_group(self.group)
-        check_same_rows(len(x), group, x.device)
+        check_rows(x, group)
         columns = all_gather_rows(x, group, check=False)
         total = len(columns)
         check_negatives("uniformity", total)

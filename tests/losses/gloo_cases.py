@@ -175,7 +175,9 @@ def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
         halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         for case in SPECS:
             found[case, "dense", "halves"] = run(case, "dense", rows, dist.group.WORLD, halves[rank // 2])
-    uneven = slice(0, N - ranks + 1) if rank == 0 else slice(N - ranks + rank, N - ranks + rank + 1)
+    # Rank 0 has the most rows, the last none, and each between them one.
+    most = N - ranks + 2
+    uneven = slice(0, most) if rank == 0 else slice(most + rank - 1, most + rank)
     for case in UNEVEN:
         found[case, "dense", "uneven"] = run(case, "dense", uneven, dist.group.WORLD)
     try:

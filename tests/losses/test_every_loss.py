@@ -216,3 +216,10 @@ def test_training_teaches_images_to_find_their_texts(name):
         loss({"image_features": step(), "text_features": texts, **scalars})["loss"].backward()
         optimizer.step()
     assert before < 0.1 and recall() > 0.5
+
+
+@pytest.mark.parametrize("name", sorted(set(list_losses()) - {"mlm"}))
+def test_an_empty_batch_is_refused(name):
+    loss = build(name)
+    with pytest.raises(ValueError, match="empty"):
+        loss({key: value[:0] if value.ndim else value for key, value in make(loss).items()})
