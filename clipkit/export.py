@@ -33,55 +33,68 @@ def open_clip_config(model: DualEncoder) -> dict[str, Any]:
     image, text = _settings(model.image_tower), _settings(model.text_tower)
     if text["name"] != "transformer":
         raise ValueError(
-            f"open_clip's layout needs the text tower 'transformer', not {text['name']!r}: export the text tower with "
-            "save_sentence_transformer, or all weights as safetensors"
+            f"open_clip's layout needs the text tower 'transformer', not {text['name']!r}: export the text "
+            "tower with save_sentence_transformer, or all weights as safetensors"
         )
     if model.text_tower.pooling != "eot" or not model.text_tower.causal:
-        raise ValueError("open_clip pools the end token of a causal text tower: this one has "
-                         f"text_tower.pooling {model.text_tower.pooling!r} and text_tower.causal {model.text_tower.causal}")
+        raise ValueError(
+            "open_clip pools the end token of a causal text tower: this one has "
+            f"text_tower.pooling {model.text_tower.pooling!r} and text_tower.causal {model.text_tower.causal}"
+        )
     text_cfg = {key: text[key] for key in ("context_length", "width", "heads", "layers", "mlp_ratio")}
     text_cfg |= {"vocab_size": model.text_tower.vocab_size, "pad_id": model.text_tower.pad_id}
     if model.text_tower.eot_id != model.text_tower.vocab_size - 1:
         # The default takes the largest id for the end token.
         text_cfg |= {"pool_type": "eos", "eos_id": model.text_tower.eot_id}
-    quick_gelu = bool(text["quick_gelu"])
-    vision_cfg: dict[str, Any] = {"image_size": model.image_tower.image_size}
+    config = {
+        "embed_dim": model.embed_dim,
+        "quick_gelu": bool(text["quick_gelu"]),
+        "vision_cfg": {"image_size": model.image_tower.image_size, **_vision_config(image, text)},
+        "text_cfg": text_cfg,
+    }
+    return config if model.logit_bias is None else {**config, "init_logit_bias": 0.0}
+
+
+def _vision_config(image: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     if image["name"] == "timm":
-        vision_cfg |= {"timm_model_name": image["model"], "timm_pool": image["pool"] or "", "timm_proj": "linear"}
-    elif image["name"] == "clip_resnet50":
-        vision_cfg |= {"layers": list(image["layers"]), "width": image["width"]}
-    elif image["name"] == "clip_vit":
-        if image["quick_gelu"] != text["quick_gelu"]:
-            raise ValueError("open_clip has one quick_gelu for both towers: set image_tower.quick_gelu as text_tower.quick_gelu")
-        heads = image["heads"] or max(1, image["width"] // 64)
-        vision_cfg |= {key: image[key] for key in ("patch_size", "width", "layers", "mlp_ratio", "patch_dropout")}
-        vision_cfg["head_width"] = image["width"] // heads
-    else:
-        raise ValueError(f"open_clip has no image tower like {image['name']!r}: it builds timm, clip_resnet50 and clip_vit")
-    config = {"embed_dim": model.embed_dim, "quick_gelu": quick_gelu, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    if model.logit_bias is not None:
-        config["init_logit_bias"] = 0.0
-    return config
+        return {"timm_model_name": image["model"], "timm_pool": image["pool"] or "", "timm_proj": "linear"}
+    if image["name"] == "clip_resnet50":
+        return {"layers": list(image["layers"]), "width": image["width"]}
+    if image["name"] != "clip_vit":
+        raise ValueError(
+            f"open_clip has no image tower like {image['name']!r}: it builds timm, clip_resnet50 and clip_vit"
+        )
+    if image["quick_gelu"] != text["quick_gelu"]:
+        raise ValueError(
+            "open_clip has one quick_gelu for both towers: set image_tower.quick_gelu and "
+            "text_tower.quick_gelu alike"
+        )
+    same = {key: image[key] for key in ("patch_size", "width", "layers", "mlp_ratio", "patch_dropout")}
+    return {**same, "head_width": image["width"] // (image["heads"] or max(1, image["width"] // 64))}
 
 
 def open_clip_state_dict(model: DualEncoder) -> dict[str, Tensor]:
     """The model's weights under open_clip's names, on the CPU, detached.
 
     Raises:
-        ValueError: as open_clip_config, or where open_clip's own model of that config has other names or shapes.
+        ValueError: as open_clip_config, or where open_clip's own model of that config has other names or
+            shapes.
     """
     peer = _open_clip_shapes(model)
     projection = model.image_projection
     state = {f"visual.{name}": tensor for name, tensor in _image_weights(model).items()}
     if getattr(projection, "weight", None) is not None:
         state["visual.head.proj.weight"] = projection.weight
-    state |= {name: tensor for name, tensor in model.text_tower.body.state_dict().items() if name.startswith(_TEXT)}
+    state |= {
+        name: tensor for name, tensor in model.text_tower.body.state_dict().items() if name.startswith(_TEXT)
+    }
     state["text_projection"] = model.text_projection.weight.T
     state["logit_scale"] = model.log_logit_scale[0]
     if model.logit_bias is not None:
         state["logit_bias"] = model.logit_bias[0]
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    _same_layout(state, peer, "open_clip's model of this config", "it builds timm models at their own image_size and pool alone")
+    hint = "it builds timm models at their own image_size and pool alone"
+    _same_layout(state, peer, "open_clip's model of this config", hint)
     return state
 
 
@@ -93,8 +106,9 @@ def load_open_clip_state_dict(model: DualEncoder, state: Mapping[str, Tensor]) -
         ValueError: a name or shape that does not fit, before any weight has changed.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    _same_layout(state, _open_clip_shapes(model), "this model", "its settings must be those of the open_clip model")
-    part = "trunk" if hasattr(model.image_tower, "trunk") else "body"
+    _same_layout(
+        state, _open_clip_shapes(model), "this model", "its settings must be those of the open_clip model"
+    )
     renamed = {}
     for name, tensor in state.items():
         if name == "visual.head.proj.weight":
@@ -102,21 +116,24 @@ def load_open_clip_state_dict(model: DualEncoder, state: Mapping[str, Tensor]) -
         elif name.startswith("visual.trunk."):
             renamed[f"image_tower.{name.removeprefix('visual.')}"] = tensor
         elif name.startswith("visual."):
-            renamed[f"image_tower.{part}.{name.removeprefix('visual.')}"] = tensor
+            renamed[f"image_tower.body.{name.removeprefix('visual.')}"] = tensor
         elif name.startswith(_TEXT):
             renamed[f"text_tower.body.{name}"] = tensor
         elif name == "text_projection":
             renamed["text_projection.weight"] = tensor.T
         else:
             renamed[{"logit_scale": "log_logit_scale"}.get(name, name)] = tensor.reshape(1)
-    missing = [name for name in model.state_dict() if name not in renamed and not name.startswith("mlm_head.")]
+    missing = [
+        name for name in model.state_dict() if name not in renamed and not name.startswith("mlm_head.")
+    ]
     if missing:
         raise ValueError(f"the open_clip weights have nothing for {', '.join(missing)}")
     model.load_state_dict(renamed, strict=False)
 
 
 def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Any = None) -> Path:
-    """Write a folder that open_clip loads by "local-dir:FOLDER": open_clip_config.json and safetensors weights.
+    """Write a folder that open_clip loads by "local-dir:FOLDER": open_clip_config.json and safetensors
+    weights.
 
     Args:
         tokenizer: clipkit's; any but clip_bpe is written beside the weights for open_clip.get_tokenizer.
@@ -144,8 +161,8 @@ def save_sentence_transformer(
 ) -> Path:
     """Write the text tower as a sentence-transformers folder of its stock modules: no custom code to trust.
 
-    Transformer + Pooling, then with `project` Dense (the projection) and Normalize, which give encode_text's features.
-    The tower 'transformer' becomes a transformers CLIPTextModel, whose blocks compute the same.
+    Transformer + Pooling, then with `project` Dense (the projection) and Normalize, which give encode_text's
+    features. The tower 'transformer' becomes a transformers CLIPTextModel, whose blocks compute the same.
 
     Args:
         tokenizer: clipkit's, which the tower was trained with.
@@ -164,28 +181,40 @@ def save_sentence_transformer(
     with tempfile.TemporaryDirectory() as parts:
         _hugging_face_body(tower).save_pretrained(parts)
         hugging_face_tokenizer(tokenizer).save_pretrained(parts)
-        layers = [modules.Transformer(parts, max_seq_length=tokenizer.context_length), modules.Pooling(tower.width, mode)]
+        layers = [
+            modules.Transformer(parts, max_seq_length=tokenizer.context_length),
+            modules.Pooling(tower.width, mode),
+        ]
         if project:
             weight = model.text_projection.weight.detach().cpu().float().clone()
             dense = modules.Dense(
-                tower.width, model.embed_dim, bias=False, activation_function=torch.nn.Identity(), init_weight=weight
+                tower.width,
+                model.embed_dim,
+                bias=False,
+                activation_function=torch.nn.Identity(),
+                init_weight=weight,
             )
             layers += [dense, modules.Normalize()]
-        SentenceTransformer(modules=layers, device="cpu").save_pretrained(str(folder), create_model_card=False)
+        SentenceTransformer(modules=layers, device="cpu").save_pretrained(
+            str(folder), create_model_card=False
+        )
     return Path(folder)
 
 
 def hugging_face_tokenizer(tokenizer: Any) -> Any:
     """A transformers tokenizer with the ids of clipkit's `tokenizer` (clip_bpe, words or hf).
 
-    Two differences for clip_bpe. It first mends mojibake and HTML entities, which transformers has no part for; other
-    texts agree. And padding is the end token, hidden by the attention mask: CLIP's own padding id is the token "!".
+    Two differences for clip_bpe. It first mends mojibake and HTML entities, which transformers has no part
+    for; other texts agree. And padding is the end token, hidden by the attention mask: CLIP's own padding id
+    is the token "!".
     """
     from transformers import PreTrainedTokenizerFast
 
     build = {"clip_bpe": _clip_backend, "words": _words_backend, "hf": _hf_backend}
     if tokenizer.name not in build:
-        raise ValueError(f"no transformers tokenizer is known for {tokenizer.name!r}; known: {', '.join(build)}")
+        raise ValueError(
+            f"no transformers tokenizer is known for {tokenizer.name!r}; known: {', '.join(build)}"
+        )
     backend = build[tokenizer.name](tokenizer)
     pad_id = tokenizer.eot_id if tokenizer.name == "clip_bpe" else tokenizer.pad_id
     special = {"pad_token": pad_id, "bos_token": tokenizer.sot_id, "eos_token": tokenizer.eot_id}
@@ -200,8 +229,10 @@ def hugging_face_tokenizer(tokenizer: Any) -> Any:
 
 def _settings(tower: Any) -> dict[str, Any]:
     if tower.settings is None:
-        raise ValueError(f"{type(tower).__name__} was built directly: export needs a tower made by create_image_tower or "
-                         "create_text_tower, which keep its settings")
+        raise ValueError(
+            f"{type(tower).__name__} was built directly: export needs a tower made by create_image_tower or "
+            "create_text_tower, which keep its settings"
+        )
     return {**tower.settings, "context_length": getattr(tower, "context_length", None)}
 
 
@@ -220,7 +251,9 @@ def _open_clip_shapes(model: DualEncoder) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in peer.state_dict().items()}
 
 
-def _same_layout(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], whose: str, hint: str) -> None:
+def _same_layout(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], whose: str, hint: str
+) -> None:
     for name in (*shapes, *state):
         given = tuple(state[name].shape) if name in state else "nothing"
         wanted = tuple(shapes[name]) if name in shapes else "nothing"
@@ -244,8 +277,9 @@ def _hugging_face_body(tower: Any) -> Any:
         return tower.body
     if tower.settings is None or tower.settings["name"] != "transformer" or not tower.causal:
         raise ValueError(
-            "sentence-transformers' stock modules hold transformers models: this text tower is neither 'hf' nor a causal "
-            "'transformer' (text_tower.causal: true), for which transformers has CLIPTextModel"
+            "sentence-transformers' stock modules hold transformers models: this text tower is neither "
+            "'hf' nor a causal 'transformer' (text_tower.causal: true), "
+            "for which transformers has CLIPTextModel"
         )
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -271,8 +305,11 @@ def _hugging_face_body(tower: Any) -> Any:
 def _clip_text_state(peer: Any, body: Any) -> dict[str, Tensor]:
     """The body's weights under transformers' names: q, k and v apart, the blocks' parts renamed."""
     names = {
-        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
     }
     # transformers 5 dropped the prefix that 4 had.
     prefix = "text_model." if any(name.startswith("text_model.") for name in peer.state_dict()) else ""
@@ -301,10 +338,14 @@ def _clip_backend(tokenizer: Any) -> Any:
     vocabulary = pairs._ids
     end = "<end_of_text>"
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=end))
-    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     words = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     split = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     return _framed(backend, tokenizer)
 
@@ -312,7 +353,12 @@ def _clip_backend(tokenizer: Any) -> Any:
 def _words_backend(tokenizer: Any) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    special = {tokenizer.pad_id: "<pad>", tokenizer.unk_id: "<unk>", tokenizer.sot_id: "<start>", tokenizer.eot_id: "<end>"}
+    special = {
+        tokenizer.pad_id: "<pad>",
+        tokenizer.unk_id: "<unk>",
+        tokenizer.sot_id: "<start>",
+        tokenizer.eot_id: "<end>",
+    }
     vocabulary = {token: i for i, token in special.items()} | dict(tokenizer._ids)
     backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()

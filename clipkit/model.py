@@ -1,7 +1,8 @@
 """DualEncoder: two towers, their projections and the logit scale, as the dict of features that losses read.
 
-`forward(batch, inputs)` makes just the passes that `inputs` asks for, which is the union of what the chosen losses
-need. Every text pass of a step (captions, their second dropout view, sentences) goes through the tower as one batch.
+`forward(batch, inputs)` makes just the passes that `inputs` asks for, which is the union of what the chosen
+losses need. Every text pass of a step (captions, their second dropout view, sentences) goes through the tower
+as one batch.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ class DualEncoder(nn.Module):
         embed_dim: columns D of both kinds of features.
         init_logit_scale: the multiplier of cosines at the start, 1 / temperature.
         init_logit_bias: added to the scaled cosines at the start (SigLIP: -10); None: no such parameter.
-        mlm_probability: share of tokens hidden for mlm_logits, above 0 and below 1; None: no masked-language head.
-        mask_id: the id that hides a token; sot_id: the start token's, never hidden. Both needed with mlm_probability.
-        channels_last: hand images to the tower in the channels_last memory format, which convolutions run faster in.
+        mlm_probability: share of tokens hidden for mlm_logits, above 0 and below 1; None: no masked-language
+            head.
+        mask_id: the id that hides a token; sot_id: the start token's, never hidden. Both needed with
+            mlm_probability.
+        channels_last: hand images to the tower in the channels_last memory format, which convolutions run
+            faster in.
 
-    The log of the scale is the parameter `log_logit_scale` of shape (1,), because FSDP2 refuses 0-d parameters.
+    The log of the scale is the parameter `log_logit_scale` of shape (1,), because FSDP2 refuses 0-d
+    parameters.
     """
 
     def __init__(
@@ -72,15 +77,23 @@ class DualEncoder(nn.Module):
     ):
         super().__init__()
         if init_logit_scale <= 0:
-            raise ValueError(f"init_logit_scale is a multiplier above 0 (CLIP: 1 / 0.07 = 14.3), not {init_logit_scale}")
+            raise ValueError(
+                f"init_logit_scale is a multiplier above 0 (CLIP: 1 / 0.07 = 14.3), not {init_logit_scale}"
+            )
         if image_tower.projects and image_tower.width != embed_dim:
-            raise ValueError(f"the image tower projects to {image_tower.width} columns but embed_dim is {embed_dim}")
+            raise ValueError(
+                f"the image tower projects to {image_tower.width} columns but embed_dim is {embed_dim}"
+            )
         self.embed_dim, self.channels_last = embed_dim, channels_last
         self.image_tower, self.text_tower = image_tower, text_tower
-        self.image_projection = nn.Identity() if image_tower.projects else _projection(image_tower.width, embed_dim)
+        self.image_projection = (
+            nn.Identity() if image_tower.projects else _projection(image_tower.width, embed_dim)
+        )
         self.text_projection = _projection(text_tower.width, embed_dim)
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor([float(init_logit_bias)]))
+        self.logit_bias = (
+            None if init_logit_bias is None else nn.Parameter(torch.tensor([float(init_logit_bias)]))
+        )
         self.mlm_head = None
         if mlm_probability is not None:
             self.mlm_head = MaskedLanguageHead(text_tower, mlm_probability, mask_id=mask_id, sot_id=sot_id)
@@ -90,7 +103,7 @@ class DualEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """() multiplier of the cosines, exp of the parameter. Under FSDP every rank must ask: the parameter is gathered."""
+        """() multiplier of the cosines, exp of the parameter. Under FSDP it is gathered: ask on all ranks."""
         log = self.log_logit_scale
         log = log.full_tensor() if hasattr(log, "full_tensor") else log
         # A sum of one: FSDP warns of outputs that are views.
@@ -98,13 +111,15 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self, max: float = 100.0) -> None:  # noqa: A002
-        """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, section 2.5)."""
+        """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, 2.5)."""
         self.log_logit_scale.clamp_(max=math.log(max))
 
     def _set_channel_statistics(self, device: torch.device) -> None:
         # For values 0..255, so that uint8 is normalised in one subtraction and one division.
         for name, values in (("image_mean", self.image_tower.mean), ("image_std", self.image_tower.std)):
-            setattr(self, name, torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) * 255)
+            setattr(
+                self, name, torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) * 255
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
         super()._apply(fn, recurse)
@@ -113,14 +128,16 @@ class DualEncoder(nn.Module):
         return self
 
     def normalize_image(self, image: Tensor) -> Tensor:
-        """image: (B, 3, H, W) uint8 -> the tower's normalised float input; float images pass, taken as normalised."""
+        """image: (B, 3, H, W) uint8 -> the tower's normalised float input; floats pass as they are."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), not {tuple(image.shape)}")
         if image.dtype == torch.uint8:
             # In fp32 even under autocast: 255 levels do not survive a bf16 subtraction.
             image = (image.float() - self.image_mean) / self.image_std
         elif not image.is_floating_point():
-            raise ValueError(f"images must be uint8 in 0..255 or already normalised floats, not {image.dtype}")
+            raise ValueError(
+                f"images must be uint8 in 0..255 or already normalised floats, not {image.dtype}"
+            )
         image = image.to(next(self.image_tower.parameters()).dtype)
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
@@ -139,13 +156,19 @@ class DualEncoder(nn.Module):
                 raise unknown("model output", name, FEATURES)
         if "text_features_view2" in inputs and not self.text_tower.has_dropout:
             raise ValueError(
-                "text_features_view2 is a second dropout pass over the captions, but this text tower drops nothing, so "
-                "both views would be identical: set text_tower.dropout (text_tower.hidden_dropout for hf) to 0.1, say"
+                "text_features_view2 is a second dropout pass over the captions, but this text tower drops "
+                "nothing, so both views would be identical: set text_tower.dropout (for hf "
+                "text_tower.hidden_dropout) to 0.1, say"
             )
         if "logit_bias" in inputs and self.logit_bias is None:
-            raise ValueError("a loss asks for logit_bias, which this model lacks: set init_logit_bias (SigLIP: -10)")
+            raise ValueError(
+                "a loss asks for logit_bias, which this model lacks: set init_logit_bias (SigLIP: -10)"
+            )
         if ("mlm_logits" in inputs or "mlm_labels" in inputs) and self.mlm_head is None:
-            raise ValueError("a loss asks for mlm_logits, but this model has no such head: set mlm_probability (BERT: 0.15)")
+            raise ValueError(
+                "a loss asks for mlm_logits, but this model has no such head: set mlm_probability "
+                "(BERT: 0.15)"
+            )
 
     def forward(
         self,
@@ -179,12 +202,18 @@ class DualEncoder(nn.Module):
         return features
 
     def _passes(self, table: Mapping[str, tuple[str, str]], batch, inputs, encode) -> dict[str, Tensor]:
-        wanted = {name: _entry(batch, entry, name, source) for name, (entry, source) in table.items() if name in inputs}
+        wanted = {
+            name: _entry(batch, entry, name, source)
+            for name, (entry, source) in table.items()
+            if name in inputs
+        }
         return dict(zip(wanted, encode(list(wanted.values())))) if wanted else {}
 
     def _encode_images(self, images: list[Tensor]) -> Sequence[Tensor]:
         # One pass over all views: BatchNorm sees the step's images once and updates its statistics once.
-        return _apart(self.encode_image(torch.cat(images)), images) if len(images) > 1 else [self.encode_image(*images)]
+        if len(images) == 1:
+            return [self.encode_image(*images)]
+        return _apart(self.encode_image(torch.cat(images)), images)
 
     def _encode_texts(self, texts: list[Tensor]) -> Sequence[Tensor]:
         if len(texts) == 1:
@@ -192,25 +221,34 @@ class DualEncoder(nn.Module):
         length = max(text.shape[1] for text in texts)
         pad_id = self.text_tower.pad_id
         texts = [F.pad(text, (0, length - text.shape[1]), value=pad_id) for text in texts]
-        # Dropout draws one mask an entry of the joined batch, so two rows of the same caption get independent masks.
+        # Dropout draws one mask an entry of the joined batch, so two rows of the same caption get independent
+        # masks.
         return _apart(self.encode_text(torch.cat(texts)), texts)
 
 
 class MaskedLanguageHead(nn.Module):
-    """Predicts hidden tokens from both sides (Devlin et al. 2019, section 3.1), with the token embedding as output.
+    """Predicts hidden tokens from both sides, with the token embedding as output (Devlin et al. 2019, 3.1).
 
-    Of the tokens that are not special, `probability` are drawn, at least one; of these 80 % become mask_id, 10 % a
-    random id and 10 % stay. logits = LayerNorm(GELU(dense(state))) @ embedding^T + bias, on the drawn tokens only.
+    Of the tokens that are not special, `probability` are drawn, at least one; of these 80 % become mask_id,
+    10 % a random id and 10 % stay. logits = LayerNorm(GELU(dense(state))) @ embedding^T + bias, on the drawn
+    tokens only.
     """
 
     def __init__(self, tower: TextTower, probability: float, *, mask_id: int | None, sot_id: int | None):
         super().__init__()
         if not 0 < probability < 1:
-            raise ValueError(f"mlm_probability is a share above 0 and below 1 (BERT: 0.15), not {probability}")
+            raise ValueError(
+                f"mlm_probability is a share above 0 and below 1 (BERT: 0.15), not {probability}"
+            )
         if tower.causal:
-            raise ValueError("mlm_probability needs a text tower that sees both sides of a token: set text_tower.causal: false")
+            raise ValueError(
+                "mlm_probability needs a text tower that sees both sides of a token: set "
+                "text_tower.causal: false"
+            )
         if mask_id is None or sot_id is None:
-            raise ValueError("mlm_probability needs mask_id and sot_id, ids of the tokenizer's mask and start tokens")
+            raise ValueError(
+                "mlm_probability needs mask_id and sot_id, ids of the tokenizer's mask and start tokens"
+            )
         self.probability, self.mask_id = probability, mask_id
         self.kept = (tower.pad_id, tower.eot_id, sot_id)
         width = tower.token_embedding.embedding_dim
@@ -244,12 +282,13 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
     """The model that a config describes, for a tokenizer's ids.
 
     Args:
-        config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and optionally
-            init_logit_scale, init_logit_bias, mlm_probability, channels_last.
+        config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
+            optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last.
         tokenizer: anything with vocab_size, context_length, pad_id, sot_id, eot_id and perhaps mask_id.
 
     Raises:
-        ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it holds.
+        ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it
+            holds.
     """
     optional = ("init_logit_scale", "init_logit_bias", "mlm_probability", "channels_last")
     check_keys(config, ("embed_dim", "image_tower", "text_tower", *optional), "the model")
@@ -268,7 +307,8 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
     if tokenizer.context_length > text_tower.context_length:
         raise ValueError(
             f"the tokenizer makes texts of {tokenizer.context_length} tokens but the text tower holds "
-            f"{text_tower.context_length}: lower the tokenizer's context_length or raise text_tower.context_length"
+            f"{text_tower.context_length}: lower the tokenizer's context_length or raise "
+            "text_tower.context_length"
         )
     mask_id = getattr(tokenizer, "mask_id", None)
     return DualEncoder(
@@ -301,5 +341,7 @@ def _apart(features: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
 
 def _entry(batch: Mapping[str, Any], entry: str, feature: str, source: str | None) -> Tensor:
     if batch.get(entry) is None:
-        raise ValueError(f"{feature} needs {entry!r} in the batch, which holds {sorted(batch)}: set up {source}")
+        raise ValueError(
+            f"{feature} needs {entry!r} in the batch, which holds {sorted(batch)}: set up {source}"
+        )
     return batch[entry]

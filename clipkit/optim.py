@@ -1,8 +1,8 @@
 """Optimizers with named parameter groups, and learning-rate schedules in steps.
 
-Weight decay reaches matrices and higher alone: norms, biases, class tokens, the logit scale and all else of one
-dimension stay undecayed. Layer-wise decay multiplies the rate of each tower's layers by depth (Clark et al. 2020,
-ELECTRA; Bao et al. 2022, BEiT).
+Weight decay reaches matrices and higher alone: norms, biases, class tokens, the logit scale and all else of
+one dimension stay undecayed. Layer-wise decay multiplies the rate of each tower's layers by depth (Clark et
+al. 2020, ELECTRA; Bao et al. 2022, BEiT).
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def parameter_groups(
     """Trainable parameters as optimizer groups with a `name`, `params`, `lr` and `weight_decay`.
 
     Args:
-        modules: the model, or the model and the losses (some have parameters). A parameter met twice counts once.
+        modules: the model, or the model and the losses (some have parameters). A parameter met twice counts
+            once.
         lr: of what stands outside the towers and of their last layers.
-        layer_decay: above 0, at most 1. Layer d of a tower with n blocks gets lr * layer_decay ** (n + 1 - d).
-        separate_tables: token and position embeddings in groups of their own, named "tables", decayed as matrices.
+        layer_decay: above 0, at most 1. Layer d of a tower with n blocks gets lr * layer_decay ** (n + 1 -
+            d).
+        separate_tables: token and position embeddings in groups of their own, named "tables", decayed as
+            matrices.
 
     Raises:
         ValueError: nothing is trainable, or layer_decay is out of range.
@@ -68,11 +71,19 @@ def parameter_groups(
             kind = "tables" if id(parameter) in tables else "decay" if decayed else "no_decay"
             name = kind + ("" if scale == 1.0 else f"_x{scale:.4g}")
             group = groups.setdefault(
-                name, {"name": name, "params": [], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
+                name,
+                {
+                    "name": name,
+                    "params": [],
+                    "lr": lr * scale,
+                    "weight_decay": weight_decay if decayed else 0.0,
+                },
             )
             group["params"].append(parameter)
     if not groups:
-        raise ValueError("no parameter is trainable: unfreeze a tower (image_tower.freeze, text_tower.freeze)")
+        raise ValueError(
+            "no parameter is trainable: unfreeze a tower (image_tower.freeze, text_tower.freeze)"
+        )
     return list(groups.values())
 
 
@@ -115,12 +126,18 @@ def create_optimizer(
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer, *, name: str = "cosine", warmup_steps: int, total_steps: int, final: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str = "cosine",
+    warmup_steps: int,
+    total_steps: int,
+    final: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A learning-rate schedule; call its .step() after each optimizer.step().
 
-    Step t (from 0) of T with W warm-up steps has the factor (t + 1) / W while t < W; then, with p = (t - W) / (T - W),
-    cosine: final + (1 - final) (1 + cos pi p) / 2; linear: 1 - (1 - final) p; constant: 1. Past T it stays as at T.
+    Step t (from 0) of T with W warm-up steps has the factor (t + 1) / W while t < W; then, with p = (t - W) /
+    (T - W), cosine: final + (1 - final) (1 + cos pi p) / 2; linear: 1 - (1 - final) p; constant: 1. Past T it
+    stays as at T.
 
     Args:
         warmup_steps, total_steps: in optimizer steps.
@@ -132,8 +149,8 @@ def create_schedule(
     shape = _schedules.get(name)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"warmup_steps {warmup_steps} is not shorter than the {total_steps} steps of training, so the peak rate would "
-            "never be held: lower optim.warmup_steps or train longer"
+            f"warmup_steps {warmup_steps} is not shorter than the {total_steps} steps of training, so the "
+            "peak rate would never be held: lower optim.warmup_steps or train longer"
         )
     if not 0 <= final <= 1:
         raise ValueError(f"final is a factor of the peak rate from 0 to 1, not {final}")
@@ -147,11 +164,11 @@ def create_schedule(
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights, for evaluation (Tarvainen & Valpola 2017; Cai et al. 2021).
+    """Exponential moving average of a model's weights, for evaluation (Tarvainen and Valpola 2017).
 
-    average <- d average + (1 - d) weights after each step, with d = min(decay, (1 + t) / (10 + t)) at update t from 0, so
-    that the initial weights are soon forgotten. Floating-point buffers (BatchNorm's statistics) are averaged too; integer
-    ones are copied.
+    average <- d average + (1 - d) weights after each step, with d = min(decay, (1 + t) / (10 + t)) at update
+    t from 0, so that the initial weights are soon forgotten. Floating-point buffers (BatchNorm's statistics)
+    are averaged too; integer ones are copied.
 
         average = WeightAverage(model, decay=0.9999)
         ...; optimizer.step(); average.update(model)
@@ -204,7 +221,9 @@ class WeightAverage:
         """Restore state_dict()'s value; ValueError where names differ."""
         if state["weights"].keys() != self.weights.keys():
             names = sorted(state["weights"].keys() ^ self.weights.keys())
-            raise ValueError(f"the saved average is of another model: {', '.join(names[:5])} in one of the two alone")
+            raise ValueError(
+                f"the saved average is of another model: {', '.join(names[:5])} in one of the two alone"
+            )
         self.updates = int(state["updates"])
         for name, tensor in state["weights"].items():
             self.weights[name].copy_(tensor)
@@ -240,7 +259,9 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:
 def _tables(module: nn.Module) -> set[int]:
     """Ids of the embedding matrices: nn.Embedding weights, and bare parameters called so (positions)."""
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    named = {id(p) for name, p in module.named_parameters() if p.ndim >= 2 and "embed" in name.rpartition(".")[2]}
+    named = {
+        id(p) for name, p in module.named_parameters() if p.ndim >= 2 and "embed" in name.rpartition(".")[2]
+    }
     return tables | named
 
 
@@ -251,7 +272,9 @@ def _adamw(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimiz
 def _sgd(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
     # The fused step knows no sharding of DTensors, which AdamW's does.
     sharded = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
-    return torch.optim.SGD(groups, lr=lr, fused=not sharded and _fusable(groups), **{"momentum": 0.9, **settings})
+    return torch.optim.SGD(
+        groups, lr=lr, fused=not sharded and _fusable(groups), **{"momentum": 0.9, **settings}
+    )
 
 
 def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
@@ -266,8 +289,11 @@ def _muon(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimize
     except ImportError as error:
         raise RuntimeError("the optimizer muon needs a newer timm: pip install -U timm") from error
 
-    # Muon orthogonalises maps between features; a table, whose rows are looked up one by one, goes to its AdamW.
-    return Muon([{**group, "use_fallback": group["name"].startswith("tables")} for group in groups], lr=lr, **settings)
+    # Muon orthogonalises maps between features; a table, whose rows are looked up one by one, goes to its
+    # AdamW.
+    return Muon(
+        [{**group, "use_fallback": group["name"].startswith("tables")} for group in groups], lr=lr, **settings
+    )
 
 
 _optimizers.register("adamw")((_adamw, ("betas", "eps")))

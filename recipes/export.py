@@ -3,8 +3,8 @@
     python recipes/export.py checkpoint=runs/quickstart/default
     python recipes/export.py checkpoint=runs/quickstart/default to=sentence_transformers output=encoder
 
-open_clip loads the first by `open_clip.create_model_and_transforms("local-dir:FOLDER")`, sentence-transformers the
-second by `SentenceTransformer("FOLDER")`, with the features that clipkit computes.
+open_clip loads the first by `open_clip.create_model_and_transforms("local-dir:FOLDER")`,
+sentence-transformers the second by `SentenceTransformer("FOLDER")`, with the features that clipkit computes.
 """
 
 from __future__ import annotations

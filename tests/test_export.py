@@ -26,7 +26,14 @@ open_clip = pytest.importorskip("open_clip")
 IMAGE = {
     "timm": {"name": "timm", "model": "test_resnet", "image_size": 32},
     "clip_resnet50": {"name": "clip_resnet50", "image_size": 32, "layers": [1, 2, 1, 1], "width": 16},
-    "clip_vit": {"name": "clip_vit", "image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "heads": 2},
+    "clip_vit": {
+        "name": "clip_vit",
+        "image_size": 32,
+        "patch_size": 16,
+        "width": 64,
+        "layers": 2,
+        "heads": 2,
+    },
 }
 TEXT = {"name": "transformer", "width": 32, "layers": 2, "heads": 4, "dropout": 0.1}
 CAPTIONS = [
@@ -50,8 +57,10 @@ def tokenizers():
 def make(tokenizer, image="clip_vit", text=None, **settings):
     torch.manual_seed(0)
     spec = IMAGE[image] if isinstance(image, str) else image
-    model = create_model({"embed_dim": 24, "image_tower": spec, "text_tower": {**TEXT, **(text or {})}, **settings},
-                         tokenizer=tokenizer)
+    model = create_model(
+        {"embed_dim": 24, "image_tower": spec, "text_tower": {**TEXT, **(text or {})}, **settings},
+        tokenizer=tokenizer,
+    )
     # Running statistics and norms away from their initial values, or a lost one would not be seen.
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
@@ -65,7 +74,9 @@ def make(tokenizer, image="clip_vit", text=None, **settings):
 
 def images(model):
     size = model.image_tower.image_size
-    return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("name", ["clip_bpe", "words"])
@@ -78,13 +89,18 @@ def test_open_clip_loads_the_folder_and_gives_the_same_features(tmp_path, tokeni
     peer, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     peer.eval()
     assert type(peer) is open_clip.CLIP
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (peer.visual.preprocess_cfg["mean"], peer.visual.preprocess_cfg["std"]))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in (peer.visual.preprocess_cfg["mean"], peer.visual.preprocess_cfg["std"])
+    )
     image = images(model)
     theirs = peer.encode_image((image / 255 - mean) / std, normalize=True)
     torch.testing.assert_close(model.encode_image(image), theirs, atol=1e-6, rtol=0)
     text = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
     assert torch.equal(text, tokenizer(CAPTIONS))
-    torch.testing.assert_close(model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0
+    )
     assert peer.logit_scale.exp().item() == pytest.approx(20.0, rel=1e-6)
 
 
@@ -103,7 +119,9 @@ def test_open_clips_weights_come_back(tokenizers, image):
     assert not torch.allclose(model.encode_text(text), before, atol=1e-2)
     theirs = peer.encode_image(model.normalize_image(picture), normalize=True)
     torch.testing.assert_close(model.encode_image(picture), theirs, atol=1e-6, rtol=0)
-    torch.testing.assert_close(model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0
+    )
     assert model.log_logit_scale.tolist() == [3.0] and model.logit_bias.tolist() == [-7.0]
     again = open_clip_state_dict(model)
     assert again.keys() == peer.state_dict().keys()
@@ -118,13 +136,19 @@ def test_an_end_token_that_is_not_the_largest_id_is_still_pooled(tokenizers):
     peer = open_clip.CLIP(**open_clip_config(model)).eval()
     peer.load_state_dict(open_clip_state_dict(model))
     text = torch.tensor([[0, 29, 7, 2, 1, 1, 1, 1], [0, 3, 4, 5, 6, 28, 9, 2]])
-    torch.testing.assert_close(model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.encode_text(text), peer.encode_text(text, normalize=True), atol=1e-6, rtol=0
+    )
 
 
 def test_open_clips_own_rn50_config_is_what_ours_exports():
     tokenizer = create_tokenizer("clip_bpe")
     with torch.device("meta"):
-        config = {"embed_dim": 1024, "image_tower": {"name": "clip_resnet50"}, "text_tower": {"name": "transformer"}}
+        config = {
+            "embed_dim": 1024,
+            "image_tower": {"name": "clip_resnet50"},
+            "text_tower": {"name": "transformer"},
+        }
         model = create_model(config, tokenizer=tokenizer)
     theirs, ours = open_clip.get_model_config("RN50"), open_clip_config(model)
     assert ours["embed_dim"] == theirs["embed_dim"]
@@ -152,7 +176,9 @@ def test_sentence_transformers_loads_the_text_transformer(tmp_path, tokenizers, 
 @torch.no_grad()
 def test_sentence_transformers_loads_a_hugging_face_tower(tmp_path, test_data, pooling):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    tokenizer = create_tokenizer({"name": "hf", "model": str(roberta_folder(test_data)), "context_length": 20})
+    tokenizer = create_tokenizer(
+        {"name": "hf", "model": str(roberta_folder(test_data)), "context_length": 20}
+    )
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     text = {"name": "hf", "model_type": "roberta", "config": sizes, "pooling": pooling}
     config = {"embed_dim": 24, "image_tower": IMAGE["timm"], "text_tower": text}
@@ -163,7 +189,9 @@ def test_sentence_transformers_loads_a_hugging_face_tower(tmp_path, test_data, p
     theirs = torch.from_numpy(peer.encode(CAPTIONS))
     torch.testing.assert_close(model.encode_text(tokenizer(CAPTIONS)), theirs, atol=1e-6, rtol=0)
     states = save_sentence_transformer(model, tmp_path / "states", tokenizer=tokenizer, project=False)
-    theirs = torch.from_numpy(sentence_transformers.SentenceTransformer(str(states), device="cpu").encode(CAPTIONS))
+    theirs = torch.from_numpy(
+        sentence_transformers.SentenceTransformer(str(states), device="cpu").encode(CAPTIONS)
+    )
     torch.testing.assert_close(model.text_tower(tokenizer(CAPTIONS)), theirs, atol=1e-5, rtol=0)
 
 
@@ -182,7 +210,9 @@ def test_transformers_tokenizers_give_clipkits_ids_on_real_captions(test_data):
     clip = create_tokenizer({"name": "clip_bpe", "context_length": 40})
     words = create_tokenizer({"name": "words", "context_length": 40}, captions=captions[:1000])
     for tokenizer in (clip, words):
-        out = hugging_face_tokenizer(tokenizer)(captions, padding="max_length", truncation=True, return_tensors="pt")
+        out = hugging_face_tokenizer(tokenizer)(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        )
         ids = out["input_ids"].masked_fill(out["attention_mask"] == 0, tokenizer.pad_id)
         assert torch.equal(ids, tokenizer(captions))
 
@@ -206,7 +236,9 @@ def test_what_open_clip_cannot_build_is_refused(tmp_path, tokenizers, settings, 
 def test_hugging_face_towers_are_pointed_to_sentence_transformers(tokenizers):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     text = {"name": "hf", "model_type": "bert", "config": sizes}
-    model = create_model({"embed_dim": 8, "image_tower": IMAGE["timm"], "text_tower": text}, tokenizer=tokenizers["words"])
+    model = create_model(
+        {"embed_dim": 8, "image_tower": IMAGE["timm"], "text_tower": text}, tokenizer=tokenizers["words"]
+    )
     with pytest.raises(ValueError, match="save_sentence_transformer"):
         open_clip_state_dict(model)
 
@@ -221,7 +253,9 @@ def test_weights_of_another_architecture_change_nothing(tokenizers):
     tokenizer = tokenizers["words"]
     model, other = make(tokenizer), make(tokenizer, text={"width": 64})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"'positional_embedding' is \(12, 64\) in the weights and \(12, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"'positional_embedding' is \(12, 64\) in the weights and \(12, 32\)"
+    ):
         load_open_clip_state_dict(model, open_clip_state_dict(other))
     partial = open_clip_state_dict(model)
     del partial["ln_final.bias"]
@@ -237,4 +271,6 @@ def test_features_of_the_export_are_unit_norm_products_of_the_projection(tokeniz
     state = open_clip_state_dict(model)
     text = tokenizer(CAPTIONS[:2])
     pooled = model.text_tower(text)
-    torch.testing.assert_close(model.encode_text(text), F.normalize(pooled @ state["text_projection"], dim=-1))
+    torch.testing.assert_close(
+        model.encode_text(text), F.normalize(pooled @ state["text_projection"], dim=-1)
+    )

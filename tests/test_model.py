@@ -23,7 +23,12 @@ TEXT = {"name": "transformer", "width": 32, "layers": 2, "heads": 4}
 
 def model(text=None, image=None, **settings):
     torch.manual_seed(0)
-    config = {"embed_dim": 24, "image_tower": {**IMAGE, **(image or {})}, "text_tower": {**TEXT, **(text or {})}, **settings}
+    config = {
+        "embed_dim": 24,
+        "image_tower": {**IMAGE, **(image or {})},
+        "text_tower": {**TEXT, **(text or {})},
+        **settings,
+    }
     return create_model(config, tokenizer=TOKENIZER)
 
 
@@ -84,11 +89,19 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
 @pytest.mark.parametrize("text", [{}, {"causal": False, "pooling": "mean"}], ids=["causal", "both_sides"])
 def test_one_joined_text_pass_equals_separate_passes(batch, text):
     dual = model(text).eval()
-    names = ("text_features", "premise_features", "entailment_features", "contradiction_features",
-             "pair_premise_features", "pair_hypothesis_features")
+    names = (
+        "text_features",
+        "premise_features",
+        "entailment_features",
+        "contradiction_features",
+        "pair_premise_features",
+        "pair_hypothesis_features",
+    )
     joined = dual(batch, names)
     for name in names:
-        torch.testing.assert_close(joined[name], dual.encode_text(batch[name.removesuffix("_features")]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            joined[name], dual.encode_text(batch[name.removesuffix("_features")]), atol=1e-6, rtol=0
+        )
 
 
 def test_only_the_passes_asked_for_are_made(batch):
@@ -124,7 +137,9 @@ def test_a_second_view_without_dropout_is_refused(batch):
 
 def test_uint8_images_are_normalised_as_the_tower_says(batch):
     dual = model(image={"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}).eval()
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    )
     normalised = (batch["image"].double() / 255 - mean) / std
     torch.testing.assert_close(dual.normalize_image(batch["image"]).double(), normalised, atol=1e-6, rtol=0)
     torch.testing.assert_close(
@@ -158,7 +173,9 @@ def test_channels_last_changes_the_layout_and_not_the_features(batch):
     last, first = model().eval(), model(channels_last=False).eval()
     assert last.normalize_image(batch["image"]).is_contiguous(memory_format=torch.channels_last)
     assert first.normalize_image(batch["image"]).is_contiguous()
-    torch.testing.assert_close(last.encode_image(batch["image"]), first.encode_image(batch["image"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        last.encode_image(batch["image"]), first.encode_image(batch["image"]), atol=1e-5, rtol=0
+    )
 
 
 def test_float64_models_give_float64_features(batch):
@@ -166,7 +183,9 @@ def test_float64_models_give_float64_features(batch):
     assert features["image_features"].dtype == features["text_features"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.long)])
+@pytest.mark.parametrize(
+    "image", [torch.zeros(3, 32, 32), torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.long)]
+)
 def test_images_of_another_kind_are_refused(image):
     with pytest.raises(ValueError, match="images must be"):
         model().encode_image(image)
@@ -254,7 +273,12 @@ def test_mlm_always_hides_at_least_one_token():
 def test_mlm_uses_the_tokenizers_mask_where_it_has_one():
     tokenizer = copy.copy(TOKENIZER)
     tokenizer.mask_id = 47
-    config = {"embed_dim": 8, "image_tower": IMAGE, "text_tower": {**TEXT, "causal": False}, "mlm_probability": 0.5}
+    config = {
+        "embed_dim": 8,
+        "image_tower": IMAGE,
+        "text_tower": {**TEXT, "causal": False},
+        "mlm_probability": 0.5,
+    }
     assert create_model(config, tokenizer=tokenizer).mlm_head.mask_id == 47
     assert create_model(config, tokenizer=TOKENIZER).mlm_head.mask_id == SOT
 
@@ -324,7 +348,9 @@ def test_compiles_with_activation_checkpointing(batch, image):
         (features["image_features"] @ features["text_features"].T).diagonal().sum().backward()
     for (name, ours), expected in zip(dual.named_parameters(), plain.parameters()):
         if expected.grad is not None:
-            torch.testing.assert_close(ours.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023
+            torch.testing.assert_close(
+                ours.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}"
+            )  # noqa: B023
     torch.testing.assert_close(dict(dual.named_buffers()), dict(plain.named_buffers()), atol=1e-6, rtol=0)
 
 

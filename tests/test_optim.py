@@ -1,4 +1,4 @@
-"""Optimizer groups counted by hand, schedules against their formulas, and the maintained optimizers by name."""
+"""Optimizer groups counted by hand, schedules against their formulas, and optimizers by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ TOKENIZER = SimpleNamespace(vocab_size=50, context_length=12, pad_id=0, sot_id=4
 def model(image=None, text=None, **settings):
     config = {
         "embed_dim": 24,
-        "image_tower": {"name": "clip_vit", "image_size": 32, "patch_size": 16, "width": 64, "layers": 2, **(image or {})},
+        "image_tower": {
+            "name": "clip_vit",
+            "image_size": 32,
+            "patch_size": 16,
+            "width": 64,
+            "layers": 2,
+            **(image or {}),
+        },
         "text_tower": {"name": "transformer", "width": 32, "layers": 2, "heads": 4, **(text or {})},
         **settings,
     }
@@ -51,14 +58,21 @@ def test_groups_counted_by_hand():
     assert count["decay"] == 2 * 4 + 3 + 2 * 4 + 2 + 1
     assert count["no_decay"] == 2 * 8 + 1 + 4 + 2 * 8 + 2 + 2
     undecayed = names_by_group(dual, groups)["no_decay"]
-    assert {"log_logit_scale", "logit_bias", "image_tower.body.class_embedding", "text_tower.body.ln_final.weight"} < undecayed
+    assert {
+        "log_logit_scale",
+        "logit_bias",
+        "image_tower.body.class_embedding",
+        "text_tower.body.ln_final.weight",
+    } < undecayed
     assert all(dual.get_parameter(name).ndim == 1 for name in undecayed)
 
 
 def test_frozen_parameters_are_left_out_and_losses_are_taken_in():
     dual = model(image={"freeze": "all"})
     head = nn.Linear(24, 3)
-    groups = names_by_group(nn.ModuleList([dual, head]), parameter_groups([dual, head], lr=1.0, weight_decay=0.1))
+    groups = names_by_group(
+        nn.ModuleList([dual, head]), parameter_groups([dual, head], lr=1.0, weight_decay=0.1)
+    )
     every = groups["decay"] | groups["no_decay"]
     assert not any("image_tower" in name for name in every)
     assert "1.weight" in groups["decay"] and "1.bias" in groups["no_decay"]
@@ -86,7 +100,12 @@ def test_layer_decay_by_depth():
     assert rate["text_tower.body.transformer.resblocks.0.mlp.c_fc.weight"] == 0.25
     assert rate["image_tower.body.transformer.resblocks.1.mlp.c_fc.bias"] == 0.5
     assert rate["image_tower.body.conv1.weight"] == 0.125
-    for name in ("text_tower.body.ln_final.bias", "image_tower.body.proj", "text_projection.weight", "log_logit_scale"):
+    for name in (
+        "text_tower.body.ln_final.bias",
+        "image_tower.body.proj",
+        "text_projection.weight",
+        "log_logit_scale",
+    ):
         assert rate[name] == 1.0
     assert len({group["name"] for group in groups}) == len(groups) == 8
     with pytest.raises(ValueError, match="layer_decay"):
@@ -97,7 +116,11 @@ def test_adamw_is_fused_and_decays_matrices_alone():
     linear = nn.Linear(3, 2)
     before = [p.detach().clone() for p in linear.parameters()]
     optimizer = create_optimizer(linear, lr=0.1, betas=[0.9, 0.98], eps=1e-6, weight_decay=0.5)
-    assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["eps"] == 1e-6
+    assert (
+        optimizer.defaults["fused"]
+        and optimizer.defaults["betas"] == (0.9, 0.98)
+        and optimizer.defaults["eps"] == 1e-6
+    )
     for parameter in linear.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -135,7 +158,9 @@ def test_muon_leaves_embeddings_to_adamw():
     dual = model()
     optimizer = create_optimizer(dual, name="muon", lr=1e-3, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in dual.named_parameters()}
-    by_adam = {names[id(p)] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]}
+    by_adam = {
+        names[id(p)] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]
+    }
     assert {"text_tower.body.token_embedding.weight", "text_tower.body.positional_embedding"} <= by_adam
     assert not any("resblocks" in name and name.endswith("weight") and "ln" not in name for name in by_adam)
 

@@ -1,9 +1,9 @@
 """Image and text encoders by name, behind one interface each.
 
-`create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it is:
-`name` is the registry name, the rest are that tower's settings. Two settings belong to every tower: `freeze`
-(0, a number of blocks, or all) and `activation_checkpointing`. timm, open_clip and transformers are imported by the
-towers that need them, when one is created.
+`create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it
+is: `name` is the registry name, the rest are that tower's settings. Two settings belong to every tower:
+`freeze` (0, a number of blocks, or all) and `activation_checkpointing`. timm, open_clip and transformers are
+imported by the towers that need them, when one is created.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def create_text_tower(
     eot_id: int,
     context_length: int | None = None,
 ) -> TextTower:
-    """The text tower `spec["name"]` for a tokenizer's vocabulary, with the other entries of `spec` as its settings.
+    """The text tower `spec["name"]` for a tokenizer's vocabulary, with the other entries of `spec` as its
+    settings.
 
     Args:
         context_length: the tokenizer's; used where `spec` has none.
@@ -76,9 +77,13 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     parameters = inspect.signature(factory).parameters
     valid = [key for key in parameters if key not in given]
     check_keys(settings, [*valid, "freeze", "activation_checkpointing"], f"the {registry.what} {name!r}")
-    missing = [key for key in valid if parameters[key].default is inspect.Parameter.empty and key not in settings]
+    missing = [
+        key for key in valid if parameters[key].default is inspect.Parameter.empty and key not in settings
+    ]
     if missing:
-        raise ValueError(f"the {registry.what} {name!r} needs the setting {missing[0]!r}; its settings: {', '.join(valid)}")
+        raise ValueError(
+            f"the {registry.what} {name!r} needs the setting {missing[0]!r}; its settings: {', '.join(valid)}"
+        )
     tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)
     defaults = {key: parameters[key].default for key in valid}
     tower.settings = {"name": name, **defaults, **settings}

@@ -1,7 +1,8 @@
 """What every tower shares: numbered layers, freezing that lasts, and activation checkpointing.
 
-A tower's parameters are numbered by depth: 0 is the stem or the embeddings, 1..n the blocks or stages, and n + 1
-what follows them (final norm, pooling). Freezing and layer-wise learning-rate decay both read that one numbering.
+A tower's parameters are numbered by depth: 0 is the stem or the embeddings, 1..n the blocks or stages, and n
++ 1 what follows them (final norm, pooling). Freezing and layer-wise learning-rate decay both read that one
+numbering.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Tower(nn.Module):
     """Base of both towers. A subclass sets `num_layers` and `blocks()` and says the depth of a parameter.
 
     Attributes:
-        settings: `name` and every setting, defaults included, when made by create_image_tower or create_text_tower.
+        settings: `name` and every setting, defaults included, when made by create_image_tower or
+            create_text_tower.
     """
 
     num_layers: int
@@ -28,19 +30,20 @@ class Tower(nn.Module):
     settings: dict[str, Any] | None = None
 
     def layer_of(self, name: str) -> int:
-        """Depth of the parameter called `name` (as in named_parameters): 0 stem, 1..num_layers, num_layers + 1."""
+        """Depth of the parameter `name` (as in named_parameters): 0 stem, 1..num_layers, num_layers + 1."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules, in order: what FSDP wraps one by one and checkpointing recomputes one by one."""
+        """The repeated modules, in order, which FSDP wraps and checkpointing recomputes one by one."""
         raise NotImplementedError
 
     def freeze(self, layers: int | str) -> None:
         """Stop the training of the first layers, for locked-image tuning (Zhai et al. 2022, LiT) and its kin.
 
         Args:
-            layers: 0 freezes nothing, n >= 1 the stem or embeddings and the first n blocks or stages, "all" the
-                whole tower. A frozen BatchNorm keeps its running statistics: it stays in eval mode through .train().
+            layers: 0 freezes nothing, n >= 1 the stem or embeddings and the first n blocks or stages, "all"
+                the whole tower. A frozen BatchNorm keeps its running statistics: it stays in eval mode
+                through .train().
 
         Raises:
             ValueError: `layers` is not one of these, or more than the tower has.
@@ -72,18 +75,24 @@ class Tower(nn.Module):
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them.
 
-        About one more forward pass of time for memory that hardly grows with depth. Same gradients: the random state is
-        replayed, and BatchNorm's running statistics are updated by the first pass only. Under torch.compile, blocks with
-        BatchNorm run outside the graph.
+        About one more forward pass of time for memory that hardly grows with depth. Same gradients: the
+        random state is replayed, and BatchNorm's running statistics are updated by the first pass only. Under
+        torch.compile, blocks with BatchNorm run outside the graph.
         """
         blocks = self.blocks()
         if enable and not blocks:
-            raise ValueError(f"{type(self).__name__} names no blocks to checkpoint: set activation_checkpointing: false")
+            raise ValueError(
+                f"{type(self).__name__} names no blocks to checkpoint: set activation_checkpointing: false"
+            )
         for block in blocks:
             # On the instance, so that the state dict's names stay as they are.
             recomputes = "forward" in vars(block)
             if enable and not recomputes:
-                again = _recomputed_norms if any(isinstance(m, _BatchNorm) for m in block.modules()) else _recomputed
+                again = (
+                    _recomputed_norms
+                    if any(isinstance(m, _BatchNorm) for m in block.modules())
+                    else _recomputed
+                )
                 block.forward = partial(again, block, block.forward)
             elif not enable and recomputes:
                 del block.forward
@@ -101,7 +110,11 @@ def _recomputed_norms(block: nn.Module, forward, *args, **kwargs):
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     return checkpoint(
-        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(block)), **kwargs
+        forward,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _still_statistics(block)),
+        **kwargs,
     )
 
 
@@ -172,18 +185,21 @@ class TextTower(Tower):
         raise NotImplementedError
 
     def forward(self, text: Tensor) -> Tensor:
-        """text: (B, L) int64 with L <= context_length -> pooled text (B, width), not projected, not normalised."""
+        """text: (B, L) int64 with L <= context_length -> pooled (B, width), not projected or normalised."""
         return self.pool(self.tokens(text), text)
 
     def pool(self, states: Tensor, text: Tensor) -> Tensor:
-        """states: (B, L, width), text: (B, L) -> (B, width) by `pooling`: eot, cls (first token) or mean (no padding)."""
+        """states: (B, L, width), text: (B, L) -> (B, width) by `pooling`: eot, cls or mean (no padding)."""
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":
             ends = text == self.eot_id
             # Read on the CPU alone: on a device the answer would hold up the step.
             if text.device.type == "cpu" and not torch.compiler.is_compiling() and not ends.any(dim=-1).all():
-                raise ValueError(f"a text has no end token {self.eot_id}, whose state is its feature: was it cut without one?")
+                raise ValueError(
+                    f"a text has no end token {self.eot_id}, whose state is its feature: was it cut "
+                    "without one?"
+                )
             at = ends.int().argmax(dim=-1)
             return states[torch.arange(len(text), device=text.device), at]
         keep = self.attention_mask(text).to(states.dtype).unsqueeze(-1)
@@ -192,7 +208,8 @@ class TextTower(Tower):
     def attention_mask(self, text: Tensor) -> Tensor:
         """text: (B, L) -> (B, L) bool, False on the padding after the last real token.
 
-        Only trailing padding counts: CLIP's padding id 0 is also the token "!", which may stand inside a text.
+        Only trailing padding counts: CLIP's padding id 0 is also the token "!", which may stand inside a
+        text.
         """
         return (text != self.pad_id).flip(-1).cummax(dim=-1).values.flip(-1)
 
@@ -201,6 +218,7 @@ class TextTower(Tower):
             raise ValueError(f"text must be (B, L) of token ids, not {tuple(text.shape)} {text.dtype}")
         if text.shape[1] > self.context_length:
             raise ValueError(
-                f"texts of {text.shape[1]} tokens do not fit this text tower's context_length {self.context_length}: "
-                "lower the tokenizer's context_length or raise text_tower.context_length"
+                f"texts of {text.shape[1]} tokens do not fit this text tower's context_length "
+                f"{self.context_length}: lower the tokenizer's context_length or raise "
+                "text_tower.context_length"
             )

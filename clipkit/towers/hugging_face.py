@@ -35,18 +35,20 @@ class HuggingFaceTower(TextTower):
 
     Args:
         pretrained: a Hugging Face name or a local folder with config.json and weights; None: random weights.
-        model_type: the family, for random weights: bert, distilbert, electra, mpnet, roberta, t5, xlm-roberta.
+        model_type: the family, for random weights: bert, distilbert, electra, mpnet, roberta, t5,
+            xlm-roberta.
         config: sizes for random weights, in the family's own words, such as
-            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072};
-            what it leaves out is the family's default (RoBERTa, BERT: the base size).
+            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size":
+            3072}; what it leaves out is the family's default (RoBERTa, BERT: the base size).
         context_length: tokens, special ones included. None in a config means the tokenizer's.
         pooling: mean over the tokens that are not padding, cls (first token), or eot (end token).
-        hidden_dropout: probability on embeddings and branches; None: the model's own (0.1 for BERT and RoBERTa).
+        hidden_dropout: probability on embeddings and branches; None: the model's own (0.1 for BERT and
+            RoBERTa).
         attention_dropout: probability on the attention weights; None: the model's own.
 
     Raises:
-        ValueError: neither or both of pretrained and model_type, an unknown family or config key, a vocabulary that is
-            not the tokenizer's, or fewer positions than context_length needs.
+        ValueError: neither or both of pretrained and model_type, an unknown family or config key, a
+            vocabulary that is not the tokenizer's, or fewer positions than context_length needs.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class HuggingFaceTower(TextTower):
             settings = _random_config(model_type, config or {}, vocab_size, pad_id, eot_id)
         else:
             if config:
-                raise ValueError("text_tower.config sets the sizes of random weights: leave it empty beside pretrained")
+                raise ValueError(
+                    "text_tower.config sets the sizes of random weights: leave it empty beside pretrained"
+                )
             settings = _pretrained_config(pretrained, model_type)
             _check_vocabulary(pretrained, settings, vocab_size, pad_id)
         family = _FAMILIES[settings.model_type]
@@ -78,9 +82,14 @@ class HuggingFaceTower(TextTower):
         for name, rate in (("hidden", hidden_dropout), ("attention", attention_dropout)):
             if rate is not None:
                 if not 0 <= rate < 1:
-                    raise ValueError(f"text_tower.{name}_dropout is a probability from 0 to below 1, not {rate}")
+                    raise ValueError(
+                        f"text_tower.{name}_dropout is a probability from 0 to below 1, not {rate}"
+                    )
                 if name not in family:
-                    raise ValueError(f"{settings.model_type} has one rate for all its dropout: set text_tower.hidden_dropout alone")
+                    raise ValueError(
+                        f"{settings.model_type} has one rate for all its dropout: set "
+                        "text_tower.hidden_dropout alone"
+                    )
                 setattr(settings, family[name], rate)
         self.model_type = settings.model_type
         if self.model_type == "t5" and pooling == "cls":
@@ -114,13 +123,15 @@ class HuggingFaceTower(TextTower):
         return list(inner.block if self.model_type == "t5" else inner.layer)
 
 
-def _random_config(model_type: str | None, config: Mapping[str, Any], vocab_size: int, pad_id: int, eot_id: int):
+def _random_config(
+    model_type: str | None, config: Mapping[str, Any], vocab_size: int, pad_id: int, eot_id: int
+):
     from transformers import AutoConfig, PretrainedConfig
 
     if model_type is None:
         raise ValueError(
-            "the text tower 'hf' needs text_tower.pretrained (a name or a local folder) or, for random weights, "
-            f"text_tower.model_type (one of {', '.join(sorted(_FAMILIES))}) and text_tower.config"
+            "the text tower 'hf' needs text_tower.pretrained (a name or a local folder) or, for random "
+            f"weights, text_tower.model_type (one of {', '.join(sorted(_FAMILIES))}) and text_tower.config"
         )
     _check_family(model_type)
     default = AutoConfig.for_model(model_type)
@@ -137,13 +148,17 @@ def _pretrained_config(pretrained: str, model_type: str | None):
     try:
         settings = AutoConfig.from_pretrained(pretrained)
     except (OSError, ValueError) as error:
-        where = "a folder without a readable config.json" if Path(pretrained).is_dir() else (
-            "neither a local folder nor a model that the Hugging Face hub or its cache gave"
+        where = (
+            "a folder without a readable config.json"
+            if Path(pretrained).is_dir()
+            else ("neither a local folder nor a model that the Hugging Face hub or its cache gave")
         )
         raise ValueError(f"text_tower.pretrained {pretrained!r} is {where}: {error}") from error
     _check_family(settings.model_type)
     if model_type is not None and model_type != settings.model_type:
-        raise ValueError(f"text_tower.model_type is {model_type!r} but {pretrained!r} holds a {settings.model_type!r}")
+        raise ValueError(
+            f"text_tower.model_type is {model_type!r} but {pretrained!r} holds a {settings.model_type!r}"
+        )
     return settings
 
 
@@ -157,7 +172,8 @@ def _check_vocabulary(pretrained: str, settings, vocab_size: int, pad_id: int) -
     if not 0 <= spare < _SPARE_ROWS or settings.pad_token_id != pad_id:
         raise ValueError(
             f"the tokenizer has {vocab_size} ids and pads with {pad_id}, but {pretrained!r} was trained with "
-            f"{settings.vocab_size} ids padded with {settings.pad_token_id}: use the tokenizer 'hf' of the same name or folder"
+            f"{settings.vocab_size} ids padded with {settings.pad_token_id}: use the tokenizer 'hf' of the "
+            "same name or folder"
         )
 
 
@@ -165,15 +181,16 @@ def _check_positions(settings, context_length: int) -> None:
     positions = getattr(settings, "max_position_embeddings", None)
     if settings.model_type == "t5" or positions is None:
         return
-    # RoBERTa's positions start after its padding id; MPNet has the same rule with the 1 written into its code.
+    # RoBERTa's positions start after its padding id; MPNet has the same rule with the 1 written into its
+    # code.
     taken = {"roberta": settings.pad_token_id + 1, "xlm-roberta": settings.pad_token_id + 1, "mpnet": 2}
     taken = taken.get(settings.model_type, 0)
     if context_length + taken > positions:
         reason = f" (its positions start at {taken})" if taken else ""
         raise ValueError(
             f"context_length {context_length} needs {context_length + taken} positions{reason} but this "
-            f"{settings.model_type} has {positions}: lower text_tower.context_length to {positions - taken}, or for random "
-            "weights raise text_tower.config.max_position_embeddings"
+            f"{settings.model_type} has {positions}: lower text_tower.context_length to {positions - taken}, "
+            "or for random weights raise text_tower.config.max_position_embeddings"
         )
 
 
@@ -181,9 +198,17 @@ def _encoder(settings, pretrained: str | None) -> nn.Module:
     from transformers import AutoModel, T5EncoderModel
 
     # An unused pooler would be a parameter without a gradient, which DistributedDataParallel refuses.
-    extra = {"add_pooling_layer": False} if settings.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
+    extra = (
+        {"add_pooling_layer": False}
+        if settings.model_type in ("bert", "roberta", "xlm-roberta", "mpnet")
+        else {}
+    )
     if settings.model_type == "t5":
-        return T5EncoderModel.from_pretrained(pretrained, config=settings) if pretrained else T5EncoderModel(settings)
+        return (
+            T5EncoderModel.from_pretrained(pretrained, config=settings)
+            if pretrained
+            else T5EncoderModel(settings)
+        )
     if pretrained:
         return AutoModel.from_pretrained(pretrained, config=settings, **extra)
     return AutoModel.from_config(settings, **extra)

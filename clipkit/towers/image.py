@@ -1,4 +1,4 @@
-"""Image towers: any timm model, CLIP's ResNet and CLIP's ViT (Radford et al. 2021, section 2.4 and table 20)."""
+"""Image towers: any timm model, CLIP's ResNet and CLIP's ViT (Radford et al. 2021, section 2.4)."""
 
 from __future__ import annotations
 
@@ -125,10 +125,15 @@ class ClipResNet(_ClipTower):
         from open_clip.modified_resnet import ModifiedResNet
 
         if image_size % 32 or len(layers) != 4:
-            raise ValueError(f"clip_resnet50 needs image_size in multiples of 32 and four stages, not {image_size} and {layers}")
+            raise ValueError(
+                f"clip_resnet50 needs image_size in multiples of 32 and four stages, "
+                f"not {image_size} and {layers}"
+            )
         # CLIP keeps 64 columns a head: 32 heads over RN50's 2048.
         heads = width * 32 // 64
-        body = ModifiedResNet(list(layers), output_dim=embed_dim, heads=heads, image_size=image_size, width=width)
+        body = ModifiedResNet(
+            list(layers), output_dim=embed_dim, heads=heads, image_size=image_size, width=width
+        )
         super().__init__(body, embed_dim, image_size)
 
     def layer_of(self, name: str) -> int:

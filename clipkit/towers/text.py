@@ -15,13 +15,15 @@ _POOLINGS = ("eot", "cls", "mean")
 
 @register_text_tower("transformer")
 class TransformerTower(TextTower):
-    """open_clip's TextTransformer as the body: pre-norm blocks, learnt positions, a causal mask, the end token pooled.
+    """open_clip's TextTransformer as the body: pre-norm blocks, learnt positions, a causal mask, the end
+    token pooled.
 
     Args:
         context_length: tokens, the end token included. None in a config means the tokenizer's.
         width, layers, heads: the defaults are the text tower of CLIP's RN50 and ViT-B/32.
         mlp_ratio: hidden width of the MLP over width.
-        dropout: probability, 0 to below 1, on the embeddings and on both branches of every block; 0.1 in SimCSE.
+        dropout: probability, 0 to below 1, on the embeddings and on both branches of every block; 0.1 in
+            SimCSE.
         attention_dropout: probability on the attention weights; None: the same as dropout.
         pooling: eot (end token), mean, or cls (the start token; needs causal false).
         causal: a token sees only those before it, as in CLIP; false sees all but the padding.
@@ -64,8 +66,9 @@ class TransformerTower(TextTower):
         )
         self.embedding_dropout = nn.Dropout(dropout)
         for block in self.body.transformer.resblocks:
-            # These two slots scale a branch's output (identity here) just before it joins the residual stream,
-            # which is where dropout belongs; neither has weights, so the state-dict keys stay open_clip's.
+            # These two slots scale a branch's output (identity here) just before it joins the residual
+            # stream, which is where dropout belongs; neither has weights, so the state-dict keys stay
+            # open_clip's.
             block.ls_1, block.ls_2 = nn.Dropout(dropout), nn.Dropout(dropout)
             block.attn.dropout = attention_dropout
         self.width, self.num_layers, self.heads = width, layers, heads
@@ -105,7 +108,9 @@ class TransformerTower(TextTower):
         return list(self.body.transformer.resblocks)
 
 
-def _check(width: int, heads: int, dropout: float, attention_dropout: float, pooling: str, causal: bool) -> None:
+def _check(
+    width: int, heads: int, dropout: float, attention_dropout: float, pooling: str, causal: bool
+) -> None:
     if width % heads:
         raise ValueError(f"text_tower.width {width} is not a multiple of text_tower.heads {heads}")
     for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
@@ -114,5 +119,7 @@ def _check(width: int, heads: int, dropout: float, attention_dropout: float, poo
     if pooling not in _POOLINGS:
         raise ValueError(f"text_tower.pooling {pooling!r} is not one of {', '.join(_POOLINGS)}")
     if pooling == "cls" and causal:
-        raise ValueError("text_tower.pooling cls reads the first token, which sees no other while causal is true: "
-                         "use pooling eot, or causal false")
+        raise ValueError(
+            "text_tower.pooling cls reads the first token, which sees no other while causal is true: "
+            "use pooling eot, or causal false"
+        )

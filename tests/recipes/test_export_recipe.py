@@ -31,7 +31,15 @@ def trained(tmp_path_factory):
     model = create_model(CONFIG, tokenizer=tokenizer).eval()
     run_dir = tmp_path_factory.mktemp("run")
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(run_dir / "checkpoints", 5, weights=weights, train_state={}, config=CONFIG, tokenizer=tokenizer, metrics={})
+    save_checkpoint(
+        run_dir / "checkpoints",
+        5,
+        weights=weights,
+        train_state={},
+        config=CONFIG,
+        tokenizer=tokenizer,
+        metrics={},
+    )
     return run_dir, model, tokenizer
 
 
@@ -51,7 +59,9 @@ def test_open_clip_folder(tmp_path, trained):
     peer, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     with torch.no_grad():
         text = tokenizer(CAPTIONS)
-        torch.testing.assert_close(peer.eval().encode_text(text, normalize=True), model.encode_text(text), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            peer.eval().encode_text(text, normalize=True), model.encode_text(text), atol=1e-6, rtol=0
+        )
 
 
 def test_a_wrong_target_points_to_the_right_one(tmp_path, trained):
@@ -61,8 +71,10 @@ def test_a_wrong_target_points_to_the_right_one(tmp_path, trained):
 
 def called(trained, to, output):
     """The recipe's function in this process, with the config file's other values."""
-    return export_recipe.export(OmegaConf.create({"checkpoint": str(trained[0]), "to": to, "output": str(output), "project": True}),
-                                output)
+    return export_recipe.export(
+        OmegaConf.create({"checkpoint": str(trained[0]), "to": to, "output": str(output), "project": True}),
+        output,
+    )
 
 
 def test_safetensors_folder_is_never_overwritten(tmp_path, trained):

@@ -22,7 +22,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 TEXT = {
     "transformer": {"name": "transformer", "width": 32, "layers": 3, "heads": 2, "dropout": 0.1},
     "roberta": {"name": "hf", "model_type": "roberta", "config": SIZES},
-    "t5": {"name": "hf", "model_type": "t5", "config": {"d_model": 32, "num_layers": 3, "num_heads": 2, "d_kv": 16, "d_ff": 64}},
+    "t5": {
+        "name": "hf",
+        "model_type": "t5",
+        "config": {"d_model": 32, "num_layers": 3, "num_heads": 2, "d_kv": 16, "d_ff": 64},
+    },
 }
 
 
@@ -114,7 +118,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(kind, name):
         torch.manual_seed(3)
         weights = {p.data_ptr() for p in tower.parameters()}
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
             out = tower(batch)
         held = sum(size for pointer, size in kept.items() if pointer not in weights)
         (out * torch.linspace(-1, 1, out.shape[1])).sum().backward()

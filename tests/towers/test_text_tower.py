@@ -1,4 +1,4 @@
-"""The text Transformer: equal to open_clip's, with dropout that drops and pooling that reads the right token."""
+"""The text Transformer: equal to open_clip's, dropout that drops, pooling that reads the right token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def text():
 
 def test_equals_open_clips_text_transformer_with_copied_weights(text):
     ours = tower().eval()
-    peer = TextTransformer(context_length=12, vocab_size=50, width=32, heads=4, layers=2, output_dim=None).eval()
+    peer = TextTransformer(
+        context_length=12, vocab_size=50, width=32, heads=4, layers=2, output_dim=None
+    ).eval()
     peer.load_state_dict(ours.body.state_dict())
     torch.testing.assert_close(ours(text), peer(text), atol=1e-6, rtol=0)
 
@@ -43,7 +45,14 @@ def test_dropout_keeps_the_state_dict_of_open_clip():
 def test_bidirectional_tower_equals_open_clips_with_a_padding_mask(text):
     ours = tower(causal=False).eval()
     peer = TextTransformer(
-        context_length=12, vocab_size=50, width=32, heads=4, layers=2, output_dim=None, no_causal_mask=True, use_pad_mask=True
+        context_length=12,
+        vocab_size=50,
+        width=32,
+        heads=4,
+        layers=2,
+        output_dim=None,
+        no_causal_mask=True,
+        use_pad_mask=True,
     ).eval()
     peer.load_state_dict(ours.body.state_dict())
     torch.testing.assert_close(ours(text), peer(text), atol=1e-6, rtol=0)
@@ -84,11 +93,15 @@ def test_each_dropout_place_drops_its_share():
     shares = {}
 
     def count(name):
-        return lambda module, inputs, output: shares.__setitem__(name, ((output == 0) & (inputs[0] != 0)).float().mean().item())
+        return lambda module, inputs, output: shares.__setitem__(
+            name, ((output == 0) & (inputs[0] != 0)).float().mean().item()
+        )
 
     blocks = ours.body.transformer.resblocks
     places = {"embedding": ours.embedding_dropout}
-    places |= {f"{i}.{slot}": getattr(block, slot) for i, block in enumerate(blocks) for slot in ("ls_1", "ls_2")}
+    places |= {
+        f"{i}.{slot}": getattr(block, slot) for i, block in enumerate(blocks) for slot in ("ls_1", "ls_2")
+    }
     for name, module in places.items():
         module.register_forward_hook(count(name))
     torch.manual_seed(0)
