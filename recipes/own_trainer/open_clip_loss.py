@@ -54,7 +54,7 @@ def main() -> None:
     for batch in batches(
         make_pairs(given.steps * given.batch_size), given.batch_size, rank=rank, ranks=ranks
     ):
-        out = model(batch["image"], batch["text"])
+        out = model(batch["image"] / 255, batch["text"])
         value = loss(out["image_features"], out["text_features"], out["logit_scale"])
         value.backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def arguments(**more: dict) -> argparse.Namespace:
 
 
 def make_pairs(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """`count` pairs: image (3, 16, 16), a block of one color at one place, and text (3,) token ids."""
+    """`count` pairs: image (3, 16, 16) uint8, a block of one color at one place, and text (3,) token ids."""
     generator = torch.Generator().manual_seed(seed)
     palette = torch.rand(COLORS, 3, generator=generator)
     pairs = []
@@ -44,7 +44,7 @@ def make_pairs(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
         top, left = 4 * (place // 4), 4 * (place % 4)
         image[:, top : top + 4, left : left + 4] = palette[color][:, None, None]
         text = torch.tensor([color, COLORS + place, COLORS + PLACES + filler])
-        pairs.append({"image": image, "text": text})
+        pairs.append({"image": (255 * image).to(torch.uint8), "text": text})
     return pairs
 
 
@@ -80,7 +80,7 @@ class SmallDualEncoder(nn.Module):
         self, batch: dict[str, torch.Tensor], inputs: tuple[str, ...] | None = None
     ) -> dict[str, torch.Tensor]:
         return {
-            "image_features": F.normalize(self.image(batch["image"]), dim=-1),
+            "image_features": F.normalize(self.image(batch["image"] / 255), dim=-1),
             "text_features": F.normalize(self.text(batch["text"]), dim=-1),
             "logit_scale": self.log_logit_scale.exp()[0],
         }

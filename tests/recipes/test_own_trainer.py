@@ -151,8 +151,58 @@ def test_open_clip_model_with_either_loss(example):
     model, clip_loss = module.make_model(), module.open_clip.ClipLoss()
 
     def loss(batch):
-        return clip_loss(**model(batch["image"], batch["text"]))
+        return clip_loss(**model(batch["image"] / 255, batch["text"]))
 
     steps = pairs.batches(pairs.make_pairs(STEPS * BATCH), BATCH)
     expected = train(model.parameters(), steps, loss, pairs.LEARNING_RATE)
     torch.testing.assert_close(curve("open_clip_loss.py", ranks=2), expected, **TOLERANCE)
+
+
+class Batches:
+    """The examples' batches where the recipe expects its stream."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __iter__(self):
+        return iter(self.pairs.batches(self.pairs.make_pairs(STEPS * BATCH), BATCH))
+
+    def report(self):
+        return {"samples_seen": STEPS * BATCH, "skipped": {}}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 8])
+def test_the_recipes_own_loop_reaches_the_same_curve(
+    example, pairs_curve, monkeypatch, tmp_path, micro_batch_size
+):
+    """recipes/pretrain.py's train() on the examples' model and batches; no checkpoint, no score."""
+    needs("omegaconf", "hydra")
+    from clipkit.losses import create_loss
+    from clipkit.recipes import pretrain
+
+    pairs = example("pairs")
+
+    class Model(pairs.SmallDualEncoder):
+        logit_scale = property(lambda self: self.log_logit_scale.exp()[0])
+
+        def clamp_logit_scale(self, most):
+            assert self.logit_scale < most
+
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=pairs.LEARNING_RATE, weight_decay=0.0)
+    config = {
+        "logger": {}, "log_every": 1, "batch_size": BATCH, "seed": 0, "data": {"augmentation": None},
+        "compile": False, "precision": "fp32", "micro_batch_size": micro_batch_size, "clip_grad_norm": None,
+        "max_logit_scale": 100.0, "eval_every": 0, "save_every": 0,
+    }  # fmt: skip
+    state = pretrain.State(
+        config=config, run_dir=tmp_path, device=torch.device("cpu"), rank=0, world_size=1, model=model,
+        loss=create_loss(pairs.LOSS), tokenizer=None, stream=Batches(pairs), sentences=None,
+        optimizer=optimizer, schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), total=STEPS,
+    )  # fmt: skip
+    monkeypatch.setattr(pretrain, "save", lambda state, progress: None)
+    monkeypatch.setattr(pretrain, "score", lambda state: {})
+    pretrain.train(state)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = torch.tensor([line["train/loss"] for line in lines if "train/loss" in line])
+    torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)
