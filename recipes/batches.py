@@ -29,6 +29,18 @@ def split(batch_size: int, world_size: int, name: str) -> int:
     return batch_size // world_size
 
 
+def total_steps(config: dict[str, Any], batches_per_epoch: int) -> int:
+    """The run's optimizer steps from `steps` or `epochs`, exactly one of which is given."""
+    if (config["steps"] is None) == (config["epochs"] is None):
+        raise ValueError(f"steps={config['steps']} and epochs={config['epochs']}: give exactly one of the two")
+    total = config["steps"] if config["steps"] is not None else config["epochs"] * batches_per_epoch
+    if total < 1:
+        raise ValueError(
+            f"{total} steps to train: steps={config['steps']}, epochs={config['epochs']} with {batches_per_epoch} "
+            f"batches an epoch; give more data or a batch_size smaller than {config['batch_size']}")
+    return total
+
+
 def joined(stream: Any, sentences: Any) -> Iterator[dict[str, Any]]:
     """Image-text batches, each with the next sentence batch's entries beside its own."""
     second = iter(sentences) if sentences else None

@@ -119,7 +119,7 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"] or {})
-    total = total_steps(config, stream.batches_per_epoch)
+    total = batches.total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
     optimizer = create_optimizer([model, loss], **optim)
@@ -211,7 +211,8 @@ def finish(state: State, *, seconds: float) -> None:
     run_folder.write_summary(
         state.run_dir, finished=True, step=state.step, metrics=state.metrics, data=state.stream.report(),
         seconds_this_session=round(seconds, 1))
-    print(f"\nFinal numbers after {state.step} steps (fractions, 1 is perfect):\n{run_folder.table(state.metrics)}")
+    scores = f"(fractions, 1 is perfect):\n{run_folder.table(state.metrics)}" if state.metrics else "none: eval= names no task"
+    print(f"\nFinal numbers after {state.step} steps {scores}")
     print(f"Everything is in {state.run_dir}: metrics.jsonl, checkpoints/, summary.json")
 
 
@@ -272,18 +273,6 @@ def resume(state: State) -> None:
     if len(saved["rng"]) == state.world_size:
         set_rng_state(saved["rng"][state.rank])
     state.step, state.metrics = loaded["step"], loaded["metrics"]
-
-
-def total_steps(config: dict[str, Any], batches_per_epoch: int) -> int:
-    """The run's optimizer steps from `steps` or `epochs`, exactly one of which is given."""
-    if (config["steps"] is None) == (config["epochs"] is None):
-        raise ValueError(f"steps={config['steps']} and epochs={config['epochs']}: give exactly one of the two")
-    total = config["steps"] if config["steps"] is not None else config["epochs"] * batches_per_epoch
-    if total < 1:
-        raise ValueError(
-            f"{total} steps to train: steps={config['steps']}, epochs={config['epochs']} with {batches_per_epoch} "
-            f"batches an epoch; give more data or a batch_size smaller than {config['batch_size']}")
-    return total
 
 
 def due(step: int, every: int) -> bool:

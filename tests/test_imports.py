@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import clipkit
@@ -28,3 +29,13 @@ def test_setup_cfg_packages_every_folder_with_code():
     named = set(config["options"]["packages"].split())
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "clipkit").rglob("*.py")}
     assert found <= named
+
+
+def test_every_console_command_has_its_program():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    commands = [line.split(" = ") for line in config["options.entry_points"]["console_scripts"].strip().splitlines()]
+    assert len(commands) >= 2
+    for _, target in commands:
+        module, function = target.split(":")
+        assert callable(getattr(import_module(module), function)), target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 import pytest
 import torch
 
+from clipkit.losses import list_losses
 from tests.recipes.runs import SMALL, lines, only_run, run, start, weights
 
 
@@ -103,6 +105,25 @@ def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
     run("-m", *SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "loss=clip,[cyclip,simcse]", "seed=0,1")
     summaries = list(tmp_path.rglob("summary.json"))
     assert len(summaries) == 4 and len({path.parent for path in summaries}) == 4
+
+
+def test_every_registered_loss_trains(tmp_path, shapes):
+    """One sweep over all of them, on a model and data that supply what each asks for."""
+    (tmp_path / "triplets.jsonl").write_text('{"sent0": "a red star", "sent1": "a star", "hard_neg": "no star"}\n' * 8)
+    (tmp_path / "pairs.jsonl").write_text('{"premise": "a red star", "hypothesis": "a star", "label": "entailment"}\n' * 8)
+    supplied = [
+        f"data.sentences.triplets={tmp_path}/triplets.jsonl", f"data.sentences.pairs={tmp_path}/pairs.jsonl",
+        "data.sentences.batch_size=4", "data.augmentation.flip=0.5", "init_logit_bias=-10.0", "mlm_probability=0.15",
+        "text_tower.causal=false"]
+    names = list_losses()
+    run("-m", *SMALL, shapes, f"output_dir={tmp_path}/runs", "steps=3", "eval=none", "logger=none", *supplied, "loss=" + ",".join(names))
+    trained = {}
+    for path in (tmp_path / "runs").rglob("metrics.jsonl"):
+        for line in lines(path.parent):
+            (name,) = {key.removeprefix("train/") for key in line if key.startswith("train/")} & set(names)
+            assert math.isfinite(line["train/loss"])
+            trained[name] = line["step"]
+    assert trained == {name: 3 for name in names}
 
 
 @pytest.mark.parametrize("broken", [False, True])
