@@ -8,7 +8,7 @@ import torch
 
 from clipkit.evals import linear_probe_metrics
 from clipkit.evals.logistic import fit_logistic, predict_logistic
-from clipkit.evals.transfer import SMALL_GRID, dev_accuracy, kfold_predict, nested_accuracy
+from clipkit.evals.transfer import SMALL_GRID, dev_accuracy, fold_masks, kfold_predict, nested_accuracy
 
 sklearn = pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression  # noqa: E402
@@ -67,6 +67,12 @@ def splits(y, folds):
 def best_strength(x, y, grid, folds):
     means = [np.mean([fit(x[a], y[a], C).score(x[b], y[b]) for a, b in splits(y, folds)]) for C in grid]
     return grid[int(np.argmax(means))]
+
+
+def test_folds_are_those_of_senteval():
+    y = blobs(60, 2, 3, 8)[1]
+    expected = [sorted(test.tolist()) for _, test in splits(y.numpy(), 5)]
+    assert [torch.nonzero(mask).squeeze(1).tolist() for mask in fold_masks(y, 5)] == expected
 
 
 def test_senteval_protocol_equals_scikit_learn_loops():
