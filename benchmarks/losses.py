@@ -163,7 +163,7 @@ def run_cpu(pairs: int, dim: int, rounds: int, timeout: float) -> tuple[list, di
         ratios.append(
             f"- InfoNCE, N = {pairs}, D = {dim}, chunked over open_clip's dense: time x{of('both', *chunked) / of('both', *dense):.2f} "
             f"(goal at most 1.2), processor time x{of('cpu', *chunked) / of('cpu', *dense):.2f}, peak memory above the "
-            f"features x{results[chunked]['peak'] / results[dense]['peak']:.3f} (goal at most 0.1)"
+            f"features x{results[chunked]['peak'] / max(1, results[dense]['peak']):.3f} (goal at most 0.1)"
         )
     for n in sizes[:-1]:
         closed, whole = ("clipkit cyclic, closed form", n), ("cyclic, dense definition", n)
