@@ -112,10 +112,10 @@ class _Problem:
         """What a kernel takes to read or write (rows, cols) tiles of `tensor`."""
         return TensorDescriptor.from_tensor(tensor, [rows, cols]) if self.config.descriptors else tensor
 
-    def sources(self, *, swapped: bool = False) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    def sources(self, block_n: int, *, swapped: bool = False) -> list[Tensor | TensorDescriptor]:
         c = self.config
         first, second = (self.y, self.x) if swapped else (self.x, self.y)
-        return self.source(first.operand, c.block_m, c.block_k), self.source(second.operand, c.block_n, c.block_k)
+        return [self.source(first.operand, c.block_m, c.block_k), self.source(second.operand, block_n, c.block_k)]
 
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
         """col_add, row_ids, col_ids; any tensor where the flags below say it is not read."""
@@ -154,7 +154,7 @@ class _Problem:
         )
         row_sum = torch.zeros(self.n, dtype=torch.float32, device=self.device)
         col_sum = torch.zeros(0 if self.softplus else self.m, dtype=torch.float32, device=self.device)
-        x, y = self.sources()
+        x, y = self.sources(c.block_n)
         for rows, cols, tiles_m, tiles_n in self.blocks():
             triton_tiles.sums_kernel[(tiles_m * tiles_n,)](
                 x, y, self.scalars, *self.pointers(), row_part, col_part, rows.start, cols.start, self.n,
@@ -171,11 +171,13 @@ class _Problem:
         constants, c, pairs = self.constants(), self.config, self.pairs
         col_add, row_ids, col_ids = self.pointers()
         n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
+        # Half the columns at a time: this kernel holds more per element, and it is the rare case.
+        constants["BLOCK_N"] = max(16, c.block_n // 2)
         if columns:
             # The transposed problem: what was a weight of columns is now one of rows.
             n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
         triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
-            *self.sources(swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
+            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
             pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns, HAS_WEIGHT=weighted and not columns, **constants,
         )
 
@@ -193,7 +195,7 @@ class _Problem:
         x_acc = zeros(self.n, self.x.padded) if need_x else None
         y_acc = zeros(self.m, self.y.padded) if need_y else None
         col_total = zeros(self.m) if col_sums else None
-        x, y = self.sources()
+        x, y = self.sources(c.block_n)
         narrow = min(32, c.block_n)
         exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
         del exact["DESCRIPTORS"]

@@ -15,7 +15,9 @@ underflow nor overflow depends on the features' norm. Logits are in bits (log2 e
 
 with scalars[0] = scale log2(e) / (both powers of two) and scalars[1] = -shift (softmax) or bias log2(e) (sigmoid),
 read from device memory: the host never waits. There are no atomics: every program writes its own cells, so two runs
-are equal bit for bit. Only numbers known per model (D, tile sizes, flags) are compile-time constants.
+are equal bit for bit. Only numbers known per model (D, tile sizes, flags) are compile-time constants. Loops with
+run-time bounds are `while` loops: triton 3.6's interpreter fails on a run-time `range` under NumPy 2.4, and those two
+loops serve the rare case.
 
 `TRITON_INTERPRET=1` runs all of it on a CPU; it is read when this module is imported.
 """
@@ -144,7 +146,8 @@ def strip_kernel(
         multiplier = tl.load(scalars)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
-        for col in range(0, m, BLOCK_N):
+        col = 0
+        while col < m:
             bits = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS) * multiplier
             cols = col + tl.arange(0, BLOCK_N)
             if HAS_WEIGHT:
@@ -162,6 +165,7 @@ def strip_kernel(
             against = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - against) + tl.sum(tl.exp2(bits - against[:, None]), 1)
             top = new_top
+            col += BLOCK_N
         result = top + tl.log2(total)
         if HAS_ROW_WEIGHT:
             result = result + tl.load(row_add + rows, mask=rows < n, other=0.0)
@@ -251,7 +255,8 @@ def exact_coef_kernel(
     and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the rare case.
     """
     if tl.load(lost) > 0:
-        for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile = tl.program_id(0)
+        while tile < tiles_m * tiles_n:
             tile_m = tile // tiles_n
             tile_n = tile % tiles_n
             row = row_start + tile_m * BLOCK_M
@@ -272,6 +277,7 @@ def exact_coef_kernel(
                     values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M,
                     tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, False,
                 )
+            tile += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)

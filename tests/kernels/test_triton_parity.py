@@ -78,6 +78,10 @@ def test_equals_the_dense_definition(results, name):
         if name == "converged":
             # The sums are near log 23, of logits 0 that are differences of products with scale 100.
             tolerance = 1e-5
+            if key == "ds":
+                # The mean of cosines near 0, each with float32's error of a product of unit vectors.
+                assert abs(float(found[key] - expected[key])) <= 1e-5
+                continue
         if expected[key].ndim == 0:
             # One number, the sum of terms of either sign: its own size says little about the size of what was summed.
             tolerance *= 10
