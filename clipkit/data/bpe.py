@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import re
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
@@ -42,6 +43,26 @@ def _byte_letters() -> dict[int, str]:
     return letters
 
 
+class _Chunks(dict):
+    """Chunk -> ids, filled on demand, emptied when it has grown large."""
+
+    def __init__(self, pairs: BytePairs):
+        super().__init__()
+        self._pairs = pairs
+
+    def __missing__(self, chunk: str) -> tuple[int, ...]:
+        ids = self._pairs._encode(chunk)
+        if len(chunk) <= 64:
+            if len(self) >= _CACHED_CHUNKS:
+                self.clear()
+                self._pairs._words.clear()
+            self[chunk] = ids
+        return ids
+
+    def __reduce__(self):
+        return (_Chunks, (self._pairs,))
+
+
 class BytePairs:
     """Text to ids.
 
@@ -61,18 +82,19 @@ class BytePairs:
         self._ranks = {pair: i for i, pair in enumerate(pairs)}
         self.vocab_size = len(vocabulary)
         self.sot_id, self.eot_id = self._ids["<start_of_text>"], self._ids["<end_of_text>"]
-        self._chunks: dict[str, tuple[int, ...]] = {}
+        self._chunks, self._words = _Chunks(self), {}
         self._any_word = None
 
     def ids(self, text: str, limit: int) -> list[int]:
         """The text's ids without start and end, at least the first `limit` of them when there are so many."""
-        if "&" in text or not text.isascii() or not _PLAIN.fullmatch(text):
+        if "&" in text or not (text.isascii() and (text.isprintable() or _PLAIN.fullmatch(text))):
             text = _clean(text)
+        chunks = text.lower().split()
+        if len(chunks) <= limit:
+            return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
         out: list[int] = []
-        chunks = self._chunks
-        for chunk in text.lower().split():
-            found = chunks.get(chunk)
-            out += self._encode(chunk) if found is None else found
+        for chunk in chunks:
+            out += self._chunks[chunk]
             if len(out) >= limit:
                 break
         return out
@@ -82,12 +104,15 @@ class BytePairs:
             words = _ASCII_WORDS.findall(chunk)
         else:
             words = self._unicode_words(chunk)
-        ids = tuple(i for word in words for i in self._pairs(word))
-        if len(chunk) <= 64:
-            if len(self._chunks) >= _CACHED_CHUNKS:
-                self._chunks.clear()
-            self._chunks[chunk] = ids
-        return ids
+        out: list[int] = []
+        for word in words:
+            ids = self._words.get(word)
+            if ids is None:
+                ids = self._pairs(word)
+                if len(word) <= 64:
+                    self._words[word] = ids
+            out += ids
+        return tuple(out)
 
     def _unicode_words(self, chunk: str) -> list[str]:
         if self._any_word is None:
@@ -103,24 +128,36 @@ class BytePairs:
         """One word's ids: the lowest-ranked neighbouring pair is merged everywhere, until none has a rank."""
         if word in ("<start_of_text>", "<end_of_text>"):
             return [self._ids[word]]
-        letters = self._letters
-        parts = [letters[byte] for byte in word.encode("utf-8")]
+        if word.isascii() and word.isprintable():
+            parts = list(word)
+        else:
+            parts = [self._letters[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
-        ranks = self._ranks
+        rank = self._ranks.get
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, _MERGES))
-            if best not in ranks:
+            pairs = list(zip(parts, parts[1:]))
+            ranks = [rank(pair, _MERGES) for pair in pairs]
+            lowest = min(ranks)
+            if lowest == _MERGES:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
-                    merged.append(parts[i] + parts[i + 1])
-                    i += 2
-                else:
-                    merged.append(parts[i])
-                    i += 1
-            parts = merged
+            at = ranks.index(lowest)
+            if ranks.count(lowest) == 1:
+                parts[at : at + 2] = ["".join(pairs[at])]
+            else:
+                parts = _merge_everywhere(parts, pairs[at])
         return [self._ids[part] for part in parts]
+
+
+def _merge_everywhere(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged, i = [], 0
+    while i < len(parts):
+        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
+            merged.append(parts[i] + parts[i + 1])
+            i += 2
+        else:
+            merged.append(parts[i])
+            i += 1
+    return merged
 
 
 def _clean(text: str) -> str:

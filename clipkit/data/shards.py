@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
-from clipkit.data.faults import CAUSES, SHARD_CAUSES, DataError, FaultCounter
+from clipkit.data.faults import SHARD_CAUSES, DataError, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder, plain, resolve_data, sources
@@ -31,6 +31,7 @@ from clipkit.data.urls import Spool, expand_shards
 
 _DRAWS = 5  # area, shape, left, top of the crop; the caption
 _ATTEMPTS = 100
+_FIRST_WARNING_S = 30.0
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -101,8 +102,9 @@ class _Batches(torch.utils.data.Dataset):
                 return *self._read(source, epoch, sample, draws.tolist()), sample
             except DataError as error:
                 shard, key = self.sets[source].where(sample)
-                if error.cause not in CAUSES:
-                    raise
+                if error.cause in SHARD_CAUSES:
+                    # A shard that was there when the run began: no sample of it will come, so substitutes are no help.
+                    raise DataError(error.cause, error.detail, shard=shard, key=key) from None
                 faults.append((error.cause, shard, key, error.detail))
             sample = self.orders[source].substitute(epoch, place, attempt)
             draws = self._draws([(source, epoch, sample)])[0]
@@ -302,8 +304,8 @@ class _Starts(torch.utils.data.Sampler):
 class _Watch:
     """Says on standard error what a stalled stream waits for: after 30 s, then after every doubling."""
 
-    def __init__(self, stream: Stream, first_s: float = 30.0):
-        self._stream, self._first_s, self._since, self._ended = stream, first_s, None, threading.Event()
+    def __init__(self, stream: Stream):
+        self._stream, self._first_s, self._since, self._ended = stream, _FIRST_WARNING_S, None, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -324,7 +326,7 @@ class _Watch:
                 said = self._first_s
             elif time.monotonic() - since > said:
                 which = "first" if self._stream._position == 0 else "next"
-                print(f"clipkit.data: waiting {said:.0f} s for the {which} batch: reading {self._stream._awaited()}",
+                print(f"clipkit.data: waiting {said:g} s for the {which} batch: reading {self._stream._awaited()}",
                       file=sys.stderr, flush=True)
                 said *= 2
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipkit.data.bpe import BytePairs
@@ -54,13 +55,20 @@ class Tokenizer:
         """Ids of one text or a list of B texts: (B, L) int64."""
         texts = [texts] if isinstance(texts, str) else texts
         room = self.context_length - 2
-        rows = []
+        flat: list[int] = []
+        lengths = []
         for text in texts:
             ids = self.ids(text)
             if len(ids) > room:
                 ids = ids[:room]
-            rows.append([self.sot_id, *ids, self.eot_id, *[self.pad_id] * (room - len(ids))])
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+            flat.append(self.sot_id)
+            flat += ids
+            flat.append(self.eot_id)
+            lengths.append(len(ids) + 2)
+        table = np.full((len(texts), self.context_length), self.pad_id, dtype=np.int64)
+        # All ids at once, row after row, where a row's length says that there is one.
+        table[np.arange(self.context_length) < np.array(lengths, dtype=np.int64)[:, None]] = flat
+        return torch.from_numpy(table)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON, in one step."""

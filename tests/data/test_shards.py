@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections import Counter
 
 import numpy as np
@@ -206,6 +209,38 @@ def test_random_state_of_the_process_is_left_alone(thousand_shards, byte_tokeniz
     next(iterator)
     iterator.close()
     assert torch.equal(before, torch.get_rng_state()) and (numbers == np.random.get_state()[1]).all()
+
+
+def test_a_stalled_batch_is_announced_with_the_shard_it_reads(thousand_shards, byte_tokenizer, monkeypatch, capfd):
+    import clipkit.data.shards
+
+    monkeypatch.setattr(clipkit.data.shards, "_FIRST_WARNING_S", 0.1)
+
+    def slow(texts):
+        time.sleep(0.6)
+        return byte_tokenizer(texts)
+
+    iterator = iter(stream_of(thousand_shards[:1], slow, batch_size=1))
+    next(iterator)
+    iterator.close()
+    said = capfd.readouterr().err
+    assert f"waiting 0.1 s for the first batch: reading {thousand_shards[0]}" in said and "waiting 0.2 s" in said
+
+
+def test_a_batch_that_never_comes_is_an_error_that_names_the_shard(thousand_shards):
+    def stuck(texts):
+        time.sleep(4)
+
+    with pytest.raises(RuntimeError, match=rf"no batch for timeout_s = 1 s; waiting for {thousand_shards[0]}"):
+        next(iter(stream_of(thousand_shards[:1], stuck, batch_size=1, num_workers=1, timeout_s=1)))
+
+
+def test_a_worker_that_dies_ends_the_stream(thousand_shards):
+    def die(texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="worker"):
+        next(iter(stream_of(thousand_shards[:1], die, batch_size=1, num_workers=1)))
 
 
 @pytest.mark.parametrize("spec, message", [

@@ -147,6 +147,20 @@ def test_a_remote_index_is_kept_so_that_a_second_run_fetches_what_it_reads(shard
     assert log.read_text().count("x") == 1
 
 
+def test_a_shard_that_goes_away_during_the_run_stops_it_by_name(shards, tmp_path, own_cache, byte_tokenizer):
+    copies = [tmp_path / f"gone{i}.tar" for i in range(2)]
+    for copy, shard in zip(copies, shards):
+        shutil.copy(shard, copy)
+    stream = create_stream({"train": [f"pipe:cat {copy}" for copy in copies], "shard_retries": 0}, tokenizer=byte_tokenizer,
+                           image_size=16, batch_size=6, seed=0)
+    copies[1].unlink()
+    for file in (own_cache / "shards").glob("*.tar"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"gone1\.tar.*unreadable_shard"):
+        for _, _ in zip(range(4), stream):
+            pass
+
+
 def test_patterns_expand_in_order(shards, tmp_path):
     folder = shards[0].parent
     names = [str(path) for path in shards]
