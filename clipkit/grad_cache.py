@@ -95,72 +95,28 @@ def cached_backward(
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: give at least 1 row")
     names = _wanted(loss, batch) if inputs is None else tuple(inputs)
-    autocast = contextlib.nullcontext() if autocast is None else autocast
-    parts = split_batch(batch, micro_batch_size)
-
-    def forward(module: nn.Module, part: dict[str, Any]) -> Features:
-        if device is not None:
-            part = {
-                k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-                for k, v in part.items()
-            }
-        # A weight cast to bf16 without a graph in pass 1 must not be met again in pass 2: it would get no
-        # Some torch releases would meet pass 1's bf16 copy of a weight, which has no graph, again in pass 2.
-        torch.clear_autocast_cache()
-        with autocast:
-            return module(part) if names is None else module(part, names)
-
-    if len(parts) == 1:
-        terms = _loss_backward(loss, forward(model, parts[0]), backward_scale)
-        return {name: value.detach() for name, value in terms.items()}
-
-    generators = _Generators(model, batch, device)
-    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    step = _MicroBatches(model, split_batch(batch, micro_batch_size), names, autocast, device)
+    if len(step.parts) == 1:
+        return _loss_backward(loss, step.forward(model, 0), backward_scale)
     _take_buffers_of_rank_0(model)
     with UpdateOnce(model) as norms:
-        starts, cached = [], []
-        with torch.no_grad(), norms.recording():
-            for part in parts:
-                starts.append(generators.state())
-                cached.append(forward(plain, part))
-                norms.end_micro_batch()
-
-        def rerun(module: nn.Module, k: int) -> Features:
-            generators.restore(starts[k])
-            return forward(module, parts[k])
-
-        resume = generators.state()
+        cached = step.first_pass(norms)
         whole_norm = _whole_batch_norm(batch_norm, model, norms)
         if whole_norm:
-            cached = whole_norm.forwards(lambda k: rerun(plain, k), len(parts))
-            generators.restore(resume)
+            with step.generators.kept():
+                cached = whole_norm.forwards(step.rerun, len(cached))
         whole = _concatenate(cached)
         terms = _loss_backward(loss, whole, backward_scale)
-        resume = generators.state()
-        if whole_norm:
-            whole_norm.backwards(
-                lambda k: _gradients_of(rerun(plain, k), whole, cached, k, shared=False), len(parts)
-            )
-        drift = _Drift(
-            reduced_precision=torch.is_autocast_enabled() or not isinstance(autocast, contextlib.nullcontext)
-        )
-        for k in range(len(parts)):
-            last = k == len(parts) - 1
-            with _reducing(model, last):
-                with whole_norm.running() if whole_norm else contextlib.nullcontext():
-                    features = rerun(model, k)
-                drift.add(cached[k], features)
-                tensors, gradients = _gradients_of(features, whole, cached, k, shared=last)
-                if tensors:
-                    torch.autograd.backward(tensors, gradients)
-        generators.restore(resume)
-        drift.check()
-    return {name: value.detach() for name, value in terms.items()}
+        with step.generators.kept():
+            if whole_norm:
+                outputs = lambda k: _gradients_of(step.rerun(k), whole, cached, k, shared=False)  # noqa: E731
+                whole_norm.backwards(outputs, len(cached))
+            step.second_pass(whole, cached, whole_norm)
+    return terms
 
 
 def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, Any]]:
-    """The batch as micro-batches of at most `micro_batch_size` rows, each entry split along its own rows, in
-    order.
+    """The batch in parts of at most `micro_batch_size` rows, each entry split along its own rows, in order.
 
     Larger pieces come last: of 9 rows in 2 pieces, 4 then 5; of 2 rows in 3 pieces, 0, 1, 1. An entry that
     shares no rows with the batch (a 0-dim tensor, a string, a number) is in every piece.
@@ -199,7 +155,7 @@ def _loss_backward(loss, features: Features, backward_scale) -> dict[str, torch.
             f'the loss must return a () tensor or a dict with a () tensor under "loss"; it returned {shapes}'
         )
     (terms["loss"] * backward_scale).backward()
-    return terms
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def _concatenate(cached: list[Features]) -> Features:
@@ -255,10 +211,69 @@ def _whole_batch_norm(choice: str, model: nn.Module, norms: UpdateOnce) -> Whole
     return WholeBatch(norms)
 
 
+class _MicroBatches:
+    """The micro-batches of one step, run through the model again under the random numbers of pass 1."""
+
+    def __init__(self, model, parts, names, autocast, device):
+        self.model, self.parts, self.names, self.device = model, parts, names, device
+        # Without a graph there is nothing for DDP to prepare.
+        self.plain = model.module if isinstance(model, DistributedDataParallel) else model
+        self.autocast = contextlib.nullcontext() if autocast is None else autocast
+        self.generators = _Generators(model, parts[0], device)
+        self.starts: list[list[torch.Tensor]] = []
+
+    def forward(self, module: nn.Module, k: int) -> Features:
+        part = self.parts[k]
+        if self.device is not None:
+            part = {name: _move(value, self.device) for name, value in part.items()}
+        # Some torch releases would meet pass 1's bf16 copy of a weight, which has no graph, again in pass 2.
+        torch.clear_autocast_cache()
+        with self.autocast:
+            return module(part) if self.names is None else module(part, self.names)
+
+    def rerun(self, k: int, module: nn.Module | None = None) -> Features:
+        self.generators.restore(self.starts[k])
+        return self.forward(self.plain if module is None else module, k)
+
+    def first_pass(self, norms: UpdateOnce) -> list[Features]:
+        cached = []
+        with torch.no_grad(), norms.recording():
+            for k in range(len(self.parts)):
+                self.starts.append(self.generators.state())
+                cached.append(self.forward(self.plain, k))
+                norms.end_micro_batch()
+        return cached
+
+    def second_pass(self, whole: Features, cached: list[Features], whole_norm: WholeBatch | None) -> None:
+        drift = _Drift(reduced_precision=_reduced_precision(self.model, self.autocast))
+        for k in range(len(cached)):
+            last = k == len(cached) - 1
+            with _reducing(self.model, last):
+                with whole_norm.running() if whole_norm else contextlib.nullcontext():
+                    features = self.rerun(k, self.model)
+                drift.add(cached[k], features)
+                tensors, gradients = _gradients_of(features, whole, cached, k, shared=last)
+                if tensors:
+                    torch.autograd.backward(tensors, gradients)
+        drift.check()
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _reduced_precision(model: nn.Module, autocast: contextlib.AbstractContextManager) -> bool:
+    """Whether the model runs in bf16 or fp16, by an autocast given or around the call, or by its weights."""
+    if not isinstance(autocast, contextlib.nullcontext):
+        return True
+    weights = {(p.device.type, p.dtype) for p in model.parameters() if p.device.type != "meta"}
+    return any(
+        torch.is_autocast_enabled(kind) or dtype in (torch.bfloat16, torch.float16) for kind, dtype in weights
+    )
+
+
 class _Generators:
-    """torch's default generators that the model may draw from: the CPU's and those of its and the batch's
-    devices.
-    """
+    """torch's default generators: the CPU's, and those of the model's and the batch's devices."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Any], device: torch.device | str | None):
         found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
@@ -268,6 +283,13 @@ class _Generators:
 
     def state(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is drawn inside, the run's random numbers go on as if it had not been."""
+        state = self.state()
+        yield
+        self.restore(state)
 
     def restore(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
@@ -321,9 +343,7 @@ def _take_buffers_of_rank_0(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _reducing(model: nn.Module, now: bool) -> Iterator[None]:
-    """Forward and backward inside reduce gradients over the ranks only when `now`; DDP and FSDP2, nested or
-    not.
-    """
+    """Gradients made inside are reduced over the ranks only when `now`; DDP and FSDP2, nested or not."""
     ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     fsdp = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
     with contextlib.ExitStack() as stack:
