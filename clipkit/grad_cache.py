@@ -334,8 +334,7 @@ class _Drift:
 
 
 def _take_buffers_of_rank_0(model: nn.Module) -> None:
-    """What DDP does as a step begins; later in it the statistics are cleared, and its own broadcast comes too
-    late."""
+    """What DDP does as a step begins; its own broadcast would come after the statistics are cleared."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
             module._sync_buffers()

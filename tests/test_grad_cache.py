@@ -156,6 +156,7 @@ def test_dual_encoder_with_every_stream_of_a_step(activation_checkpointing):
         "image": torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8),
         "text": texts(12, generator),
         "sample_index": torch.randperm(50, generator=generator)[:12],
+        "pair_ids": torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]),
         "key": list("abcdefghijkl"),
         "nli_labels": torch.tensor([0, 2, 1]),
     }
@@ -163,7 +164,7 @@ def test_dual_encoder_with_every_stream_of_a_step(activation_checkpointing):
     batch |= {name: texts(3, generator) for name in ("pair_premise", "pair_hypothesis")}
     reference, reference_loss = copy.deepcopy(model), copy.deepcopy(loss)
     torch.manual_seed(3)
-    expected = one_graph(reference, reference_loss, batch, 3, loss.inputs)
+    expected = one_graph(reference, reference_loss, batch, 3, (*loss.inputs, "pair_ids"))
     torch.manual_seed(3)
     terms = cached_backward(model, loss, batch, micro_batch_size=3)
     for name, value in expected.items():
@@ -250,6 +251,13 @@ def test_wrong_settings_say_what_to_do(model, settings, batch, message):
 def test_a_loss_without_a_loss_says_so(model):
     with pytest.raises(ValueError, match="under \"loss\"; it returned .*'infonce'"):
         cached_backward(model, lambda f: {"infonce": contrastive(f)}, make_batch(4), micro_batch_size=2)
+
+
+def test_a_nan_in_the_batch_is_a_nan_loss_and_no_error(model):
+    """The trainer looks at the loss it gets back; nothing here may hide it or stop before."""
+    batch = make_batch(6)
+    batch["image"][4] = math.nan
+    assert math.isnan(cached_backward(model, contrastive, batch, micro_batch_size=2)["loss"])
 
 
 def test_split_keeps_every_row_once_and_in_order():
