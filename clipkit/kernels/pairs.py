@@ -182,9 +182,12 @@ def _triton_runs(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype != torch.float64 and _device_runs_triton(x.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _device_runs_triton(index: int) -> bool:
     # torch's ROCm builds call their devices cuda too; nothing here has been run on one.
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+# What torch.compiler.assume_constant_result sets; calling that at import would import torch._dynamo and triton with it.
+_device_runs_triton._dynamo_marked_constant = True
