@@ -104,7 +104,9 @@ def data_parallel(module: torch.nn.Module, device: torch.device, *, wanted: tupl
     # DDP waits for every parameter's gradient; a loss that leaves a tower or the scale out must be said.
     all_used = {"image_features", "text_features", "logit_scale"} <= set(wanted) or not wanted
     return DistributedDataParallel(
-        module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=not all_used)
+        module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=not all_used,
+        # A loss's buffers (FastCLIP's memory) are equal on all ranks already; a tower's BatchNorm follows rank 0.
+        broadcast_buffers=bool(wanted))
 
 
 def on_rank_0_first(make: Callable[[], Any]) -> Any:
