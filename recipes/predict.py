@@ -64,8 +64,14 @@ def classify(given: argparse.Namespace) -> None:
     labels = given.labels.split(",") if "," in given.labels else given.labels
     classes, _ = read_classes([label.strip() for label in labels] if isinstance(labels, list) else labels)
     predictor = _predictor(given)
-    for key, found in predictor.classify(given.images, classes, templates=given.templates or "plain", k=given.top):
-        print(json.dumps({"file": key, "labels": [{"label": label, "probability": round(p, 6)} for label, p in found]}))
+    for key, found in predictor.classify(
+        given.images, classes, templates=given.templates or "plain", k=given.top
+    ):
+        print(
+            json.dumps(
+                {"file": key, "labels": [{"label": label, "probability": round(p, 6)} for label, p in found]}
+            )
+        )
     _tell_skipped(predictor)
 
 
@@ -82,7 +88,8 @@ def _tell_skipped(predictor: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="clipkit-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="clipkit-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="embed|search|classify")
     for name, run, text in (
         ("embed", embed, "embeddings of images or texts to a file"),
@@ -98,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
             source = command.add_mutually_exclusive_group(required=True)
             source.add_argument("--images", nargs="+", help="image files or folders")
             source.add_argument("--texts", help="text file, one text a line")
-            command.add_argument("--output", required=True, help=".npy (keys beside it in .keys.json) or .parquet")
+            command.add_argument(
+                "--output", required=True, help=".npy (keys beside it in .keys.json) or .parquet"
+            )
         elif name == "search":
             command.add_argument("query")
             command.add_argument("where", help="folder of images, or embeddings written by embed")

@@ -15,22 +15,38 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
-    parser = argparse.ArgumentParser(prog="clipkit-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="clipkit-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", help="run folders, or folders that hold them")
     parser.add_argument("--output", default="report.html", help="the page to write (default: %(default)s)")
     parser.add_argument("--title", default="clipkit report")
-    parser.add_argument("--queries", type=int, default=6, help="retrieval examples each way (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the evaluation data is encoded again (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images or captions encoded at once (default: %(default)s)")
-    parser.add_argument("--no-models", action="store_true", help="leave out what needs a checkpoint and its data")
+    parser.add_argument(
+        "--queries", type=int, default=6, help="retrieval examples each way (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where the evaluation data is encoded again (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images or captions encoded at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-models", action="store_true", help="leave out what needs a checkpoint and its data"
+    )
     given = parser.parse_args(arguments)
 
     from clipkit.evals.report import write_report
 
     try:
         path = write_report(
-            given.runs, given.output, title=given.title, queries=given.queries, device=given.device,
-            batch_size=given.batch_size, models=not given.no_models)
+            given.runs,
+            given.output,
+            title=given.title,
+            queries=given.queries,
+            device=given.device,
+            batch_size=given.batch_size,
+            models=not given.no_models,
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

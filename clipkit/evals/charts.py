@@ -34,7 +34,10 @@ class Series:
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str = "") -> str:
     """A figure with a line a series; points that are not finite are left out."""
-    drawn = [Series([p for p in s.points if all(map(math.isfinite, p))], s.colour, s.label, s.faint, s.arrow) for s in series]
+    drawn = [
+        Series([p for p in s.points if all(map(math.isfinite, p))], s.colour, s.label, s.faint, s.arrow)
+        for s in series
+    ]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ""
@@ -47,14 +50,20 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
         style = 'stroke-width="1" opacity="0.35"' if s.faint else 'stroke-width="2"'
         tip = f"<title>{escape(s.label)}</title>"
         if len(place) > 1:
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{s.colour}" {style}>{tip}</polyline>')
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{s.colour}" {style}>{tip}</polyline>'
+            )
         if s.arrow or len(place) == 1:
             x, y = place[-1]
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{s.colour}">{tip}</circle>')
     return _figure(title, "".join(parts))
 
 
-def scatter(title: str, groups: Sequence[Series], links: Sequence[tuple[tuple[float, float], tuple[float, float]]] = ()) -> str:
+def scatter(
+    title: str,
+    groups: Sequence[Series],
+    links: Sequence[tuple[tuple[float, float], tuple[float, float]]] = (),
+) -> str:
     """Points without axes' meaning (a projection); `links` joins pairs of points by thin lines."""
     x_axis = Axis([x for s in groups for x, _ in s.points], 14, WIDTH - 14)
     y_axis = Axis([y for s in groups for _, y in s.points], HEIGHT - 14, 14)
@@ -92,10 +101,14 @@ def heat_map(title: str, values: Any, *, rows: str, columns: str, names: Sequenc
         middle = top + (i + 0.5) * side / len(shown)
         across = left + (i + 0.5) * side / len(shown)
         parts.append(f'<text x="{left - 4}" y="{middle + 4:.1f}" text-anchor="end">{name}</text>')
-        parts.append(f'<text transform="translate({across + 4:.1f},{top + side + 6}) rotate(-60)" text-anchor="end">{name}</text>')
+        parts.append(
+            f'<text transform="translate({across + 4:.1f},{top + side + 6}) rotate(-60)" text-anchor="end">{name}</text>'
+        )
     foot = top + side + (70 if shown else 6)
     parts.append(f'<text x="{left + side / 2}" y="{foot + 14}" text-anchor="middle">{escape(columns)}</text>')
-    parts.append(f'<text transform="translate(14,{top + side / 2}) rotate(-90)" text-anchor="middle">{escape(rows)}</text>')
+    parts.append(
+        f'<text transform="translate(14,{top + side / 2}) rotate(-90)" text-anchor="middle">{escape(rows)}</text>'
+    )
     return _figure(f"{title} ({low:.2f} white, {high:.2f} dark)", "".join(parts), height=foot + 22)
 
 
@@ -152,7 +165,8 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     if y_label:
         parts.append(
-            f'<text transform="translate(11,{(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+            f'<text transform="translate(11,{(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        )
     return "".join(parts)
 
 

@@ -73,12 +73,16 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
     elif classes in CLASSES:
         names = CLASSES[classes]()
     elif not Path(classes).is_file():
-        raise ValueError(f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does.")
+        raise ValueError(
+            f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does."
+        )
     elif classes.endswith((".tsv", ".csv")):
         with open(classes, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if classes.endswith(".tsv") else ","))
         if not rows or "name" not in rows[0]:
-            raise ValueError(f"{classes} needs a header with the column 'name'; got {list(rows[0]) if rows else 'nothing'}")
+            raise ValueError(
+                f"{classes} needs a header with the column 'name'; got {list(rows[0]) if rows else 'nothing'}"
+            )
         names = [row["name"] for row in rows]
         column = next((column for column in ("folder", "wnid") if column in rows[0]), None)
         folders = [row[column] for row in rows] if column else None
@@ -91,7 +95,9 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
         raise ValueError(f"the class list {classes!r} is empty")
     for label, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"class {label} of {classes if isinstance(classes, str) else 'the list'} is empty")
+            raise ValueError(
+                f"class {label} of {classes if isinstance(classes, str) else 'the list'} is empty"
+            )
     return names, folders
 
 
@@ -119,7 +125,9 @@ def _prompt_maker(template: str) -> Callable[[str], str]:
     return lambda name: template.replace("{}", name).replace("{c}", name)
 
 
-def zero_shot_classifier(encoder: Encoder, classes: Sequence[str], templates: Sequence[Callable[[str], str]]) -> Tensor:
+def zero_shot_classifier(
+    encoder: Encoder, classes: Sequence[str], templates: Sequence[Callable[[str], str]]
+) -> Tensor:
     """(K, D) unit-norm class weights."""
     prompts = [template(name) for name in classes for template in templates]
     features = encoder.texts(prompts).reshape(len(classes), len(templates), -1).mean(dim=1)
@@ -144,7 +152,9 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
     outside = torch.nonzero((labels < 0) | (labels >= len(classifier)))
     if len(outside):
         row = int(outside[0])
-        raise ValueError(f"image {row} has label {int(labels[row])}, but there are {len(classifier)} classes (from 0)")
+        raise ValueError(
+            f"image {row} has label {int(labels[row])}, but there are {len(classifier)} classes (from 0)"
+        )
     hits = {1: [], 5: []}
     tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     for start in range(0, len(labels), 1024):

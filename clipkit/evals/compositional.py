@@ -26,13 +26,17 @@ def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
     elif path.is_file():
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
     else:
-        raise ValueError(f"compositional pairs {pairs} do not exist: give a .jsonl or a folder of SugarCrepe's json files")
+        raise ValueError(
+            f"compositional pairs {pairs} do not exist: give a .jsonl or a folder of SugarCrepe's json files"
+        )
     if not rows:
         raise ValueError(f"compositional pairs {pairs} hold no pair")
     for number, row in enumerate(rows):
         missing = [name for name in ("caption", "negative_caption", "task") if not row.get(name)]
         if missing or not (row.get("key") or row.get("filename")):
-            raise ValueError(f"pair {number} of {pairs} lacks {', '.join(missing) or 'key or filename'}; got {sorted(row)}")
+            raise ValueError(
+                f"pair {number} of {pairs} lacks {', '.join(missing) or 'key or filename'}; got {sorted(row)}"
+            )
     return rows
 
 
@@ -44,7 +48,9 @@ class NamedImages(Items):
         names = sorted({pair["filename"] for pair in pairs if "filename" in pair})
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing or not names:
-            raise ValueError(f"{len(missing)} of {len(names)} images of the pairs are not in {folder}: {missing[:3]}")
+            raise ValueError(
+                f"{len(missing)} of {len(names)} images of the pairs are not in {folder}: {missing[:3]}"
+            )
         self.items = [(name, None, []) for name in names]
 
     def read(self, key):
@@ -57,13 +63,21 @@ def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
     found = [rows.get(pair.get("key"), rows.get(pair.get("filename"))) for pair in pairs]
     if None in found:
         pair = pairs[found.index(None)]
-        raise ValueError(f"image {pair.get('key') or pair.get('filename')!r} of a pair is not among the images read")
+        raise ValueError(
+            f"image {pair.get('key') or pair.get('filename')!r} of a pair is not among the images read"
+        )
     return torch.tensor(found)
 
 
-def choice_metrics(image_features: Tensor, right: Tensor, wrong: Tensor, tasks: Sequence[str]) -> dict[str, float]:
+def choice_metrics(
+    image_features: Tensor, right: Tensor, wrong: Tensor, tasks: Sequence[str]
+) -> dict[str, float]:
     """Accuracy of choosing `right` over `wrong`, all (P, D), for each task name, `all` pairs, and `average` of tasks."""
-    for name, features in (("image_features", image_features), ("caption", right), ("negative caption", wrong)):
+    for name, features in (
+        ("image_features", image_features),
+        ("caption", right),
+        ("negative caption", wrong),
+    ):
         check_features(features, name)
     x = image_features.double()
     margin = (x * right.double()).sum(1) - (x * wrong.double()).sum(1)

@@ -100,7 +100,10 @@ class Encoder:
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
         if not parts:
             raise ValueError(f"{source.identity} holds no image; check the path")
-        merged = {name: [x for part in parts for x in part[2][name]] for name in ("captions", "labels", "keys", "meta")}
+        merged = {
+            name: [x for part in parts for x in part[2][name]]
+            for name in ("captions", "labels", "keys", "meta")
+        }
         encoded = EncodedImages(torch.cat([part[1] for part in parts]), **merged)
         check_features(encoded.image_features, f"image_features of {source.identity}", encoded.keys)
         return encoded
@@ -126,7 +129,10 @@ class Encoder:
         # Each distinct text once, so that equal texts have equal features to the bit. Texts of like length share a batch: a
         # tokenizer that pads to the longest then pads little.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
-        batches = [range(i, min(i + self.batch_size, len(distinct))) for i in range(0, len(distinct), self.batch_size)]
+        batches = [
+            range(i, min(i + self.batch_size, len(distinct)))
+            for i in range(0, len(distinct), self.batch_size)
+        ]
 
         def encode() -> Iterator[tuple[range, Tensor]]:
             for rows in batches[rank::world]:
@@ -149,7 +155,9 @@ class Encoder:
         except Exception as caught:
             error = caught
         everyone: list[Any] = [None] * self.group.size()
-        torch.distributed.all_gather_object(everyone, (mine, repr(error) if error else None), group=self.group)
+        torch.distributed.all_gather_object(
+            everyone, (mine, repr(error) if error else None), group=self.group
+        )
         if error is not None:
             raise error
         for rank, (_, message) in enumerate(everyone):

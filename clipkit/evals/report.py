@@ -73,7 +73,10 @@ def write_report(
     groups = group_runs(find_runs(runs))
     colours = {group.label: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
     parts = [_head(title, groups), _legend(colours), _table(groups), _tradeoff(groups, colours)]
-    parts += [_curves(groups, colours, "Training", "train/"), _curves(groups, colours, "Evaluation during training", "eval/")]
+    parts += [
+        _curves(groups, colours, "Training", "train/"),
+        _curves(groups, colours, "Evaluation during training", "eval/"),
+    ]
     if models:
         from clipkit.evals.pictures import group_pictures
 
@@ -101,7 +104,9 @@ def _head(title: str, groups: list[Group]) -> str:
     unfinished = [run.path.name for run in runs if not run.summary.get("finished")]
     notes = [f"{len(runs)} runs in {len(groups)} groups; runs of a group differ by their seed alone."]
     if unfinished:
-        named = ", ".join(unfinished[:3]) + (f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else "")
+        named = ", ".join(unfinished[:3]) + (
+            f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else ""
+        )
         notes.append(f"Not finished, so their last evaluation stands: {named}.")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return f'<h1>{escape(title)}</h1><p class="note">{date}. {escape(" ".join(notes))}</p>'
@@ -143,7 +148,11 @@ def _table(groups: list[Group]) -> str:
         rows.append(f"<tr><td>{_breakable(metric)}{arrow}</td>{''.join(cells)}</tr>")
     sizes = {len(group.runs) for group in groups}
     each = "each" if len(groups) > 1 else "in all"
-    counts = f"{sizes.pop()} {each}" if len(sizes) == 1 else ", ".join(f"{group.label}: {len(group.runs)}" for group in groups)
+    counts = (
+        f"{sizes.pop()} {each}"
+        if len(sizes) == 1
+        else ", ".join(f"{group.label}: {len(group.runs)}" for group in groups)
+    )
     return (
         '<h2>Final numbers</h2><p class="note">Mean ± sample standard deviation over runs '
         f"({escape(counts)}); ↑ more is better, ↓ less is better, best mean in bold. STS and SentEval are per cent, recall and "
@@ -162,13 +171,22 @@ def _number(value: float) -> str:
 
 
 def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: str) -> str:
-    names = dict.fromkeys(name for g in groups for run in g.runs for line in run.lines for name in line if name.startswith(prefix))
+    names = dict.fromkeys(
+        name
+        for g in groups
+        for run in g.runs
+        for line in run.lines
+        for name in line
+        if name.startswith(prefix)
+    )
     charts = []
     for name in names:
         series = []
         for group in groups:
             if len(group.runs) > 1:
-                series += [Series(r.curve(name), colours[group.label], r.path.name, faint=True) for r in group.runs]
+                series += [
+                    Series(r.curve(name), colours[group.label], r.path.name, faint=True) for r in group.runs
+                ]
             series.append(Series(group.mean_curve(name), colours[group.label], group.label))
         # A single evaluation at the end is in the table already.
         if any(len(s.points) > 1 for s in series):
@@ -181,7 +199,12 @@ def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: 
 def _tradeoff(groups: list[Group], colours: dict[str, str]) -> str:
     """Alignment against uniformity, a path over training for each group (Wang and Isola, 2020, figure 7)."""
     tasks = dict.fromkeys(
-        name[: -len("/align_l2")] for g in groups for run in g.runs for name in run.final if name.endswith("/align_l2"))
+        name[: -len("/align_l2")]
+        for g in groups
+        for run in g.runs
+        for name in run.final
+        if name.endswith("/align_l2")
+    )
     charts = []
     for task in tasks:
         for uniform in ("uniform_t", "uniform_i", "uniform_it"):
@@ -191,7 +214,11 @@ def _tradeoff(groups: list[Group], colours: dict[str, str]) -> str:
                 y = dict(group.mean_curve(f"eval/{task}/{uniform}"))
                 points = [(x[step], y[step]) for step in x if step in y]
                 series.append(Series(points, colours[group.label], group.label, arrow=True))
-            charts.append(line_chart(f"{task}: {uniform} against alignment", series, x_label="align_l2", y_label=uniform))
+            charts.append(
+                line_chart(
+                    f"{task}: {uniform} against alignment", series, x_label="align_l2", y_label=uniform
+                )
+            )
     charts = [chart for chart in charts if chart]
     if not charts:
         return ""
@@ -206,5 +233,7 @@ def _settings(groups: list[Group]) -> str:
     for group in groups:
         flat = "\n".join(f"{key}: {value}" for key, value in flatten(group.runs[0].config).items())
         folders = "\n".join(str(run.path) for run in group.runs)
-        blocks.append(f"<details><summary>{escape(group.label)}</summary><pre>{escape(folders)}\n\n{escape(flat)}</pre></details>")
+        blocks.append(
+            f"<details><summary>{escape(group.label)}</summary><pre>{escape(folders)}\n\n{escape(flat)}</pre></details>"
+        )
     return f"<h2>Settings</h2>{''.join(blocks)}"

@@ -90,7 +90,13 @@ def expected_rank(greater: Tensor, tied: Tensor, best: Tensor) -> Tensor:
 
 
 def _check(images: Tensor, texts: Tensor, index: Tensor | Sequence[int], distractors: bool) -> Tensor:
-    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1] or not len(images) or not len(texts):
+    if (
+        images.ndim != 2
+        or texts.ndim != 2
+        or images.shape[1] != texts.shape[1]
+        or not len(images)
+        or not len(texts)
+    ):
         raise ValueError(
             "retrieval expects image_features (N, D) and text_features (M, D) with N, M > 0; "
             f"got {tuple(images.shape)} and {tuple(texts.shape)}"
@@ -100,7 +106,9 @@ def _check(images: Tensor, texts: Tensor, index: Tensor | Sequence[int], distrac
         raise ValueError(f"text_to_image_index must be (M,) = ({len(texts)},); got {tuple(index.shape)}")
     if int(index.min()) < 0 or int(index.max()) >= len(images):
         row = int(torch.nonzero((index < 0) | (index >= len(images)))[0])
-        raise ValueError(f"caption {row} names image {int(index[row])}, but there are images 0 to {len(images) - 1}")
+        raise ValueError(
+            f"caption {row} names image {int(index[row])}, but there are images 0 to {len(images) - 1}"
+        )
     check_features(images, "image_features")
     check_features(texts, "text_features")
     lonely = torch.nonzero(torch.bincount(index, minlength=len(images)) == 0)
@@ -136,7 +144,10 @@ def _counts(
     text_counts = torch.zeros(2, m, dtype=torch.int64, device=device)
     for top in range(rank * block[0], n, world * block[0]):
         x = images[top : top + block[0]].double()
-        above, floor = best_score[top : top + len(x), None] + tolerance, best_score[top : top + len(x), None] - tolerance
+        above, floor = (
+            best_score[top : top + len(x), None] + tolerance,
+            best_score[top : top + len(x), None] - tolerance,
+        )
         for left in range(0, m, block[1]):
             columns = slice(left, min(left + block[1], m))
             scores = x @ texts[columns].double().T
@@ -149,7 +160,9 @@ def _counts(
             image_counts[1, top : top + len(x)] += torch.count_nonzero(scores >= floor, dim=1) - greater
             greater = torch.count_nonzero(scores > positive[columns] + tolerance, dim=0)
             text_counts[0, columns] += greater
-            text_counts[1, columns] += torch.count_nonzero(scores >= positive[columns] - tolerance, dim=0) - greater
+            text_counts[1, columns] += (
+                torch.count_nonzero(scores >= positive[columns] - tolerance, dim=0) - greater
+            )
     if group is not None:
         torch.distributed.all_reduce(image_counts, group=group)
         torch.distributed.all_reduce(text_counts, group=group)

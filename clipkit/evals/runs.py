@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 # Settings that do not make another experiment.
-SAME = ("seed", "name", "output_dir", "resume", "device", "num_threads", "log_every", "eval_every", "save_every", "keep", "logger")
+SAME = (
+    "seed",
+    "name",
+    "output_dir",
+    "resume",
+    "device",
+    "num_threads",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "logger",
+)
 
 
 @dataclass
@@ -120,11 +132,17 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"a.b": leaf} of nested mappings."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v
+        for key, item in value.items()
+        for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _label(index: int, flat: list[dict[str, Any]], run: Run) -> str:
-    losses = ["+".join(dict.fromkeys(key.split(".")[1] for key in one if key.startswith("loss."))) for one in flat]
+    losses = [
+        "+".join(dict.fromkeys(key.split(".")[1] for key in one if key.startswith("loss."))) for one in flat
+    ]
     parts = [losses[index]] if losses[index] else []
     for key, value in flat[index].items():
         # Paths, and what another loss brings with it, say nothing new.

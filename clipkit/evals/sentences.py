@@ -26,7 +26,11 @@ from clipkit.registry import unknown
 Pair = tuple[str, str, float]
 # SimCSE's seven.
 STANDARD = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICK-R")
-_SICK = {"SICK_train.txt": "SICK-R-train", "SICK_trial.txt": "SICK-R-dev", "SICK_test_annotated.txt": "SICK-R"}
+_SICK = {
+    "SICK_train.txt": "SICK-R-train",
+    "SICK_trial.txt": "SICK-R-dev",
+    "SICK_test_annotated.txt": "SICK-R",
+}
 _STSB = {"sts-train.csv": "STSB-train", "sts-dev.csv": "STSB-dev", "sts-test.csv": "STSB"}
 
 
@@ -47,7 +51,9 @@ def find_sets(folder: str | Path) -> dict[str, Callable[[], dict[str, list[Pair]
         if (path := root / "SICK" / name).is_file():
             sets[known] = partial(_read_table, path, (1, 2, 3), header=True)
     if not sets:
-        raise ValueError(f"no STS or SICK set under {folder}: expected SentEval's folders downstream/STS and downstream/SICK")
+        raise ValueError(
+            f"no STS or SICK set under {folder}: expected SentEval's folders downstream/STS and downstream/SICK"
+        )
     return sets
 
 
@@ -57,7 +63,11 @@ def _read_year(folder: Path) -> dict[str, list[Pair]]:
         name = path.name[len("STS.input.") : -len(".txt")]
         sentences = path.read_text("utf-8").split("\n")
         gold = (folder / f"STS.gs.{name}.txt").read_text("utf-8").split("\n")
-        rows = [(*line.split("\t")[:2], float(score)) for line, score in zip(sentences, gold, strict=False) if score.strip()]
+        rows = [
+            (*line.split("\t")[:2], float(score))
+            for line, score in zip(sentences, gold, strict=False)
+            if score.strip()
+        ]
         if len([line for line in sentences if line]) > len(gold):
             raise ValueError(f"{path} has more lines than its gold scores")
         subsets[name] = rows
@@ -81,11 +91,16 @@ def spearman(similarity: Tensor, gold: Tensor) -> float:
     order here, in expectation. The same number comes out on every machine, and a model with one embedding for all has 0.
     """
     if len(gold) < 2 or float(gold.min()) == float(gold.max()):
-        raise ValueError(f"Spearman's correlation of {len(gold)} pairs is undefined: every gold score is the same")
+        raise ValueError(
+            f"Spearman's correlation of {len(gold)} pairs is undefined: every gold score is the same"
+        )
     a, b = _mean_ranks(similarity.double().round(decimals=6)), _mean_ranks(gold.double())
     n = len(gold)
     # In every order of the ties the ranks are a permutation of 1..n, whose variance is (n^2 - 1) / 12.
-    return float(((a - a.mean()) * (b - b.mean())).mean() / (((n * n - 1) / 12) ** 0.5 * (b - b.mean()).square().mean().sqrt()))
+    return float(
+        ((a - a.mean()) * (b - b.mean())).mean()
+        / (((n * n - 1) / 12) ** 0.5 * (b - b.mean()).square().mean().sqrt())
+    )
 
 
 def _mean_ranks(values: Tensor) -> Tensor:

@@ -73,16 +73,23 @@ class Shards(ImageSource):
     def batches(self, image_size, batch_size, *, rank=0, world_size=1):
         from clipkit.data import iter_eval
 
-        read = iter_eval(self.shards, image_size=image_size, batch_size=batch_size, rank=rank, world_size=world_size)
+        read = iter_eval(
+            self.shards, image_size=image_size, batch_size=batch_size, rank=rank, world_size=world_size
+        )
         for batch in read:
-            labels = [next((meta[key] for key in self.label_keys if key in meta), None) for meta in batch["meta"]]
-            yield int(batch["index"][0]), {
-                "image": batch["image"],
-                "captions": [list(captions) for captions in batch["captions"]],
-                "labels": [None if label is None else int(label) for label in labels],
-                "keys": list(batch["key"]),
-                "meta": list(batch["meta"]),
-            }
+            labels = [
+                next((meta[key] for key in self.label_keys if key in meta), None) for meta in batch["meta"]
+            ]
+            yield (
+                int(batch["index"][0]),
+                {
+                    "image": batch["image"],
+                    "captions": [list(captions) for captions in batch["captions"]],
+                    "labels": [None if label is None else int(label) for label in labels],
+                    "keys": list(batch["key"]),
+                    "meta": list(batch["meta"]),
+                },
+            )
 
 
 class Items(ImageSource):
@@ -102,13 +109,16 @@ class Items(ImageSource):
                     images.append(load_image(self.read(key), image_size))
                 except OSError as error:
                     raise ValueError(f"{self.identity}: {key} is not a readable image ({error})") from error
-            yield number, {
-                "image": torch.stack(images),
-                "captions": [captions for _, _, captions in items],
-                "labels": [label for _, label, _ in items],
-                "keys": [key for key, _, _ in items],
-                "meta": [{} for _ in items],
-            }
+            yield (
+                number,
+                {
+                    "image": torch.stack(images),
+                    "captions": [captions for _, _, captions in items],
+                    "labels": [label for _, label, _ in items],
+                    "keys": [key for key, _, _ in items],
+                    "meta": [{} for _ in items],
+                },
+            )
 
     def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
         """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
@@ -144,7 +154,9 @@ class ImageFolder(Items):
         filled = {Path(key).parent.name for key in keys}
         for path in sorted(self.folder.iterdir()):
             if path.is_dir() and path.name not in filled:
-                raise ValueError(f"{self.identity}: class {path.name!r} is empty; add images or remove the folder")
+                raise ValueError(
+                    f"{self.identity}: class {path.name!r} is empty; add images or remove the folder"
+                )
         self._label_by_folder(keys, folders)
 
     def read(self, key):
@@ -185,7 +197,9 @@ class ClipBenchmark(Items):
             raise ValueError(f"{self.identity} holds no tar; splits found: {', '.join(splits) or 'none'}")
         count = self.folder / split / "nshards.txt"
         if count.exists() and int(count.read_text()) != len(tars):
-            raise ValueError(f"{self.identity}: nshards.txt says {count.read_text().strip()}, found {len(tars)} tars")
+            raise ValueError(
+                f"{self.identity}: nshards.txt says {count.read_text().strip()}, found {len(tars)} tars"
+            )
         self.classes = self.lines("classnames.txt")
         self.templates = self.lines("zeroshot_classification_templates.txt")
         self._where: dict[str, tuple[Path, int, int]] = {}
@@ -195,7 +209,11 @@ class ClipBenchmark(Items):
 
     def lines(self, name: str) -> list[str] | None:
         path = self.folder / name
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()] if path.exists() else None
+        return (
+            [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            if path.exists()
+            else None
+        )
 
     def _index(self, tar: Path) -> None:
         samples: dict[str, dict[str, Any]] = {}
@@ -232,7 +250,10 @@ class Cifar(Items):
 
     def __init__(self, folder: str | Path, split: str = "test"):
         names = {
-            "cifar-10-batches-py": {"test": ["test_batch"], "train": [f"data_batch_{i}" for i in range(1, 6)]},
+            "cifar-10-batches-py": {
+                "test": ["test_batch"],
+                "train": [f"data_batch_{i}" for i in range(1, 6)],
+            },
             "cifar-100-python": {"test": ["test"], "train": ["train"]},
         }
         self.identity = f"CIFAR in {folder} split {split}"
@@ -241,8 +262,12 @@ class Cifar(Items):
             raise ValueError(f"{folder} holds neither cifar-10-batches-py nor cifar-100-python")
         if split not in names[root.name]:
             raise ValueError(f"CIFAR has the splits test and train; got {split!r}")
-        meta = _load_arrays(root / ("batches.meta" if "10-" in root.name and "100" not in root.name else "meta"))
-        names_key, label_key = (b"label_names", b"labels") if b"label_names" in meta else (b"fine_label_names", b"fine_labels")
+        meta = _load_arrays(
+            root / ("batches.meta" if "10-" in root.name and "100" not in root.name else "meta")
+        )
+        names_key, label_key = (
+            (b"label_names", b"labels") if b"label_names" in meta else (b"fine_label_names", b"fine_labels")
+        )
         self.classes = [name.decode().replace("_", " ") for name in meta[names_key]]
         batches = [_load_arrays(root / name) for name in names[root.name][split]]
         self._pixels = [row for batch in batches for row in batch[b"data"]]
@@ -265,10 +290,14 @@ def _load_arrays(path: Path) -> Any:
     class Arrays(pickle.Unpickler):
         def find_class(self, module, name):
             if name in ("_reconstruct", "ndarray", "dtype") and module.startswith("numpy"):
-                return super().find_class("numpy._core.multiarray" if name == "_reconstruct" else "numpy", name)
+                return super().find_class(
+                    "numpy._core.multiarray" if name == "_reconstruct" else "numpy", name
+                )
             if (module, name) == ("_codecs", "encode"):
                 return super().find_class(module, name)
-            raise ValueError(f"{path} holds {module}.{name}, which is no array: it is not CIFAR's file, and was not loaded")
+            raise ValueError(
+                f"{path} holds {module}.{name}, which is no array: it is not CIFAR's file, and was not loaded"
+            )
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -295,7 +324,9 @@ def open_source(
         if value is not None
     }
     if len(given) != 1:
-        raise ValueError(f"{what} needs exactly one of {', '.join(SOURCE_SETTINGS)}; got {', '.join(given) or 'none'}")
+        raise ValueError(
+            f"{what} needs exactly one of {', '.join(SOURCE_SETTINGS)}; got {', '.join(given) or 'none'}"
+        )
     if shards is not None:
         return Shards(shards, label_key)
     if clip_benchmark is not None:

@@ -35,7 +35,9 @@ def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any
         if spec is None:
             continue
         if not isinstance(spec, Mapping) or "kind" not in spec:
-            raise ValueError(f"evaluation {name!r} needs a `kind` (one of {', '.join(list_tasks())}); got {spec!r}")
+            raise ValueError(
+                f"evaluation {name!r} needs a `kind` (one of {', '.join(list_tasks())}); got {spec!r}"
+            )
         task = _TASKS.get(spec["kind"])
         settings = {key: value for key, value in spec.items() if key != "kind"}
         parameters = inspect.signature(task).parameters

@@ -58,7 +58,9 @@ class SentEval:
                 raise ValueError(f"SentEval task {task} needs {', '.join(FILES[task])} under {self.root}")
         self.tasks, self.folds = list(tasks or here), folds
         if not self.tasks:
-            raise ValueError(f"no SentEval task under {folder}: expected for instance downstream/MR/rt-polarity.pos")
+            raise ValueError(
+                f"no SentEval task under {folder}: expected for instance downstream/MR/rt-polarity.pos"
+            )
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         metrics = {}
@@ -119,7 +121,9 @@ def read_trec(root: Path) -> list[list[tuple[str, int]]]:
 
 def read_mrpc(path: Path) -> tuple[list[str], list[str], Tensor]:
     """First sentences, second sentences, (n,) labels, sorted by their numbers of words."""
-    rows = [line.rstrip("\r").split("\t") for line in path.read_text("utf-8-sig").split("\n") if line.strip()][1:]
+    rows = [
+        line.rstrip("\r").split("\t") for line in path.read_text("utf-8-sig").split("\n") if line.strip()
+    ][1:]
     rows.sort(key=lambda row: (len(row[3].split()), len(row[4].split()), row[0]))
     return [row[3] for row in rows], [row[4] for row in rows], torch.tensor([int(row[0]) for row in rows])
 
@@ -137,18 +141,27 @@ def fold_masks(labels: Tensor, folds: int) -> Tensor:
     except ImportError as error:
         raise ImportError("SentEval's folds are scikit-learn's: pip install scikit-learn") from error
 
-    splits = StratifiedKFold(n_splits=folds, shuffle=True, random_state=SEED).split(torch.zeros(len(labels)), labels.numpy())
+    splits = StratifiedKFold(n_splits=folds, shuffle=True, random_state=SEED).split(
+        torch.zeros(len(labels)), labels.numpy()
+    )
     masks = torch.zeros(folds, len(labels), dtype=torch.bool)
     for mask, (_, test) in zip(masks, splits, strict=True):
         mask[torch.from_numpy(test)] = True
     return masks
 
 
-def choose_by_folds(features: Tensor, labels: Tensor, grid: tuple[float, ...], folds: int, classes: int) -> float:
+def choose_by_folds(
+    features: Tensor, labels: Tensor, grid: tuple[float, ...], folds: int, classes: int
+) -> float:
     """The C of `grid` with the best mean accuracy over folds; the first of equally good ones."""
     masks = fold_masks(labels, folds)
     weights, bias = fit_logistic(
-        features, labels, C=list(grid) * folds, weight=(~masks).repeat_interleave(len(grid), 0), classes=classes)
+        features,
+        labels,
+        C=list(grid) * folds,
+        weight=(~masks).repeat_interleave(len(grid), 0),
+        classes=classes,
+    )
     hit = (predict_logistic(features, weights, bias) == labels).reshape(folds, len(grid), -1)
     accuracy = (hit * masks[:, None]).sum(2).double() / masks.sum(1)[:, None]
     mean = accuracy.mean(0)
@@ -166,7 +179,9 @@ def nested_accuracy(features: Tensor, labels: Tensor, *, folds: int = 10) -> flo
     return sum(scores) / len(scores)
 
 
-def dev_accuracy(train: tuple[Tensor, Tensor], dev: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+def dev_accuracy(
+    train: tuple[Tensor, Tensor], dev: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> float:
     """Test accuracy, per cent, of the fit whose C is best on the dev set; each argument is (features, labels)."""
     weights, bias = fit_logistic(*train, C=list(SMALL_GRID))
     accuracy = (predict_logistic(dev[0], weights, bias) == dev[1]).double().mean(1)

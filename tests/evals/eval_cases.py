@@ -61,7 +61,9 @@ def rank_metrics(tasks: dict, broken: str) -> tuple:
     model = TinyModel().train()
     results = evaluate(model, tokenize, tasks, batch_size=7, group="auto")
     assert model.training
-    order = Encoder(model, tokenize, batch_size=3, group=group).texts([f"caption {i % 5} of {i}" for i in range(20)])
+    order = Encoder(model, tokenize, batch_size=3, group=group).texts(
+        [f"caption {i % 5} of {i}" for i in range(20)]
+    )
     return (
         retrieval_metrics(images, texts, index, block=(7, 16), group=group),
         geometry_metrics(images, texts, index, block=9, group=group),

@@ -14,7 +14,9 @@ from clipkit.evals.geometry import majority
 
 def unit(rows: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1
+    )
 
 
 def squared(a, b) -> float:
@@ -26,15 +28,29 @@ def test_equals_the_formulas():
     owner = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
     expected = {
         "align_l2": math.fsum(squared(x[o], t) for o, t in zip(owner, y, strict=True)) / 13,
-        "uniform_i": math.log(math.fsum(math.exp(-2 * squared(x[i], x[j])) for i in range(6) for j in range(6) if i != j) / 30),
-        "uniform_t": math.log(math.fsum(math.exp(-2 * squared(y[i], y[j])) for i in range(13) for j in range(13) if i != j) / 156),
+        "uniform_i": math.log(
+            math.fsum(math.exp(-2 * squared(x[i], x[j])) for i in range(6) for j in range(6) if i != j) / 30
+        ),
+        "uniform_t": math.log(
+            math.fsum(math.exp(-2 * squared(y[i], y[j])) for i in range(13) for j in range(13) if i != j)
+            / 156
+        ),
         "uniform_it": math.log(
-            math.fsum(math.exp(-2 * squared(x[i], y[j])) for i in range(6) for j in range(13) if owner[j] != i) / (6 * 13 - 13)),
+            math.fsum(
+                math.exp(-2 * squared(x[i], y[j])) for i in range(6) for j in range(13) if owner[j] != i
+            )
+            / (6 * 13 - 13)
+        ),
         "modality_gap": math.sqrt(
-            math.fsum((math.fsum(r[d] for r in x) / 6 - math.fsum(r[d] for r in y) / 13) ** 2 for d in range(5))),
+            math.fsum(
+                (math.fsum(r[d] for r in x) / 6 - math.fsum(r[d] for r in y) / 13) ** 2 for d in range(5)
+            )
+        ),
     }
     for block in (2048, 4, 1):
-        found = geometry_metrics(torch.tensor(x).double(), torch.tensor(y).double(), torch.tensor(owner), block=block)
+        found = geometry_metrics(
+            torch.tensor(x).double(), torch.tensor(y).double(), torch.tensor(owner), block=block
+        )
         assert found == pytest.approx(expected, abs=1e-6)
         exact = geometry_metrics(unit(6, 5, 0), unit(13, 5, 1), torch.tensor(owner), block=block)
         assert exact == pytest.approx(expected, abs=1e-12)
@@ -43,7 +59,8 @@ def test_equals_the_formulas():
 def test_one_point_is_perfectly_aligned_and_least_uniform():
     x = unit(1, 8, 2).repeat(4, 1)
     assert geometry_metrics(x, x, torch.arange(4)) == pytest.approx(
-        {"align_l2": 0, "uniform_i": 0, "uniform_t": 0, "uniform_it": 0, "modality_gap": 0}, abs=1e-12)
+        {"align_l2": 0, "uniform_i": 0, "uniform_t": 0, "uniform_it": 0, "modality_gap": 0}, abs=1e-12
+    )
 
 
 def test_needs_two_images_and_finite_features():

@@ -41,12 +41,15 @@ def peer(model, tokenizer, tar, rows, classnames, templates):
     from PIL import Image
 
     transform = open_clip.image_transform(
-        32, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+        32, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
     classifier = open_clip.build_zero_shot_classifier(model, tokenizer, classnames, templates)
     with tarfile.open(tar) as archive:
         images = [transform(Image.open(io.BytesIO(archive.extractfile(name).read()))) for name, _ in rows]
     with torch.no_grad():
-        features = torch.cat([model.encode_image(part, normalize=True) for part in torch.stack(images).split(64)])
+        features = torch.cat(
+            [model.encode_image(part, normalize=True) for part in torch.stack(images).split(64)]
+        )
     logits = 100.0 * features @ classifier
     hit = logits.topk(5, dim=1).indices == torch.tensor([label for _, label in rows])[:, None]
     return logits, float(hit[:, 0].double().mean()), float(hit.any(1).double().mean())
@@ -60,7 +63,9 @@ def peer(model, tokenizer, tar, rows, classnames, templates):
         ("imagenet1k-samples", "images.tar", "images_labels.csv", "classes.tsv", "plain"),
     ],
 )
-def test_same_logits_and_accuracy_as_open_clip(test_data, model, tokenizer, folder, tar, labels, classes, templates):
+def test_same_logits_and_accuracy_as_open_clip(
+    test_data, model, tokenizer, folder, tar, labels, classes, templates
+):
     root = test_data(folder)
     with open(root / labels, newline="") as file:
         rows = [(row["image"], int(row["label"])) for row in csv.DictReader(file)]
@@ -76,15 +81,27 @@ def test_same_logits_and_accuracy_as_open_clip(test_data, model, tokenizer, fold
     }[templates]
     logits, top1, top5 = peer(model, tokenizer, root / tar, rows, names, prompts)
 
-    wrapped = OpenCLIP(model, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, image_size=32)
+    wrapped = OpenCLIP(
+        model, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, image_size=32
+    )
     encoder = Encoder(wrapped, tokenizer, batch_size=50)
-    task = create_tasks({"z": {
-        "kind": "zero_shot", "tar": str(root / tar), "classes": str(root / classes), "templates": templates}})["z"]
+    task = create_tasks(
+        {
+            "z": {
+                "kind": "zero_shot",
+                "tar": str(root / tar),
+                "classes": str(root / classes),
+                "templates": templates,
+            }
+        }
+    )["z"]
     found = task(encoder)
     assert found["top1"] == pytest.approx(top1, abs=1e-5)
     assert found["top5"] == pytest.approx(top5, abs=1e-5)
     images = encoder.images(task.data.source)
-    ours = zero_shot_logits(images.image_features, zero_shot_classifier(encoder, task.data.classes, task.templates))
+    ours = zero_shot_logits(
+        images.image_features, zero_shot_classifier(encoder, task.data.classes, task.templates)
+    )
     place = {key: row for row, key in enumerate(images.keys)}
     order = [place[name] for name, _ in rows]
     # Logits are 100 x cosine: 1e-5 of a cosine.
@@ -105,9 +122,14 @@ def test_a_named_architecture_loads_with_its_own_tokenizer_and_normalisation():
 
 
 def test_wrong_models_are_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown open_clip model 'RN5'.*" + suggest("RN5", open_clip.list_models()).strip()[:12]):
+    with pytest.raises(
+        ValueError,
+        match="unknown open_clip model 'RN5'.*" + suggest("RN5", open_clip.list_models()).strip()[:12],
+    ):
         load_any("open_clip:RN5")
-    with pytest.raises(ValueError, match="no model 'nowhere': give a run or checkpoint folder, open_clip:NAME"):
+    with pytest.raises(
+        ValueError, match="no model 'nowhere': give a run or checkpoint folder, open_clip:NAME"
+    ):
         load_any("nowhere")
     with pytest.raises(ValueError, match="neither a sentence-transformers folder nor an installed package"):
         load_any("sentence_transformers:no_such_package")

@@ -58,7 +58,9 @@ def runs(tmp_path_factory):
     """Two losses by two seeds; the first has a checkpoint. Metrics are made up, the model and its data are real."""
     root = tmp_path_factory.mktemp("runs")
     shards = write_shapes(root / "data", train=64, val=12, seed=0)
-    tokenizer = create_tokenizer({"name": "words", "context_length": 16}, captions=iter_captions(shards["train"]))
+    tokenizer = create_tokenizer(
+        {"name": "words", "context_length": 16}, captions=iter_captions(shards["train"])
+    )
     torch.manual_seed(0)
     towers = {
         "embed_dim": 16,
@@ -68,7 +70,12 @@ def runs(tmp_path_factory):
     evals = {
         "retrieval": {"kind": "retrieval", "shards": shards["val"]},
         "geometry": {"kind": "geometry", "shards": shards["val"]},
-        "zero_shot": {"kind": "zero_shot", "shards": shards["zeroshot"], "classes": "shapes", "templates": "shapes"},
+        "zero_shot": {
+            "kind": "zero_shot",
+            "shards": shards["zeroshot"],
+            "classes": "shapes",
+            "templates": "shapes",
+        },
     }
     for loss in ("infonce", "cyclic"):
         for seed in (0, 1):
@@ -78,16 +85,29 @@ def runs(tmp_path_factory):
             (folder / "config.yaml").write_text(yaml.safe_dump(config))
             lines = [{"step": step, "train/loss": 3.0 / step + seed} for step in (1, 2, 3)]
             for step in (2, 3):
-                lines.append({"step": step, "eval/retrieval/text_to_image_R@1": 0.1 * step + 0.01 * seed + 0.2 * (loss == "cyclic"),
-                              "eval/geometry/align_l2": 1.0 / step, "eval/geometry/uniform_t": -float(step)})
+                lines.append(
+                    {
+                        "step": step,
+                        "eval/retrieval/text_to_image_R@1": 0.1 * step
+                        + 0.01 * seed
+                        + 0.2 * (loss == "cyclic"),
+                        "eval/geometry/align_l2": 1.0 / step,
+                        "eval/geometry/uniform_t": -float(step),
+                    }
+                )
             # Killed in the middle of a line.
             text = "\n".join(map(json.dumps, lines)) + '\n{"step": 4, "train/lo'
             (folder / "metrics.jsonl").write_text(text)
             if loss == "infonce" and seed == 0:
                 model = create_model(towers, tokenizer=tokenizer)
                 save_checkpoint(
-                    folder / "checkpoints", 3, config=config, tokenizer=tokenizer, train_state={},
-                    weights={f"model.{name}": value for name, value in model.state_dict().items()})
+                    folder / "checkpoints",
+                    3,
+                    config=config,
+                    tokenizer=tokenizer,
+                    train_state={},
+                    weights={f"model.{name}": value for name, value in model.state_dict().items()},
+                )
                 (folder / "summary.json").write_text(json.dumps({"finished": True}))
     return root
 
@@ -134,7 +154,17 @@ def test_the_commands_run_as_a_user_runs_them(runs, tmp_path, capsys, monkeypatc
     assert capsys.readouterr().out.startswith("r.html") and (tmp_path / "r.html").exists()
     pictures(runs, tmp_path / "pics", 4)
     model = str(runs / "runs" / "infonce-0")
-    command = [sys.executable, "-m", "clipkit.recipes.predict", "search", model, "a red circle", "pics", "--top", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "clipkit.recipes.predict",
+        "search",
+        model,
+        "a red circle",
+        "pics",
+        "--top",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert len([json.loads(line) for line in done.stdout.splitlines()]) == 2
     assert "skipped pics/broken.jpg" in done.stderr
@@ -167,7 +197,10 @@ def test_predictor_embeds_searches_and_classifies(runs, tmp_path):
     assert torch.allclose(features.norm(dim=1), torch.ones(5))
     assert list(predictor.skipped) == [str(folder / "broken.jpg")]
     query = predictor.embed_texts(["a red circle"])[0].tolist()
-    cosines = {key: sum(a * b for a, b in zip(row.tolist(), query, strict=True)) for key, row in zip(keys, features, strict=True)}
+    cosines = {
+        key: sum(a * b for a, b in zip(row.tolist(), query, strict=True))
+        for key, row in zip(keys, features, strict=True)
+    }
     expected = sorted(cosines, key=cosines.get, reverse=True)[:3]
     found = predictor.search("a red circle", keys, features, k=3)
     assert [key for key, _ in found] == expected

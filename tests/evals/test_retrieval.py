@@ -14,7 +14,9 @@ from clipkit.evals import retrieval_metrics
 
 
 def unit(rows: int, dim: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
 def test_a_perfect_model_with_five_captions_an_image_has_recall_one_both_ways():
@@ -55,7 +57,9 @@ def test_random_features_have_chance():
     assert abs(metrics["text_to_image_mean_rank"] / ((n + 1) / 2) - 1) < 0.05
 
 
-def brute_force(scores: list[list[float]], positives: list[list[int]], ks: tuple[int, ...]) -> dict[str, float]:
+def brute_force(
+    scores: list[list[float]], positives: list[list[int]], ks: tuple[int, ...]
+) -> dict[str, float]:
     """Every order that equal scores can stand in, by the places the best positives may take among the tied."""
     hits: dict[int, list[float]] = {k: [] for k in ks}
     ranks = []
@@ -83,13 +87,22 @@ def test_equals_a_brute_force_count_in_float64(kind):
         images = [[number() for _ in range(dim)] for _ in range(n)]
         texts = [[number() for _ in range(dim)] for _ in owners]
         scores = [[math.fsum(a * b for a, b in zip(x, y, strict=True)) for y in texts] for x in images]
-        expected = brute_force(scores, [[j for j, o in enumerate(owners) if o == i] for i in range(n)], (1, 2, 5))
+        expected = brute_force(
+            scores, [[j for j, o in enumerate(owners) if o == i] for i in range(n)], (1, 2, 5)
+        )
         expected = {f"image_to_text_{name}": value for name, value in expected.items()}
-        columns = brute_force([list(column) for column in zip(*scores, strict=True)], [[o] for o in owners], (1, 2, 5))
+        columns = brute_force(
+            [list(column) for column in zip(*scores, strict=True)], [[o] for o in owners], (1, 2, 5)
+        )
         expected |= {f"text_to_image_{name}": value for name, value in columns.items()}
         block = (draw.randint(1, 4), draw.randint(1, 6))
         found = retrieval_metrics(
-            torch.tensor(images, dtype=torch.float64), torch.tensor(texts, dtype=torch.float64), owners, k=(1, 2, 5), block=block)
+            torch.tensor(images, dtype=torch.float64),
+            torch.tensor(texts, dtype=torch.float64),
+            owners,
+            k=(1, 2, 5),
+            block=block,
+        )
         assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -120,8 +133,14 @@ def test_images_without_captions_are_rivals_only_when_asked_for():
         (lambda i, t, x: (i[:, :3], t, x), r"\(N, D\) and text_features \(M, D\)"),
         (lambda i, t, x: (i, t, x[:-1]), r"must be \(M,\) = \(6,\)"),
         (lambda i, t, x: (i, t, x + 1), "caption 4 names image 3"),
-        (lambda i, t, x: (i, t.index_fill(0, torch.tensor([2]), float("nan")), x), "text_features has non-finite .* row 2"),
-        (lambda i, t, x: (i.index_fill(0, torch.tensor([1]), float("inf")), t, x), "image_features has non-finite .* row 1"),
+        (
+            lambda i, t, x: (i, t.index_fill(0, torch.tensor([2]), float("nan")), x),
+            "text_features has non-finite .* row 2",
+        ),
+        (
+            lambda i, t, x: (i.index_fill(0, torch.tensor([1]), float("inf")), t, x),
+            "image_features has non-finite .* row 1",
+        ),
         (lambda i, t, x: (i[:0], t[:0], x[:0]), "N, M > 0"),
     ],
 )

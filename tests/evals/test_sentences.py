@@ -30,7 +30,9 @@ def test_spearman_of_ties_is_the_mean_over_their_orders():
     similarity = torch.tensor([0.1, 1.0, 1.0 + 1e-8, 1.0 - 1e-8, 0.5], dtype=torch.float64)
     gold = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0])
     orders = [
-        stats.spearmanr([0.1, *order, 0.5], gold).statistic for order in itertools.permutations([1.0, 1.1, 1.2])]
+        stats.spearmanr([0.1, *order, 0.5], gold).statistic
+        for order in itertools.permutations([1.0, 1.1, 1.2])
+    ]
     assert spearman(similarity, gold) == pytest.approx(sum(orders) / 6, abs=1e-12)
 
 
@@ -43,12 +45,28 @@ def test_one_embedding_for_all_has_no_correlation_and_one_gold_score_is_refused(
 def test_sets_hold_the_published_pairs(test_data):
     reference = json.loads((test_data("sts") / "REFERENCE.json").read_text())
     sets = find_sets(test_data("sts"))
-    assert set(sets) == {"STS12", "STS12-train", "STS13", "STSB-dev", "STSB-train", "SICK-R-dev", "SICK-R-train"}
-    for ours, theirs in (("STS12", "STS12-en-test"), ("STS12-train", "STS12-en-train"), ("STS13", "STS13-en-test")):
+    assert set(sets) == {
+        "STS12",
+        "STS12-train",
+        "STS13",
+        "STSB-dev",
+        "STSB-train",
+        "SICK-R-dev",
+        "SICK-R-train",
+    }
+    for ours, theirs in (
+        ("STS12", "STS12-en-test"),
+        ("STS12-train", "STS12-en-train"),
+        ("STS13", "STS13-en-test"),
+    ):
         found = {name: len(rows) for name, rows in sets[ours]().items()}
         assert found == {name: entry["n"] for name, entry in reference[theirs]["per_set"].items()}
-    for ours, theirs in (("STSB-dev", "sts-dev.csv"), ("STSB-train", "sts-train.csv"),
-                         ("SICK-R-dev", "SICK_trial.txt"), ("SICK-R-train", "SICK_train.txt")):
+    for ours, theirs in (
+        ("STSB-dev", "sts-dev.csv"),
+        ("STSB-train", "sts-train.csv"),
+        ("SICK-R-dev", "SICK_trial.txt"),
+        ("SICK-R-train", "SICK_train.txt"),
+    ):
         assert len(sets[ours]()["all"]) == reference[theirs]["n"]
 
 
@@ -79,8 +97,12 @@ def test_all_minilm_has_its_reference_numbers(test_data, minilm, tmp_path):
     for kind in ("input", "gs"):
         os.symlink(root / f"downstream/STS/STS13-en-test/STS.{kind}.FNWN.txt", year / f"STS.{kind}.FNWN.txt")
     (tmp_path / "SICK").symlink_to(root / "downstream" / "SICK")
-    found = evaluate(*minilm, {"sts": {"kind": "sts", "folder": str(tmp_path), "sets": ["STS13", "SICK-R-dev"]}})["sts"]
-    assert found["STS13"] == pytest.approx(reference["STS13-en-test"]["per_set"]["FNWN"]["spearman"], abs=0.05)
+    found = evaluate(
+        *minilm, {"sts": {"kind": "sts", "folder": str(tmp_path), "sets": ["STS13", "SICK-R-dev"]}}
+    )["sts"]
+    assert found["STS13"] == pytest.approx(
+        reference["STS13-en-test"]["per_set"]["FNWN"]["spearman"], abs=0.05
+    )
     assert found["SICK-R-dev"] == pytest.approx(reference["SICK_trial.txt"]["spearman"], abs=0.05)
     assert found["average"] == pytest.approx((found["STS13"] + found["SICK-R-dev"]) / 2)
 
@@ -97,13 +119,24 @@ def test_sentence_features_are_the_encoders_own(minilm):
 def test_senteval_files_are_read_whole(test_data):
     """Counts are those of `wc -l` (less MRPC's headers)."""
     root = test_data("senteval-mini") / "downstream"
-    for task, positive, negative in (("MR", 3732, 3732), ("CR", 1684, 956), ("SUBJ", 3500, 3500), ("MPQA", 2318, 5104)):
+    for task, positive, negative in (
+        ("MR", 3732, 3732),
+        ("CR", 1684, 956),
+        ("SUBJ", 3500, 3500),
+        ("MPQA", 2318, 5104),
+    ):
         labels = [label for _, label in read_binary(root, task)]
         assert (labels.count(1), labels.count(0)) == (positive, negative)
-    assert [len(read_sst2(root / f"SST/binary/sentiment-{part}")) for part in ("train", "dev", "test")] == [4844, 611, 1274]
+    assert [len(read_sst2(root / f"SST/binary/sentiment-{part}")) for part in ("train", "dev", "test")] == [
+        4844,
+        611,
+        1274,
+    ]
     train, test = read_trec(root)
     assert (len(train), len(test)) == (3815, 351) and {label for _, label in test} == set(range(6))
-    assert dict(test)["What is the diameter of a golf ball ?"] == dict(test)["When did Idaho become a state ?"]
+    assert (
+        dict(test)["What is the diameter of a golf ball ?"] == dict(test)["When did Idaho become a state ?"]
+    )
     first, second, labels = read_mrpc(root / "MRPC" / "msr_paraphrase_test.txt")
     assert len(first) == len(second) == len(labels) == 1208 and set(labels.tolist()) == {0, 1}
 
@@ -125,7 +158,9 @@ def test_senteval_runs_from_texts_to_scores(tmp_path):
 
     class FirstLetter(torch.nn.Module):
         def encode_text(self, tokens):
-            return torch.nn.functional.normalize(torch.stack([(tokens == c).float() for c in (ord("y"), ord("n"))], 1))
+            return torch.nn.functional.normalize(
+                torch.stack([(tokens == c).float() for c in (ord("y"), ord("n"))], 1)
+            )
 
     def tokenize(texts):
         return torch.tensor([ord(text[0]) for text in texts])

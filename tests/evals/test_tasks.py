@@ -31,7 +31,12 @@ def tasks(shards) -> dict:
     return {
         "retrieval": {"kind": "retrieval", "shards": shards["val"]},
         "geometry": {"kind": "geometry", "shards": shards["val"]},
-        "zero_shot": {"kind": "zero_shot", "shards": shards["zeroshot"], "classes": "shapes", "templates": "shapes"},
+        "zero_shot": {
+            "kind": "zero_shot",
+            "shards": shards["zeroshot"],
+            "classes": "shapes",
+            "templates": "shapes",
+        },
     }
 
 
@@ -77,7 +82,8 @@ def test_any_number_of_ranks_gives_the_same_numbers(tasks, tmp_path):
         ranks = launch(eval_cases.rank_metrics, world, tasks, str(tmp_path))
         # Image c is read by rank 0 of 2 and by rank 2 of 4; the others hear of it.
         assert [found[4].split(":")[0] for found in ranks] == [
-            "ValueError" if rank == {2: 0, 4: 2}[world] else "RuntimeError" for rank in range(world)]
+            "ValueError" if rank == {2: 0, 4: 2}[world] else "RuntimeError" for rank in range(world)
+        ]
         assert all("class/c.png is not a readable image" in found[4] for found in ranks)
         for found in ranks:
             # Ranks are counted in integers; only sums of floats may differ in their last digits.
@@ -100,7 +106,16 @@ def test_a_task_set_to_null_is_left_out(tasks):
 
 
 def test_registered_names_are_listed_and_taken_once():
-    kinds = {"retrieval", "zero_shot", "geometry", "linear_probe", "consistency", "compositional", "sts", "senteval"}
+    kinds = {
+        "retrieval",
+        "zero_shot",
+        "geometry",
+        "linear_probe",
+        "consistency",
+        "compositional",
+        "sts",
+        "senteval",
+    }
     assert kinds <= set(list_tasks())
     with pytest.raises(ValueError, match="'sts' is taken"):
         register_task("sts")(object)
@@ -128,7 +143,15 @@ def test_registered_names_are_listed_and_taken_once():
 def test_a_wrong_spec_is_refused_before_anything_is_read(tasks, change, message):
     spec = {**tasks["zero_shot"], **change}
     with pytest.raises(ValueError, match=message):
-        create_tasks({"a": {key: value for key, value in spec.items() if value is not None or key in ("kind", "templates")}})
+        create_tasks(
+            {
+                "a": {
+                    key: value
+                    for key, value in spec.items()
+                    if value is not None or key in ("kind", "templates")
+                }
+            }
+        )
 
 
 def test_missing_settings_are_named():
@@ -139,9 +162,17 @@ def test_missing_settings_are_named():
 
 
 def test_an_image_without_caption_is_named(tmp_path):
-    path = write_tar(tmp_path / "0.tar", {
-        "a.png": image_bytes(0), "a.txt": b"a thing", "a.json": b"{}",
-        "b.png": image_bytes(9), "b.txt": b" ", "b.json": json.dumps({"caption": ""}).encode()})
+    path = write_tar(
+        tmp_path / "0.tar",
+        {
+            "a.png": image_bytes(0),
+            "a.txt": b"a thing",
+            "a.json": b"{}",
+            "b.png": image_bytes(9),
+            "b.txt": b" ",
+            "b.json": json.dumps({"caption": ""}).encode(),
+        },
+    )
     with pytest.raises(DataError, match="key 'b': empty_caption"):
         run({"r": {"kind": "retrieval", "shards": path}})
 
@@ -154,7 +185,16 @@ def test_an_image_without_class_is_named(tmp_path):
 
 def test_a_label_outside_the_classes_is_named(shards):
     with pytest.raises(ValueError, match="has label 2, but there are 2 classes"):
-        run({"z": {"kind": "zero_shot", "shards": shards["zeroshot"], "classes": ["x", "y"], "templates": ["{}"]}})
+        run(
+            {
+                "z": {
+                    "kind": "zero_shot",
+                    "shards": shards["zeroshot"],
+                    "classes": ["x", "y"],
+                    "templates": ["{}"],
+                }
+            }
+        )
 
 
 @pytest.mark.parametrize("tower", ["pixels", "characters"])
@@ -197,7 +237,9 @@ def test_a_folder_of_wnids_follows_a_list_of_as_many_names(tmp_path):
     for name in ("n002", "n001"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(image_bytes(9))
-    task = create_tasks({"z": {"kind": "zero_shot", "folder": str(tmp_path), "classes": ["cat", "dog"], "templates": ["{}"]}})["z"]
+    task = create_tasks(
+        {"z": {"kind": "zero_shot", "folder": str(tmp_path), "classes": ["cat", "dog"], "templates": ["{}"]}}
+    )["z"]
     assert task.data.classes == ["cat", "dog"]
     assert task.data.source.items == [("n001/a.png", 0, []), ("n002/a.png", 1, [])]
 
@@ -216,9 +258,12 @@ def test_only_present_classes_compete_when_asked(tmp_path):
             return torch.ones(len(tokens), 16) / 4
 
     spec = {"kind": "zero_shot", "folder": str(tmp_path), "classes": list("abcdefg"), "templates": ["{}"]}
-    assert run({"z": spec}, Constant())["z"] == pytest.approx({"top1": 1 / 7, "top5": 5 / 7, "mean_per_class": 1 / 7})
+    assert run({"z": spec}, Constant())["z"] == pytest.approx(
+        {"top1": 1 / 7, "top5": 5 / 7, "mean_per_class": 1 / 7}
+    )
     assert run({"z": {**spec, "present_only": True}}, Constant())["z"] == pytest.approx(
-        {"top1": 1 / 2, "top5": 1.0, "mean_per_class": 1 / 2})
+        {"top1": 1 / 2, "top5": 1.0, "mean_per_class": 1 / 2}
+    )
 
 
 def test_cifar_as_torchvision_keeps_it(tmp_path):
@@ -248,9 +293,14 @@ def test_cifar_as_torchvision_keeps_it(tmp_path):
 def test_clip_benchmarks_layout(tmp_path):
     """What CLIP_benchmark's webdataset converter writes: N.tar of sXXXXXXX.webp/.cls, names and templates beside."""
     for shard in range(2):
-        write_tar(tmp_path / "test" / f"{shard}.tar", {
-            f"s{i:07d}.{end}": image_bytes(40 * i) if end == "png" else str(i % 2).encode()
-            for i in range(3 * shard, 3 * shard + 3) for end in ("cls", "png")})
+        write_tar(
+            tmp_path / "test" / f"{shard}.tar",
+            {
+                f"s{i:07d}.{end}": image_bytes(40 * i) if end == "png" else str(i % 2).encode()
+                for i in range(3 * shard, 3 * shard + 3)
+                for end in ("cls", "png")
+            },
+        )
     (tmp_path / "test" / "nshards.txt").write_text("2\n")
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\nthe {c}.\n")
@@ -268,12 +318,21 @@ def test_clip_benchmarks_layout(tmp_path):
 
 
 def test_clip_benchmarks_retrieval_layout(tmp_path):
-    write_tar(tmp_path / "test" / "0.tar", {
-        f"s{i}.{end}": image_bytes(70 * i) if end == "png" else f"first {i}\nsecond {i}\n".encode()
-        for i in range(3) for end in ("png", "txt")})
+    write_tar(
+        tmp_path / "test" / "0.tar",
+        {
+            f"s{i}.{end}": image_bytes(70 * i) if end == "png" else f"first {i}\nsecond {i}\n".encode()
+            for i in range(3)
+            for end in ("png", "txt")
+        },
+    )
     task = create_tasks({"r": {"kind": "retrieval", "clip_benchmark": str(tmp_path)}})["r"]
-    assert [captions for _, _, captions in task.source.items] == [[f"first {i}", f"second {i}"] for i in range(3)]
-    assert run({"r": {"kind": "retrieval", "clip_benchmark": str(tmp_path)}})["r"]["image_to_text_R@10"] == 1.0
+    assert [captions for _, _, captions in task.source.items] == [
+        [f"first {i}", f"second {i}"] for i in range(3)
+    ]
+    assert (
+        run({"r": {"kind": "retrieval", "clip_benchmark": str(tmp_path)}})["r"]["image_to_text_R@10"] == 1.0
+    )
 
 
 def test_sugarcrepe_counts_the_preferred_captions(tmp_path):
