@@ -101,7 +101,7 @@ class BytePairs:
 
     def _encode(self, chunk: str) -> tuple[int, ...]:
         if chunk.isascii():
-            words = _ASCII_WORDS.findall(chunk)
+            words = [chunk] if chunk.isalpha() else _ASCII_WORDS.findall(chunk)
         else:
             words = self._unicode_words(chunk)
         out: list[int] = []
@@ -129,6 +129,10 @@ class BytePairs:
         if word in ("<start_of_text>", "<end_of_text>"):
             return [self._ids[word]]
         if word.isascii() and word.isprintable():
+            # A word that is a token is that token: the merges that made the token never crossed its ends.
+            whole = self._ids.get(word + "</w>")
+            if whole is not None:
+                return [whole]
             parts = list(word)
         else:
             parts = [self._letters[byte] for byte in word.encode("utf-8")]

@@ -104,6 +104,16 @@ def test_a_training_crop_is_the_crop_of_the_whole_picture(size):
         assert np.abs(ours.permute(1, 2, 0).numpy().astype(float) - np.asarray(expected)).mean() < 2.0
 
 
+@pytest.mark.parametrize("side", [300, 448, 500, 900, 1800])
+def test_a_training_crop_is_never_decoded_below_its_size(side):
+    # The detail of this two-pixel noise would be gone if the JPEG were decoded smaller than the crop needs.
+    blocks = np.random.default_rng(0).integers(0, 256, (224 // 2, 224 // 2, 3), dtype=np.uint8)
+    whole = Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST)
+    ours = decode_train(save(whole), 224, draws=[0.5] * 4, scale=(1.0, 1.0), ratio=(1.0, 1.0)).permute(1, 2, 0).numpy().astype(float)
+    expected = np.asarray(whole.resize((224, 224), Image.Resampling.BILINEAR)).astype(float)
+    assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.97
+
+
 def test_crops_have_the_asked_areas_and_shapes():
     rng = np.random.default_rng(0)
     areas, ratios = [], []

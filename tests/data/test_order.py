@@ -64,6 +64,12 @@ def test_a_window_mixes_its_own_shards_and_no_others():
     assert len(set(samples[:10] // 10)) == 2, "the two shards of the first window are not mixed"
 
 
+def test_shards_are_permuted_anew_each_epoch():
+    order = EpochOrder([10] * 8, seed=2, window=1)
+    shards = [tuple(dict.fromkeys(order.at(epoch, np.arange(80)) // 10)) for epoch in range(4)]
+    assert len(set(shards)) == 4 and all(sorted(one) == list(range(8)) for one in shards)
+
+
 def test_file_order_when_not_shuffled():
     assert EpochOrder([3, 4], seed=0, shuffle=False).at(9, np.arange(7)).tolist() == list(range(7))
 

@@ -43,6 +43,14 @@ def test_random_unicode_gets_open_clips_ids(clip, reference):
     assert torch.equal(clip(texts), reference(texts))
 
 
+def test_every_word_of_the_vocabulary_gets_open_clips_ids(clip, reference):
+    words = [token[:-4] for token in reference.encoder if token.endswith("</w>") and token[:-4].isascii() and token[:-4].isprintable()]
+    assert len(words) > 30_000
+    for i in range(0, len(words), 70):
+        text = " ".join(words[i : i + 70])
+        assert clip._pairs.ids(text, 10**6) == reference.encode(text)
+
+
 def test_real_captions_get_open_clips_ids(clip, reference, test_data):
     captions = []
     for name, lines in (("flickr8k-mini/val_retrieval.jsonl", 600), ("sentences/multi30k_captions.jsonl", 400)):
