@@ -99,7 +99,7 @@ class _Problem:
         self.col_bits = None if col_log_weight is None else (col_log_weight.float() * LOG2E).contiguous()
         self.ids = None
         if pairs.row_ids is not None:
-            self.ids = (pairs.row_ids.to(torch.int64).contiguous(), pairs.col_ids.to(torch.int64).contiguous())
+            self.ids = _small_ids(pairs.row_ids, pairs.col_ids)
         multiplier = self.scale * LOG2E / (self.x.power * self.y.power)
         if self.softplus:
             self.shift, added = None, bias.float() * LOG2E
@@ -177,11 +177,14 @@ class _Problem:
             # The transposed problem: what was a weight of columns is now one of rows.
             n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
         triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
-            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums, lse_bits, m * SUM_FLOOR, n, m,
-            pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns, HAS_WEIGHT=weighted and not columns, **constants,
+            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums,
+            lse_bits, m * SUM_FLOOR, n, m, pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns,
+            HAS_WEIGHT=weighted and not columns, **constants,
         )
 
-    def gradients(self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(
+        self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(G Y, G^T X, column sums of G), float32, in the operands' and coefficients' powers of two."""
         c = self.config
         down, across = self.largest_block()
@@ -227,6 +230,18 @@ class _Problem:
         if self.high:
             _accumulate(acc, block[0], side.low_part(which))
             _accumulate(acc, block[1], side.high_part(which))
+
+
+def _small_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids' ranks, int32: equal where the ids are, and half the registers of a tile. No wait for the device, as
+    torch.unique would need."""
+    ids = torch.cat([row_ids, col_ids]).to(torch.int64)
+    ordered, order = ids.sort()
+    ranks = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
+    ranks[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    small = torch.empty_like(ranks).scatter_(0, order, ranks)
+    # The copy starts on an aligned address, which the kernels are compiled for.
+    return small[: row_ids.shape[0]], small[row_ids.shape[0] :].clone()
 
 
 def _accumulate(acc: Tensor, a: Tensor, b: Tensor) -> None:

@@ -107,6 +107,34 @@ def test_gradients_are_those_of_the_definition():
     assert torch.autograd.gradcheck(softplus, given)
 
 
+@pytest.mark.parametrize("size", [1e-9, 3.0, 1e9])
+def test_gradients_follow_the_upstream_gradient_at_any_size(size):
+    x, y = (t.requires_grad_() for t in features(9, 11, 4, dtype=torch.float32))
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (10.0, -2.0))
+    weight = torch.randn(11, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    upstream = [size * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (9, 11)]
+    results = []
+    for impl in ("chunked", "dense"):
+        sums = pair_lse(x, y, scale, col_log_weight=weight, impl=impl, chunk_size=4)
+        row_sum = pair_softplus(x, y, scale, bias, impl=impl, chunk_size=4)
+        results.append([
+            *torch.autograd.grad(sums, (x, y, scale, weight), upstream),
+            *torch.autograd.grad(row_sum, (x, y, scale, bias), upstream[:1]),
+        ])
+    for found, expected in zip(*results):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+def test_a_row_left_with_absent_columns_alone_has_no_gradient(impl):
+    x, y = (t.requires_grad_() for t in features(2, 2, 4))
+    row_lse, col_lse = pair_lse(x, y, 5.0, col_log_weight=torch.tensor([0.0, -math.inf], dtype=DOUBLE), impl=impl)
+    # Row 0 has column 1 alone, which is absent; row 1 has column 0.
+    assert row_lse[0] == -math.inf and row_lse[1].isfinite()
+    grad = torch.autograd.grad(torch.nn.functional.softplus(row_lse).sum(), x)[0]
+    assert not grad[0].any() and grad[1].any() and grad.isfinite().all()
+
+
 def opposed(n, m, d, dtype):
     """Every cosine near -1: all sums are small beside the largest that the norms allow."""
     x, y = features(n, m, d)

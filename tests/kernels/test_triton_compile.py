@@ -82,7 +82,11 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
 
 
 def check(arch: int, dim: int, dtype: str, high: bool, folder: Path) -> None:
+    import triton
+
     seen, checked = set(), set()
+    # Triton before 3.9 puts up to ten scalars aside, once, outside sm_90's kernels; a spilled tile takes hundreds of bytes.
+    allowed = 0 if arch == 90 or tuple(int(v) for v in triton.__version__.split(".")[:2]) >= (3, 9) else 64
     wanted, unwanted = TENSOR_CORES[arch]
     for kernel, args, constants in record(arch, dim, getattr(torch, dtype), high):
         key = (kernel.__name__, str(sorted((k, str(v)) for k, v in constants.items())))
@@ -93,7 +97,7 @@ def check(arch: int, dim: int, dtype: str, high: bool, folder: Path) -> None:
         registers, stack = resources(compiled.asm["cubin"], folder)
         name = f"sm_{arch} {kernel.__name__}: {registers} registers, {stack} bytes of stack"
         print(name, flush=True)
-        assert stack == 0, f"{name}: spills"
+        assert stack <= allowed, f"{name}: spills"
         if kernel.__name__ in PRODUCTS:
             sass = compiled.asm["sass"]
             assert re.search(wanted, sass), f"{name}: no tensor-core instruction ({wanted})"
