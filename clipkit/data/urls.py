@@ -205,11 +205,9 @@ class _Copy(threading.Thread):
             while chunk := self._stream.read(_CHUNK):
                 self.out.write(chunk)
                 self.bytes += len(chunk)
+            # Raises when the command's status says that it failed.
             self._stream.close()
-            process = getattr(self._stream, "proc", None)
-            if process is not None and process.wait() != 0:
-                self.error = f"the command ended with status {process.returncode}"
-            elif not self.bytes:
+            if not self.bytes:
                 self.error = "the stream is empty"
         except (OSError, ValueError, EOFError) as error:
             self.error = self.error or f"{type(error).__name__}: {error}"

@@ -116,13 +116,16 @@ def test_a_training_crop_is_never_decoded_below_its_size(side):
 
 def test_crops_have_the_asked_areas_and_shapes():
     rng = np.random.default_rng(0)
-    areas, ratios = [], []
+    areas, ratios, places = [], [], []
     for draws in rng.random((2000, 4)):
         top, left, h, w = crop_box(300, 300, draws, (0.2, 0.5), (0.75, 4 / 3))
         assert 0 <= top <= 300 - h + 1e-9 and 0 <= left <= 300 - w + 1e-9
         areas.append(h * w / 300**2)
+        places.append((top / (300 - h), left / (300 - w)))
         ratios.append(math.log(w / h))
     assert 0.2 <= min(areas) and max(areas) <= 0.5 + 1e-9 and abs(np.mean(areas) - 0.35) < 0.01
+    assert np.abs(np.mean(places, axis=0) - 0.5).max() < 0.03 and np.min(places) < 0.01 and np.max(places) > 0.99
+    assert abs(np.corrcoef(np.transpose(places))[0, 1]) < 0.1
     assert abs(np.mean(ratios)) < 0.02 and max(ratios) <= math.log(4 / 3) + 1e-9
 
 

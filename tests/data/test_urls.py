@@ -6,6 +6,7 @@ import http.server
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,15 @@ def test_a_refusing_server_and_a_failing_command_say_so(shards, tmp_path):
     for command in ("pipe:exit 3", f"pipe:cat {shards[0]}; exit 7", "pipe:true"):
         with pytest.raises(DataError, match="unreadable_shard"):
             spool.path(command)
+
+
+def test_two_that_want_a_shard_at_once_fetch_it_once(shards, tmp_path):
+    log = tmp_path / "log"
+    source = f"pipe:echo x >> {log}; sleep 0.3; cat {shards[0]}"
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: Spool(tmp_path / "spool").path(source), range(4)))
+    assert log.read_text().count("x") == 1
+    assert all(Path(path).read_bytes() == shards[0].read_bytes() for path in paths)
 
 
 def test_fetched_shards_stay_within_their_limit(shards, tmp_path):
