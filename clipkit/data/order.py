@@ -87,6 +87,11 @@ class EpochOrder:
         self._shards: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
+    def fresh(self) -> EpochOrder:
+        """The same order with memory of its own, for another thread."""
+        return EpochOrder(self.counts, seed=self.seed, name=self.name, window=self.window, shuffle=self.shuffle,
+                          resample=self.resample)
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shard permutation and the first position of each of its windows."""
         if epoch not in self._shards:
@@ -153,8 +158,12 @@ class Mixture:
         if (quota == 0).any():
             raise ValueError(f"a source's weight is below 1/{self.BLOCK} of the total in {list(weights)}: "
                              "it would never be read; raise it or leave the source out")
-        self.quota, self.seed = quota, seed
+        self.weights, self.quota, self.seed = list(weights), quota, seed
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def fresh(self) -> Mixture:
+        """The same mixture with memory of its own, for another thread."""
+        return Mixture(self.weights, seed=self.seed)
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         if block not in self._blocks:

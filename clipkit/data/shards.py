@@ -11,6 +11,7 @@ other without a gap: with n samples, position t is place t mod n of epoch t div 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -234,8 +235,11 @@ class Stream:
             del batches
 
     def _awaited(self) -> str:
-        """The shards that the next batch reads."""
-        rows = self._batches.plan(self._position)
+        """The shards that the next batch reads. Called by the watching thread too, hence the copies."""
+        planner = copy.copy(self._batches)
+        planner.orders = [order.fresh() for order in planner.orders]
+        planner.mixture = planner.mixture and planner.mixture.fresh()
+        rows = planner.plan(self._position)
         shards = sorted({self._batches.sets[source].where(sample)[0] for source, _, _, sample in rows})
         return f"{', '.join(shards[:3])}{f' and {len(shards) - 3} more shards' if len(shards) > 3 else ''}"
 
