@@ -61,11 +61,13 @@ def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, shap
 
 def test_kills_at_random_moments_change_no_bit(tmp_path, shapes):
     """Several epochs with two decoding workers, killed CLIPKIT_KILLS times (2): the weights of an uninterrupted run."""
-    settings = [*SMALL, shapes, "loss=[cyclip,simcse]", "data.num_workers=2", "data.cache=none", "steps=80", "save_every=4",
+    kills = int(os.environ.get("CLIPKIT_KILLS", "2"))
+    steps = 100 + 50 * kills
+    settings = [*SMALL, shapes, "loss=[cyclip,simcse]", "data.num_workers=2", "data.cache=none", f"steps={steps}", "save_every=4",
                 "eval=none", "logger=none"]
     run(*settings, f"output_dir={tmp_path}/whole")
     moments = random.Random(20261122)
-    for _ in range(int(os.environ.get("CLIPKIT_KILLS", "2"))):
+    for _ in range(kills):
         process = start(*settings, f"output_dir={tmp_path}/killed")
         while "step" not in process.stdout.readline():
             assert process.poll() is None, "it finished before it could be killed: give it more steps"
@@ -75,7 +77,7 @@ def test_kills_at_random_moments_change_no_bit(tmp_path, shapes):
         process.communicate()
     run(*settings, f"output_dir={tmp_path}/killed")
     whole, killed = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
-    assert [line["step"] for line in lines(killed)] == list(range(1, 81))
+    assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -32,6 +33,20 @@ def finished(process: subprocess.Popen) -> str:
     return output
 
 
+def kill_tree(root: int) -> None:
+    """SIGKILL to a process and all below it: torchrun starts each rank in a session of its own."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(tuple(map(int, line.split())) for line in listed.splitlines())
+    doomed = {root}
+    while grown := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= grown
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 @pytest.mark.parametrize("micro", ["null", "4"])
 def test_two_ranks_train_the_model_of_one_process(tmp_path, shapes, micro):
     settings = [*SMALL, *EXACT, shapes, "loss=cyclip"]
@@ -46,19 +61,25 @@ def test_two_ranks_train_the_model_of_one_process(tmp_path, shapes, micro):
 
 
 def test_killed_ranks_resume_to_the_same_bits(tmp_path, shapes):
+    """Killed CLIPKIT_KILLS times (1) at random moments."""
     settings = [*SMALL, *EXACT, shapes, "loss=[cyclip,simcse]", "text_tower.dropout=0.1"]
+    kills = int(os.environ.get("CLIPKIT_KILLS", "1"))
+    steps = 60 + 60 * kills
     settings.remove("text_tower.dropout=0.0")
+    settings[settings.index("save_every=2")] = "save_every=10"
+    settings[settings.index("steps=8")] = f"steps={steps}"
     finished(torchrun(*settings, f"output_dir={tmp_path}/whole"))
-    process = torchrun(*settings, f"output_dir={tmp_path}/killed")
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("killed/**/step_00000004/manifest.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    moments = random.Random(20261122)
+    for _ in range(kills):
+        process = torchrun(*settings, f"output_dir={tmp_path}/killed")
+        while "step" not in process.stdout.readline():
+            assert process.poll() is None, "it finished before it could be killed: give it more steps"
+        time.sleep(moments.uniform(0, 1.0))
+        kill_tree(process.pid)
+        process.communicate()
     finished(torchrun(*settings, f"output_dir={tmp_path}/killed"))
     whole, killed = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
-    assert [line["step"] for line in lines(killed)] == list(range(1, 9))
+    assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
 
