@@ -104,9 +104,8 @@ def test_same_logits_and_accuracy_as_open_clip(
     )
     place = {key: row for row, key in enumerate(images.keys)}
     order = [place[name] for name, _ in rows]
-    # Logits are 100 x cosine: 1e-5 of a cosine.
-    assert (ours[order] - logits).abs().max() < 1e-3
-    assert (ours[order] / 100 - logits / 100).abs().max() < 1e-5
+    # Logits are 100 x cosine in float32: 5e-5 is 5e-7 of a cosine.
+    assert (ours[order] - logits).abs().max() < 5e-5
     assert [images.labels[i] for i in order] == [label for _, label in rows]
     assert logits.std() > 1e-2
 
