@@ -5,8 +5,8 @@ Every problem p minimises scikit-learn's objective over its own rows,
     1/2 ||W_p||^2 + C_p * sum_i weight_p,i * CE(x_i W_p + b_p, y_i)          (bias not penalised)
 
 (two classes share one logit, as there: the first class's column of W_p is zero)
-by L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) with a backtracking step a problem. A batch of 60 fits costs little
-more than one, which is what makes cross-validated probes cheap enough to run beside training.
+by L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) with a backtracking step a problem, in torch alone and on any device.
+On a CPU scikit-learn's warm-started LogisticRegressionCV takes a third of the time (benchmarks/results, evals).
 """
 
 from __future__ import annotations
