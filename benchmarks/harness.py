@@ -1,7 +1,9 @@
-"""What every benchmark here shares: times with their spread, peak memory, and a dated file that says what was run.
+"""What every benchmark here shares: times with their spread, peak memory, and a dated file that says what was
+run.
 
-On a CPU each candidate runs in a process of its own (`in_child`), since a process's peak memory is known only as a
-whole; on CUDA in this one, where the allocator counts. Times are medians with the 20th and 80th percentiles.
+On a CPU each candidate runs in a process of its own (`in_child`), since a process's peak memory is known only
+as a whole; on CUDA in this one, where the allocator counts. Times are medians with the 20th and 80th
+percentiles.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_loss(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor], *, repeats: int, warm_up: int = 1) -> dict:
+def time_loss(
+    loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor], *, repeats: int, warm_up: int = 1
+) -> dict:
     """Seconds of forward, of backward and of both, and processor seconds of both, one number a repeat."""
     device = leaves[0].device
     samples: dict[str, list[float]] = {"forward": [], "backward": [], "both": [], "cpu": []}
@@ -87,7 +91,10 @@ def in_child(script: str, job: dict[str, Any], *, timeout: float) -> dict[str, A
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
-            [sys.executable, script, "--child", json.dumps(job)], env=environment, capture_output=True, text=True,
+            [sys.executable, script, "--child", json.dumps(job)],
+            env=environment,
+            capture_output=True,
+            text=True,
             timeout=timeout,
         )
     except subprocess.TimeoutExpired:
@@ -111,7 +118,9 @@ def _allowed_cores() -> int | None:
 
 def header(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and date, as the first lines of a result file state them."""
-    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(ROOT), *args], capture_output=True, text=True
+    ).stdout.strip()
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
         import triton
@@ -137,7 +146,11 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def report(
-    title: str, facts: dict[str, str], sections: list[tuple[str, str]], results: dict[str, Any], skipped: list[str],
+    title: str,
+    facts: dict[str, str],
+    sections: list[tuple[str, str]],
+    results: dict[str, Any],
+    skipped: list[str],
     out: str | None,
 ) -> None:
     """Prints tables and one JSON line last; with `out`, writes the same as a result file.
@@ -146,7 +159,9 @@ def report(
     """
     parts = [f"# {title}", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
     parts += [f"## {name}\n\n{text}" for name, text in sections]
-    parts.append("## Not measured\n\n" + ("\n".join(f"- {line}" for line in skipped) or "- Nothing was left out."))
+    parts.append(
+        "## Not measured\n\n" + ("\n".join(f"- {line}" for line in skipped) or "- Nothing was left out.")
+    )
     line = json.dumps({"title": title, **facts, "results": results, "skipped": skipped})
     text = "\n\n".join(parts)
     print(text + "\n\n" + line)

@@ -1,12 +1,14 @@
 """Time and memory of the losses on large batches, beside the peers, in one run.
 
-    python benchmarks/losses.py [--out benchmarks/results/2026-11-cpu2-losses.md]     # picks CUDA when there is one
-    python benchmarks/losses.py --device cpu --pairs 4096                             # smaller and quicker
+    python benchmarks/losses.py [--out benchmarks/results/2026-11-cpu2-losses.md]     # picks CUDA when there
+    is one python benchmarks/losses.py --device cpu --pairs 4096                             # smaller and
+    quicker
 
-Parity comes first: every candidate's value and gradients against the definition in float64 on a small batch; a
-failure stops the run. On a CPU: chunked InfoNCE against open_clip's own ClipLoss, and cyclic in closed form against
-the dense definition; about 15 minutes on 2 quiet cores, wall and processor time both given. On CUDA: the sizes of
-the kernel goals with every peer that is installed, under 8 minutes; `pip install inf-cl memeff siglip-kernel` for them.
+Parity comes first: every candidate's value and gradients against the definition in float64 on a small batch;
+a failure stops the run. On a CPU: chunked InfoNCE against open_clip's own ClipLoss, and cyclic in closed form
+against the dense definition; about 15 minutes on 2 quiet cores, wall and processor time both given. On CUDA:
+the sizes of the kernel goals with every peer that is installed, under 8 minutes; `pip install inf-cl memeff
+siglip-kernel` for them.
 """
 
 from __future__ import annotations
@@ -74,15 +76,22 @@ CPU_LOSSES = {
     "clipkit cyclic, closed form": lambda: lambda x, y, scale: CyclicGeometry(group=None)(x, y),
     "cyclic, dense definition": lambda: dense_cyclic,
 }
-DEFINITION = {"InfoNCE": dense_infonce, "ClipLoss": dense_infonce, "sigmoid": dense_sigmoid, "cyclic": dense_cyclic}
+DEFINITION = {
+    "InfoNCE": dense_infonce,
+    "ClipLoss": dense_infonce,
+    "sigmoid": dense_sigmoid,
+    "cyclic": dense_cyclic,
+}
 
 
 def definition_of(name: str) -> Callable:
     return next(dense for word, dense in DEFINITION.items() if word in name)
 
 
-def parity(name: str, loss: Callable, device: str, dtype: torch.dtype, tolerance: float, pairs: int = 384) -> str:
-    """"" when value and gradients agree with the definition in float64, else what does not."""
+def parity(
+    name: str, loss: Callable, device: str, dtype: torch.dtype, tolerance: float, pairs: int = 384
+) -> str:
+    """ "" when value and gradients agree with the definition in float64, else what does not."""
     given = features(pairs, 256, device, dtype)
     given[2] = torch.tensor(10.0, device=device, requires_grad=True)
     exact = [t.detach().double().requires_grad_() for t in given]
@@ -131,10 +140,47 @@ def cpu_row(name: str, result: dict) -> dict[str, str]:
     if "skipped" in result:
         return row | {"forward + backward, s": f"skipped: {result['skipped']}"}
     return row | {
-        "forward, s": seconds(result["forward"]), "backward, s": seconds(result["backward"]),
-        "forward + backward, s": seconds(result["both"]), "processor, s": seconds(result["cpu"]),
-        "peak above the features, MB": f"{result['peak'] / 1e6:.0f}", "whole process, MB": f"{result['process'] / 1e6:.0f}",
+        "forward, s": seconds(result["forward"]),
+        "backward, s": seconds(result["backward"]),
+        "forward + backward, s": seconds(result["both"]),
+        "processor, s": seconds(result["cpu"]),
+        "peak above the features, MB": f"{result['peak'] / 1e6:.0f}",
+        "whole process, MB": f"{result['process'] / 1e6:.0f}",
     }
+
+
+def cpu_ratios(results: dict, pairs: int, dim: int, sizes: list[int]) -> str:
+    """One line for each pair of candidates that both ran."""
+
+    def ratio(key: str, above: tuple, below: tuple) -> float:
+        return quantiles(results[above][key])[0] / quantiles(results[below][key])[0]
+
+    def ran(*jobs: tuple) -> bool:
+        return not any("skipped" in results[job] for job in jobs)
+
+    lines = []
+    chunked, dense = ("clipkit InfoNCE, chunked", pairs), ("open_clip ClipLoss, dense", pairs)
+    if ran(chunked, dense):
+        memory = results[chunked]["peak"] / max(1, results[dense]["peak"])
+        lines.append(
+            f"- InfoNCE, N = {pairs}, D = {dim}, chunked over open_clip's dense: time "
+            f"x{ratio('both', chunked, dense):.2f} (goal at most 1.2), processor time "
+            f"x{ratio('cpu', chunked, dense):.2f}, peak memory above the features x{memory:.3f} (goal at most 0.1)"
+        )
+    for n in sizes[:-1]:
+        closed, whole = ("clipkit cyclic, closed form", n), ("cyclic, dense definition", n)
+        if ran(closed, whole):
+            lines.append(
+                f"- Cyclic, N = {n}: the closed form is {ratio('both', whole, closed):.1f} times faster "
+                f"(processor time {ratio('cpu', whole, closed):.1f} times)"
+            )
+    last, before = ("clipkit cyclic, closed form", sizes[-1]), ("clipkit cyclic, closed form", sizes[-2])
+    if ran(last, before):
+        lines.append(
+            f"- Cyclic closed form, N = {sizes[-2]} -> {sizes[-1]}: x{ratio('both', last, before):.2f} in time "
+            "(2 is linear; the dense definition is quadratic)"
+        )
+    return "\n".join(lines) or "(nothing to compare)"
 
 
 def run_cpu(pairs: int, dim: int, rounds: int, timeout: float) -> tuple[list, dict, list[str]]:
@@ -145,51 +191,43 @@ def run_cpu(pairs: int, dim: int, rounds: int, timeout: float) -> tuple[list, di
             raise SystemExit(f"parity: {name}: {problem}")
     sizes = [pairs // 8, pairs // 4, pairs // 2, pairs, 2 * pairs]
     jobs = [(name, pairs) for name in list(CPU_LOSSES)[:3]]
-    jobs += [("clipkit cyclic, closed form", n) for n in sizes] + [("cyclic, dense definition", n) for n in sizes[:-1]]
+    jobs += [("clipkit cyclic, closed form", n) for n in sizes] + [
+        ("cyclic, dense definition", n) for n in sizes[:-1]
+    ]
     runs: dict[tuple[str, int], list[dict]] = {job: [] for job in jobs}
     for _ in range(rounds):
         for name, n in jobs:
             quick = "closed" in name or n * dim <= 4096 * 512
-            job = {"name": name, "pairs": n, "dim": dim, "repeats": 3 if quick else 1, "warm_up": 1 if quick else 0}
+            job = {
+                "name": name,
+                "pairs": n,
+                "dim": dim,
+                "repeats": 3 if quick else 1,
+                "warm_up": 1 if quick else 0,
+            }
             runs[name, n].append({**job, **in_child(__file__, job, timeout=timeout)})
     results = {job: merge(done) for job, done in runs.items()}
     skipped = [f"{name}, N = {n}: {r['skipped']}" for (name, n), r in results.items() if "skipped" in r]
     skipped.append("Everything on a GPU: torch found no CUDA device, or --device cpu was given.")
-    of = lambda key, *job: quantiles(results[job][key])[0]
-    sections = [("Time and memory", table([cpu_row(name, r) for (name, _), r in results.items()]))]
-    ratios = []
-    chunked, dense = ("clipkit InfoNCE, chunked", pairs), ("open_clip ClipLoss, dense", pairs)
-    if not any("skipped" in results[job] for job in (chunked, dense)):
-        ratios.append(
-            f"- InfoNCE, N = {pairs}, D = {dim}, chunked over open_clip's dense: time x{of('both', *chunked) / of('both', *dense):.2f} "
-            f"(goal at most 1.2), processor time x{of('cpu', *chunked) / of('cpu', *dense):.2f}, peak memory above the "
-            f"features x{results[chunked]['peak'] / max(1, results[dense]['peak']):.3f} (goal at most 0.1)"
-        )
-    for n in sizes[:-1]:
-        closed, whole = ("clipkit cyclic, closed form", n), ("cyclic, dense definition", n)
-        if not any("skipped" in results[job] for job in (closed, whole)):
-            ratios.append(
-                f"- Cyclic, N = {n}: the closed form is {of('both', *whole) / of('both', *closed):.1f} times faster (processor "
-                f"time {of('cpu', *whole) / of('cpu', *closed):.1f} times)"
-            )
-    last, before = ("clipkit cyclic, closed form", sizes[-1]), ("clipkit cyclic, closed form", sizes[-2])
-    if not any("skipped" in results[job] for job in (last, before)):
-        ratios.append(
-            f"- Cyclic closed form, N = {sizes[-2]} -> {sizes[-1]}: x{of('both', *last) / of('both', *before):.2f} in time (2 is "
-            "linear; the dense definition is quadratic)"
-        )
-    sections.append(("Ratios", "\n".join(ratios) or "(nothing to compare)"))
+    rows = [cpu_row(name, result) for (name, _), result in results.items()]
+    sections = [("Time and memory", table(rows)), ("Ratios", cpu_ratios(results, pairs, dim, sizes))]
     return sections, {f"{name}, N={n}": r for (name, n), r in results.items()}, skipped
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pairs", type=int, default=16384, help="CPU: N of the comparison; cyclic goes to 2 N")
+    parser.add_argument(
+        "--pairs", type=int, default=16384, help="CPU: N of the comparison; cyclic goes to 2 N"
+    )
     parser.add_argument("--dim", type=int, default=512, help="CPU: D")
     parser.add_argument("--rounds", type=int, default=3, help="CPU: times every candidate takes its turn")
-    parser.add_argument("--timeout", type=float, default=600, help="CPU: seconds one candidate may take in a round")
-    parser.add_argument("--minutes", type=float, default=7.5, help="CUDA: candidates not begun by then are skipped")
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="CPU: seconds one candidate may take in a round"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="CUDA: candidates not begun by then are skipped"
+    )
     parser.add_argument("--out", help="result file to write")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()

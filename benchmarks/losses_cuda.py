@@ -1,7 +1,7 @@
 """The CUDA half of benchmarks/losses.py: every candidate at the sizes of the kernel goals, in one process.
 
-Fractions are of the rate that cuBLAS reaches here on an 8192^3 float16 product, counting useful operations: 2 N^2 D
-forward, 6 N^2 D backward (the logits again, and two products with the coefficients), 8 N^2 D both.
+Fractions are of the rate that cuBLAS reaches here on an 8192^3 float16 product, counting useful operations: 2
+N^2 D forward, 6 N^2 D backward (the logits again, and two products with the coefficients), 8 N^2 D both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from clipkit.losses import CyclicGeometry
 
 # (loss, N, D, repeats, goal in ms for forward and backward)
 SIZES = (
-    ("infonce", 32768, 512, 15, 7.5), ("infonce", 65536, 768, 7, 45.0), ("infonce", 131072, 512, 5, 121.0),
-    ("infonce", 1 << 20, 512, 1, 7700.0), ("sigmoid", 65536, 768, 7, 33.0), ("cyclic", 32768, 512, 15, 1.0),
+    ("infonce", 32768, 512, 15, 7.5),
+    ("infonce", 65536, 768, 7, 45.0),
+    ("infonce", 131072, 512, 5, 121.0),
+    ("infonce", 1 << 20, 512, 1, 7700.0),
+    ("sigmoid", 65536, 768, 7, 33.0),
+    ("cyclic", 32768, 512, 15, 1.0),
 )
 
 
@@ -57,7 +61,9 @@ def checkpointed(x: Tensor, y: Tensor, scale: Tensor, chunk: int = 2048) -> Tens
     total = 0.0
     for rows, columns in ((x, y), (y, x)):
         for first in range(0, len(rows), chunk):
-            total = total + checkpoint(part, rows[first : first + chunk], columns, scale, first, use_reentrant=False)
+            total = total + checkpoint(
+                part, rows[first : first + chunk], columns, scale, first, use_reentrant=False
+            )
     return total / (2 * len(x))
 
 
@@ -76,7 +82,9 @@ def _memeff() -> Callable:
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         # Its temperature is a float: read here once a call, as its users must.
-        return MemoryEfficientCLIPLoss(temperature=1 / scale.item(), normalized_inputs=True, stable=False)(x, y)
+        return MemoryEfficientCLIPLoss(temperature=1 / scale.item(), normalized_inputs=True, stable=False)(
+            x, y
+        )
 
     return loss
 
@@ -92,10 +100,24 @@ INFONCE = {
     "clipkit InfoNCE, float16": (partial(ours, "infonce", "triton"), torch.float16, 2e-3, 1 << 20),
     "clipkit InfoNCE, bfloat16": (partial(ours, "infonce", "triton"), torch.bfloat16, 1e-2, 131072),
     "clipkit InfoNCE, float32 (high)": (partial(ours, "infonce", "triton"), torch.float32, 2e-5, 65536),
-    "open_clip ClipLoss, autocast": (lambda: partial(under_autocast, open_clip_loss()), torch.float32, 5e-2, 65536),
+    "open_clip ClipLoss, autocast": (
+        lambda: partial(under_autocast, open_clip_loss()),
+        torch.float32,
+        5e-2,
+        65536,
+    ),
     "open_clip ClipLoss, autocast, compiled": (
-        lambda: torch.compile(partial(under_autocast, open_clip_loss())), torch.float32, 5e-2, 65536),
-    "ClipLoss, chunked and checkpointed": (lambda: partial(under_autocast, checkpointed), torch.float32, 5e-2, 131072),
+        lambda: torch.compile(partial(under_autocast, open_clip_loss())),
+        torch.float32,
+        5e-2,
+        65536,
+    ),
+    "ClipLoss, chunked and checkpointed": (
+        lambda: partial(under_autocast, checkpointed),
+        torch.float32,
+        5e-2,
+        131072,
+    ),
     "inf-cl": (_inf_cl, torch.float16, 5e-2, 131072),
     "memeff": (_memeff, torch.float16, 5e-2, 131072),
 }
@@ -104,7 +126,12 @@ SIGMOID = {
     "siglip-kernel, sigmoid": (_siglip_kernel, torch.bfloat16, 5e-2, 131072),
 }
 CYCLIC = {
-    "clipkit cyclic, closed form": (lambda: lambda x, y, scale: CyclicGeometry(group=None)(x, y), torch.float32, 1e-4, 1 << 20),
+    "clipkit cyclic, closed form": (
+        lambda: lambda x, y, scale: CyclicGeometry(group=None)(x, y),
+        torch.float32,
+        1e-4,
+        1 << 20,
+    ),
 }
 CANDIDATES = {"infonce": INFONCE, "sigmoid": SIGMOID, "cyclic": CYCLIC}
 
@@ -135,19 +162,29 @@ def measure(loss: Callable, pairs: int, dim: int, dtype: torch.dtype, repeats: i
     return samples | {"peak": memory.bytes()}
 
 
-def row(name: str, pairs: int, dim: int, result: dict, rate: float, goal: float | None, eager: dict | None) -> dict[str, str]:
+def row(
+    name: str, pairs: int, dim: int, result: dict, rate: float, goal: float | None, eager: dict | None
+) -> dict[str, str]:
     forward, backward, both = (quantiles(result[key]) for key in ("forward", "backward", "both"))
     share = lambda flops, seconds: f"{flops * pairs**2 * dim / seconds / rate:.0%}"
     milliseconds = lambda q: f"{1e3 * q[0]:.2f} ({1e3 * q[1]:.2f}-{1e3 * q[2]:.2f})"
     counted = "cyclic" not in name
+    against = ""
+    if eager:
+        against = f"x{quantiles(eager['both'])[0] / both[0]:.1f}, memory x{eager['peak'] / result['peak']:.1f}"
     return {
-        "loss": name, "N": str(pairs), "D": str(dim), "forward, ms": milliseconds(forward),
-        "backward, ms": milliseconds(backward), "both, ms": milliseconds(both),
+        "loss": name,
+        "N": str(pairs),
+        "D": str(dim),
+        "forward, ms": milliseconds(forward),
+        "backward, ms": milliseconds(backward),
+        "both, ms": milliseconds(both),
         "of cuBLAS, forward": share(2, forward[0]) if counted else "",
-        "backward": share(6, backward[0]) if counted else "", "both": share(8, both[0]) if counted else "",
-        "peak, MB": f"{result['peak'] / 1e6:.0f}", "goal, ms": f"{goal:g}" if goal else "",
-        "eager open_clip over this": f"x{quantiles(eager['both'])[0] / both[0]:.1f}, memory x{eager['peak'] / result['peak']:.1f}"
-        if eager else "",
+        "backward": share(6, backward[0]) if counted else "",
+        "both": share(8, both[0]) if counted else "",
+        "peak, MB": f"{result['peak'] / 1e6:.0f}",
+        "goal, ms": f"{goal:g}" if goal else "",
+        "eager open_clip over this": against,
     }
 
 
@@ -174,7 +211,11 @@ def run_cuda(minutes: float) -> tuple[list, dict, list[str]]:
                 skipped.append(f"{name} at N = {pairs}, D = {dim}: {type(error).__name__}")
         eager = measured.get("open_clip ClipLoss, autocast")
         for name, result in measured.items():
-            ours_goal = goal if name in ("clipkit InfoNCE, float16", "clipkit sigmoid, float16") or kind == "cyclic" else None
+            ours_goal = (
+                goal
+                if name in ("clipkit InfoNCE, float16", "clipkit sigmoid, float16") or kind == "cyclic"
+                else None
+            )
             rows.append(row(name, pairs, dim, result, rate, ours_goal, eager))
             results[f"{name}, N={pairs}, D={dim}"] = result
     text = f"cuBLAS, float16 8192^3: {rate / 1e12:.0f} TFLOP/s.\n\n" + table(rows)

@@ -1,14 +1,15 @@
 """The same sums and gradients block by block: memory O((N + M) D + chunk^2), any device, plain torch.
 
-One pass gives the sums of the rows and of the columns. The usual running maximum would need an exponential for
-each of the two; here every exponential is taken against one fixed shift near the top of the range,
+One pass gives the sums of the rows and of the columns. The usual running maximum would need an exponential
+for each of the two; here every exponential is taken against one fixed shift near the top of the range,
 
-    e_ij = 2^(l_ij - shift),   shift = max(0, largest possible l + log2 max(N, M) - top),   top = 100 in float32,
+    e_ij = 2^(l_ij - shift),   shift = max(0, largest possible l + log2 max(N, M) - top),   top = 100 in
+    float32,
 
-so that the sums of rows and of columns are plain sums of the same numbers, and nothing is shifted at all while
-the scale is below about 60. A row or column that comes out too small to be exact (all its logits about 130 nats
-under the largest possible one) is computed again with its own maximum.
-Logits are in bits, l = log2(e) * logit, since exp2 is several times faster than exp on a CPU.
+so that the sums of rows and of columns are plain sums of the same numbers, and nothing is shifted at all
+while the scale is below about 60. A row or column that comes out too small to be exact (all its logits about
+130 nats under the largest possible one) is computed again with its own maximum. Logits are in bits, l =
+log2(e) * logit, since exp2 is several times faster than exp on a CPU.
 
 The backward pass recomputes each block, turns it into coefficients G in place and multiplies: dX += G Y and
 dY += G^T X. The gradient of the scale is <X, dX> / scale (Euler's theorem), without a sum over the block.
@@ -56,7 +57,8 @@ def _slices(length: int, chunk: int) -> list[slice]:
 
 
 def _bits(dtype: torch.dtype) -> tuple[int, int]:
-    """(top, floor): sums lie under 2^top; a sum over n terms under n * 2^floor may have lost some to underflow."""
+    """(top, floor): sums lie under 2^top; a sum over n terms under n * 2^floor may have lost some to
+    underflow."""
     return (900, -960) if dtype == torch.float64 else (100, -100)
 
 
@@ -78,7 +80,10 @@ def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m
     """
     bound = scale.abs() * LOG2E * norms
     if col_bits is not None and col_bits.numel():
-        bound = bound + torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits).nan_to_num().amax()
+        bound = (
+            bound
+            + torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits).nan_to_num().amax()
+        )
     room = _bits(scale.dtype)[0] - math.log2(max(n, m, 1))
     return torch.where(bound > 0, (bound - room).clamp(min=0), bound)
 
@@ -91,7 +96,9 @@ def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: 
 class _Blocks:
     """Walks the blocks of logits in bits, reusing one buffer; `col_bits` (M,) is added to every row."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int):
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int
+    ):
         self.x, self.y, self.pairs, self.col_bits = x, y, pairs, col_bits
         self.dtype = compute_dtype(x)
         self.bits_scale = scale.to(self.dtype) * LOG2E
@@ -101,7 +108,9 @@ class _Blocks:
 
     def buffer(self) -> Tensor:
         return torch.empty(
-            min(self.chunk, self.x.shape[0]) * min(self.chunk, self.y.shape[0]), dtype=self.dtype, device=self.x.device
+            min(self.chunk, self.x.shape[0]) * min(self.chunk, self.y.shape[0]),
+            dtype=self.dtype,
+            device=self.x.device,
         )
 
     def __iter__(self):
@@ -123,7 +132,9 @@ def _too_small(sums: Tensor, terms: int) -> Tensor:
     return sums < terms * 2.0 ** _bits(sums.dtype)[1]
 
 
-def _exact_rows(index: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int):
+def _exact_rows(
+    index: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int
+):
     """Row log-sum-exp in bits of the rows `index` alone, with a running maximum."""
     dtype = compute_dtype(x)
     result = torch.full((index.numel(),), NEG_INF, dtype=dtype, device=x.device)
@@ -135,7 +146,9 @@ def _exact_rows(index: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_bits: Te
             if col_bits is not None:
                 block = block + col_bits[cols]
             mask = excluded_pairs(
-                rows, torch.arange(cols.start, cols.stop, device=x.device), row_offset=pairs.row_offset,
+                rows,
+                torch.arange(cols.start, cols.stop, device=x.device),
+                row_offset=pairs.row_offset,
                 row_ids=None if pairs.row_ids is None else pairs.row_ids[rows],
                 col_ids=None if pairs.col_ids is None else pairs.col_ids[cols],
                 exclude_positives=pairs.exclude_positives,
@@ -174,8 +187,8 @@ def lse_forward(
 
 
 def gradient_size(*grads: Tensor) -> Tensor:
-    """() largest magnitude, or 1 if all are 0. Coefficients are formed from gradients divided by it: 1 / N, taken
-    early, would push the tails under the bottom of float32 or float16."""
+    """() largest magnitude, or 1 if all are 0. Coefficients are formed from gradients divided by it: 1 / N,
+    taken early, would push the tails under the bottom of float32 or float16."""
     largest = torch.stack([_largest(grad.abs()) for grad in grads]).amax()
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 
@@ -202,7 +215,9 @@ class _Gradients:
         if self.cols is not None:
             self.cols[cols] += g.sum(0)
 
-    def finish(self, blocks: _Blocks, scale: Tensor, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def finish(
+        self, blocks: _Blocks, scale: Tensor, factor: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(dx, dy, dscale): multiplies by the scale and by `factor`, which `add`'s coefficients left out."""
         features, grad = (blocks.x, self.x) if self.x is not None else (blocks.y, self.y)
         d_scale = scale.new_zeros((), dtype=torch.float64)
@@ -215,8 +230,20 @@ class _Gradients:
 
 
 def lse_backward(
-    grad_row: Tensor, grad_col: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None,
-    row_lse: Tensor, col_lse: Tensor, pairs: Pairs, chunk: int, *, need_x: bool, need_y: bool, need_weight: bool,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    col_log_weight: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    pairs: Pairs,
+    chunk: int,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Gradients of sum(grad_row * row_lse) + sum(grad_col * col_lse): (dx, dy, dscale, dcol_log_weight).
 
@@ -230,7 +257,9 @@ def lse_backward(
     factor = gradient_size(grad_row, grad_col).to(dtype)
     grad_row, grad_col = grad_row.to(dtype) / factor, grad_col.to(dtype) / factor
     floor = shift + _bits(dtype)[1] + math.log2(max(x.shape[0], m, 1))
-    lost = ((row_bits < floor) & (row_bits != NEG_INF)).any() | ((col_sum_bits < floor) & (col_sum_bits != NEG_INF)).any()
+    lost = ((row_bits < floor) & (row_bits != NEG_INF)).any() | (
+        (col_sum_bits < floor) & (col_sum_bits != NEG_INF)
+    ).any()
     one_shift = not bool(lost)
     if one_shift:
         by_row = _weights(grad_row.double(), row_bits, shift).to(dtype)[:, None]
@@ -247,7 +276,9 @@ def lse_backward(
             torch.add(by_row[rows], by_col[:, cols], out=other)
             block.exp2_().mul_(other)
         else:
-            _two_exponentials(block, other, row_bits[rows], col_sum_bits[cols], grad_row[rows], grad_col[cols])
+            _two_exponentials(
+                block, other, row_bits[rows], col_sum_bits[cols], grad_row[rows], grad_col[cols]
+            )
         pairs.fill_excluded(block, rows, cols, 0.0)
         grads.add(rows, cols, x_rows, y_rows, block)
     d_x, d_y, d_scale = grads.finish(blocks, scale, factor)
@@ -258,7 +289,8 @@ def _two_exponentials(block: Tensor, other: Tensor, row_bits, col_bits, grad_row
     """block <- grad_row 2^(block - row_bits) + grad_col 2^(block - col_bits), empty sums left out."""
     finite = lambda bits: torch.where(bits == NEG_INF, torch.zeros_like(bits), bits).to(block.dtype)
     torch.sub(block, finite(col_bits)[None, :], out=other)
-    # An excluded pair may lie far above the rest of its row: capped, since inf * 0 would outlive the exclusion.
+    # An excluded pair may lie far above the rest of its row: capped, since inf * 0 would outlive the
+    # exclusion.
     other.clamp_(max=64.0).exp2_().mul_(grad_col[None, :])
     block.sub_(finite(row_bits)[:, None]).clamp_(max=64.0).exp2_().mul_(grad_row[:, None]).add_(other)
 
@@ -279,8 +311,17 @@ def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: P
 
 
 def softplus_backward(
-    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, chunk: int, *, need_x: bool,
-    need_y: bool, need_bias: bool,
+    grad_row: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: Pairs,
+    chunk: int,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Gradients of sum(grad_row * row_sum): (dx, dy, dscale, dbias); see `lse_backward`."""
     dtype, m = compute_dtype(x), y.shape[0]

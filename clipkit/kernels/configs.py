@@ -1,8 +1,9 @@
 """Tile and block sizes by architecture and D: a table, never a search at run time.
 
-`find` looks up (kind, compute capability, padded D). The entries for 9.0 start from compile-time figures (registers,
-shared memory, two programs per multiprocessor); `python -m clipkit.kernels.tune` measures alternatives on the GPU at
-hand and writes a JSON file that `CLIPKIT_KERNEL_CONFIGS=FILE` puts in front of this table.
+`find` looks up (kind, compute capability, padded D). The entries for 9.0 start from compile-time figures
+(registers, shared memory, two programs per multiprocessor); `python -m clipkit.kernels.tune` measures
+alternatives on the GPU at hand and writes a JSON file that `CLIPKIT_KERNEL_CONFIGS=FILE` puts in front of
+this table.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ KINDS = ("lse_sums", "lse_coef", "softplus_sums", "softplus_coef")
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One kernel's launch. `descriptors`: load by tensor descriptors (TMA) rather than pointers. `outer` is the side of the block of logits handled by one launch: for coefficients it
-    sets the workspace (outer^2 * 2 bytes), for sums that of the partial sums (outer^2 / 16 bytes)."""
+    """One kernel's launch. `descriptors`: load by tensor descriptors (TMA) rather than pointers. `outer` is
+    the side of the block of logits handled by one launch: for coefficients it sets the workspace (outer^2 * 2
+    bytes), for sums that of the partial sums (outer^2 / 16 bytes)."""
 
     block_m: int = 128
     block_n: int = 128
@@ -52,10 +54,18 @@ def find(kind: str, capability: tuple[int, int], padded_dim: int) -> TileConfig:
     path = os.environ.get("CLIPKIT_KERNEL_CONFIGS")
     if path:
         for entry in _overrides(path):
-            if entry["kind"] == kind and tuple(entry["capability"]) == capability and padded_dim <= entry["max_dim"]:
+            if (
+                entry["kind"] == kind
+                and tuple(entry["capability"]) == capability
+                and padded_dim <= entry["max_dim"]
+            ):
                 return TileConfig(**entry["config"])
     for prefix, major, largest, config in _TABLE:
-        if kind.startswith(prefix) and major in (None, capability[0]) and (largest is None or padded_dim <= largest):
+        if (
+            kind.startswith(prefix)
+            and major in (None, capability[0])
+            and (largest is None or padded_dim <= largest)
+        ):
             return config
     raise AssertionError("the table's last entry matches everything")
 
@@ -70,7 +80,9 @@ def _overrides(path: str) -> list[dict]:
     known = {field.name for field in fields(TileConfig)}
     for entry in entries:
         if set(entry) != {"kind", "capability", "max_dim", "config"} or entry["kind"] not in KINDS:
-            raise ValueError(f"{path}: an entry needs kind (one of {KINDS}), capability, max_dim, config; got {entry}")
+            raise ValueError(
+                f"{path}: an entry needs kind (one of {KINDS}), capability, max_dim, config; got {entry}"
+            )
         if not set(entry["config"]) <= known:
             raise ValueError(f"{path}: config takes {sorted(known)}, got {sorted(entry['config'])}")
     return sorted(entries, key=lambda entry: entry["max_dim"])

@@ -4,9 +4,9 @@
     backward  operands -> per block: coefficients into one reused workspace, then dX += G Y and dY += G^T X by
               cuBLAS with float32 accumulators -> finished gradients
 
-    8 N^2 D operations in all. Workspace: outer^2 * 2 bytes, independent of N; nothing is read back to the host, so the
-    calls can be captured in a CUDA graph. precision "high" splits every operand in two float16 numbers, at 3 times
-    the operations.
+    8 N^2 D operations in all. Workspace: outer^2 * 2 bytes, independent of N; nothing is read back to the
+    host, so the calls can be captured in a CUDA graph. precision "high" splits every operand in two float16
+    numbers, at 3 times the operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from clipkit.kernels import configs, triton_tiles
 from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
 
 ROWS = 32
-# Coefficients are at most 2 in probability units: 2^14 keeps them within float16 and their tails above its bottom.
+# Coefficients are at most 2 in probability units: 2^14 keeps them within float16 and their tails above its
+# bottom.
 COEF_POWER = 2.0**14
 # Bits of a sum (relative to the shift) under which coef_kernel takes an exponential per side; sums that were
 # recomputed exactly lie below -100 + log2 N.
@@ -39,7 +40,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class _Weights(NamedTuple):
-    """What coef_kernel reads per row, or per column: (N,) float32 each. The sigmoid reads `weight` of rows alone."""
+    """What coef_kernel reads per row, or per column: (N,) float32 each. The sigmoid reads `weight` of rows
+    alone."""
 
     bits: Tensor
     weight: Tensor
@@ -63,8 +65,8 @@ class _Side:
         self.power = torch.exp2(14.0 - torch.frexp(self.norm).exponent)
         self.operand = torch.empty(self.n, padded * (3 if high else 1), dtype=torch.float16, device=device)
         triton_tiles.cast_kernel[self.grid](
-            features, self.operand, self.power, self.n, *features.stride(), D=self.dim, PADDED=padded, ROWS=ROWS,
-            BLOCK_K=self.block_k, HIGH=high, SECOND=second,
+            features, self.operand, self.power, self.n, *features.stride(), D=self.dim, PADDED=padded,
+            ROWS=ROWS, BLOCK_K=self.block_k, HIGH=high, SECOND=second,
         )
 
     def high_part(self, rows: slice) -> Tensor:
@@ -79,8 +81,8 @@ class _Side:
         out = torch.empty(self.features.shape, dtype=self.features.dtype, device=acc.device) if write else acc
         part = torch.empty(self.grid, dtype=torch.float32, device=acc.device)
         triton_tiles.finish_kernel[self.grid](
-            acc, self.features, out, part, torch.stack([factor, scale]), self.n, *self.features.stride(), D=self.dim,
-            PADDED=self.padded, ROWS=ROWS, BLOCK_K=self.block_k, WRITE=write,
+            acc, self.features, out, part, torch.stack([factor, scale]), self.n, *self.features.stride(),
+            D=self.dim, PADDED=self.padded, ROWS=ROWS, BLOCK_K=self.block_k, WRITE=write,
         )
         return (out if write else None), part.sum(dtype=torch.float64)
 
@@ -88,8 +90,10 @@ class _Side:
 class _Problem:
     """Both sides, the scalars the kernels read, and the launches over blocks."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, kind: str,
-                 high: bool, bias: Tensor | None = None):
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, kind: str,
+        high: bool, bias: Tensor | None = None,
+    ):
         self.config = configs.find(kind, _capability(x.device), _cdiv(x.shape[1], 64) * 64)
         padded = _cdiv(x.shape[1], max(64, self.config.block_k)) * max(64, self.config.block_k)
         self.high, self.pairs, self.softplus, self.device = high, pairs, bias is not None, x.device
@@ -115,7 +119,10 @@ class _Problem:
     def sources(self, block_n: int, *, swapped: bool = False) -> list[Tensor | TensorDescriptor]:
         c = self.config
         first, second = (self.y, self.x) if swapped else (self.x, self.y)
-        return [self.source(first.operand, c.block_m, c.block_k), self.source(second.operand, block_n, c.block_k)]
+        return [
+            self.source(first.operand, c.block_m, c.block_k),
+            self.source(second.operand, block_n, c.block_k),
+        ]
 
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
         """col_add, row_ids, col_ids; any tensor where the flags below say it is not read."""
@@ -127,7 +134,8 @@ class _Problem:
         return {
             "D": self.x.operand.shape[1], "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
             "HAS_WEIGHT": self.col_bits is not None, "HAS_IDS": self.ids is not None,
-            "EXCLUDE": self.pairs.exclude_positives, "DESCRIPTORS": c.descriptors, "num_warps": c.num_warps, "num_stages": c.num_stages,
+            "EXCLUDE": self.pairs.exclude_positives, "DESCRIPTORS": c.descriptors,
+            "num_warps": c.num_warps, "num_stages": c.num_stages,
         }
 
     def blocks(self):
@@ -167,7 +175,8 @@ class _Problem:
         return row_sum, col_sum
 
     def mend(self, lse_bits: Tensor, sums: Tensor, *, columns: bool) -> None:
-        """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are none."""
+        """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are
+        none."""
         constants, c, pairs = self.constants(), self.config, self.pairs
         col_add, row_ids, col_ids = self.pointers()
         n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
@@ -177,7 +186,8 @@ class _Problem:
             # The transposed problem: what was a weight of columns is now one of rows.
             n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
         triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
-            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids, col_ids, sums,
+            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids,
+            col_ids, sums,
             lse_bits, m * SUM_FLOOR, n, m, pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns,
             HAS_WEIGHT=weighted and not columns, **constants,
         )
@@ -193,7 +203,8 @@ class _Problem:
             for _ in range(2 if self.high else 1)
         ]
         targets = [self.source(g, c.block_m, c.block_n) for g in work]
-        col_part = torch.empty(down * across * c.block_n if col_sums else 0, dtype=torch.float32, device=self.device)
+        cells = down * across * c.block_n if col_sums else 0
+        col_part = torch.empty(cells, dtype=torch.float32, device=self.device)
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=self.device)
         x_acc = zeros(self.n, self.x.padded) if need_x else None
         y_acc = zeros(self.m, self.y.padded) if need_y else None
@@ -206,15 +217,16 @@ class _Problem:
         for rows, cols, tiles_m, tiles_n in self.blocks():
             place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
-                x, y, targets[0], targets[-1], self.scalars, *self.pointers(), by_row.factor, by_col.factor, col_part,
-                *place, tiles_n, work[0].stride(0), GROUP=c.group, SOFTPLUS=self.softplus, COL_SUMS=col_sums,
-                HIGH=self.high, **self.constants(),
+                x, y, targets[0], targets[-1], self.scalars, *self.pointers(), by_row.factor, by_col.factor,
+                col_part, *place, tiles_n, work[0].stride(0), GROUP=c.group, SOFTPLUS=self.softplus,
+                COL_SUMS=col_sums, HIGH=self.high, **self.constants(),
             )
             if not self.softplus:
                 triton_tiles.exact_coef_kernel[(EXACT_PROGRAMS,)](
-                    self.x.operand, self.y.operand, work[0], work[-1], lost, self.scalars, *self.pointers(), by_row.bits,
-                    by_col.bits, by_row.weight, by_col.weight, col_part, *place, tiles_n * (c.block_n // narrow),
-                    work[0].stride(0), COL_SUMS=col_sums, HIGH=self.high, FLOOR=COEF_FLOOR, **exact,
+                    self.x.operand, self.y.operand, work[0], work[-1], lost, self.scalars, *self.pointers(),
+                    by_row.bits, by_col.bits, by_row.weight, by_col.weight, col_part, *place, tiles_n *
+                    (c.block_n // narrow), work[0].stride(0), COL_SUMS=col_sums, HIGH=self.high,
+                    FLOOR=COEF_FLOOR, **exact,
                 )
             block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]
             if need_x:
@@ -233,8 +245,8 @@ class _Problem:
 
 
 def _small_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids' ranks, int32: equal where the ids are, and half the registers of a tile. No wait for the device, as
-    torch.unique would need."""
+    """The ids' ranks, int32: equal where the ids are, and half the registers of a tile. No wait for the
+    device, as torch.unique would need."""
     ids = torch.cat([row_ids, col_ids]).to(torch.int64)
     ordered, order = ids.sort()
     ranks = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
@@ -280,7 +292,8 @@ def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None
 
 def lse_backward(
     grad_row: Tensor, grad_col: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None,
-    row_lse: Tensor, col_lse: Tensor, pairs: Pairs, *, high: bool, need_x: bool, need_y: bool, need_weight: bool,
+    row_lse: Tensor, col_lse: Tensor, pairs: Pairs, *, high: bool, need_x: bool, need_y: bool, need_weight:
+    bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dcol_log_weight), as `chunked.lse_backward`; dx and dy in the features' dtype."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
@@ -305,7 +318,10 @@ def _weights(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> _Weights
     return _Weights(bits, weight, weight * torch.exp2(-bits))
 
 
-def _gradients(problem: _Problem, by_row: _Weights, by_col: _Weights, size: Tensor, need_x, need_y, need_sums):
+def _gradients(
+    problem: _Problem, by_row: _Weights, by_col: _Weights, size: Tensor, need_x: bool, need_y: bool,
+    need_sums: bool,
+):
     need_x_side = need_x or not need_y
     x_acc, y_acc, col_total = problem.gradients(
         by_row, by_col, need_x=need_x_side, need_y=need_y, col_sums=need_sums
@@ -320,7 +336,9 @@ def _gradients(problem: _Problem, by_row: _Weights, by_col: _Weights, size: Tens
     return d_x, d_y, d_scale, None if col_total is None else col_total * factor
 
 
-def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool) -> Tensor:
+def softplus_forward(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool
+) -> Tensor:
     """Row sums of softplus (N,), as `chunked.softplus_forward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
         from clipkit.kernels import chunked
@@ -330,8 +348,8 @@ def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: P
 
 
 def softplus_backward(
-    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool, need_x: bool,
-    need_y: bool, need_bias: bool,
+    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool, need_x:
+    bool, need_y: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dbias), as `chunked.softplus_backward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):

@@ -1,4 +1,5 @@
-"""torch.library operators around the implementations, with shapes for the compiler and gradients for autograd.
+"""torch.library operators around the implementations, with shapes for the compiler and gradients for
+autograd.
 
 `custom_op` rather than a traced function: the loops below choose their launches at run time, and
 `torch.compile(fullgraph=True)` passes over an operator it does not look into. The gradient operators have no
@@ -28,8 +29,16 @@ def _empty(like: Tensor) -> Tensor:
 
 @torch.library.custom_op("clipkit::pair_lse", mutates_args=())
 def pair_lse_op(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None,
-    col_log_weight: Tensor | None, row_offset: int, exclude_positives: bool, impl: str, chunk: int,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    col_log_weight: Tensor | None,
+    row_offset: int,
+    exclude_positives: bool,
+    impl: str,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
@@ -46,9 +55,23 @@ def _(x, y, scale, row_ids, col_ids, col_log_weight, row_offset, exclude_positiv
 
 @torch.library.custom_op("clipkit::pair_lse_backward", mutates_args=())
 def pair_lse_backward_op(
-    grad_row: Tensor, grad_col: Tensor, x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None,
-    col_ids: Tensor | None, col_log_weight: Tensor | None, row_lse: Tensor, col_lse: Tensor, row_offset: int,
-    exclude_positives: bool, impl: str, chunk: int, need_x: bool, need_y: bool, need_weight: bool,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    col_log_weight: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    row_offset: int,
+    exclude_positives: bool,
+    impl: str,
+    chunk: int,
+    need_x: bool,
+    need_y: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dscale, dcol_log_weight), each in its input's dtype; one that is not needed is empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
@@ -71,8 +94,25 @@ def pair_lse_backward_op(
 
 
 @pair_lse_backward_op.register_fake
-def _(grad_row, grad_col, x, y, scale, row_ids, col_ids, col_log_weight, row_lse, col_lse, row_offset,
-      exclude_positives, impl, chunk, need_x, need_y, need_weight):
+def _(
+    grad_row,
+    grad_col,
+    x,
+    y,
+    scale,
+    row_ids,
+    col_ids,
+    col_log_weight,
+    row_lse,
+    col_lse,
+    row_offset,
+    exclude_positives,
+    impl,
+    chunk,
+    need_x,
+    need_y,
+    need_weight,
+):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else _empty(x),
         torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else _empty(y),
@@ -90,12 +130,32 @@ def _lse_backward(ctx, grad_row, grad_col):
     x, y, scale, row_ids, col_ids, col_log_weight, row_lse, col_lse = ctx.saved_tensors
     need_x, need_y, need_scale, _, _, need_weight = ctx.needs_input_grad[:6]
     d_x, d_y, d_scale, d_weight = pair_lse_backward_op(
-        grad_row.contiguous(), grad_col.contiguous(), x, y, scale, row_ids, col_ids, col_log_weight, row_lse, col_lse,
-        *ctx.settings, need_x, need_y, need_weight,
+        grad_row.contiguous(),
+        grad_col.contiguous(),
+        x,
+        y,
+        scale,
+        row_ids,
+        col_ids,
+        col_log_weight,
+        row_lse,
+        col_lse,
+        *ctx.settings,
+        need_x,
+        need_y,
+        need_weight,
     )
     return (
-        d_x if need_x else None, d_y if need_y else None, d_scale if need_scale else None, None, None,
-        d_weight if need_weight else None, None, None, None, None,
+        d_x if need_x else None,
+        d_y if need_y else None,
+        d_scale if need_scale else None,
+        None,
+        None,
+        d_weight if need_weight else None,
+        None,
+        None,
+        None,
+        None,
     )
 
 
@@ -104,8 +164,16 @@ pair_lse_op.register_autograd(_lse_backward, setup_context=_lse_setup)
 
 @torch.library.custom_op("clipkit::pair_softplus", mutates_args=())
 def pair_softplus_op(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None, col_ids: Tensor | None,
-    row_offset: int, exclude_positives: bool, impl: str, chunk: int,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_offset: int,
+    exclude_positives: bool,
+    impl: str,
+    chunk: int,
 ) -> Tensor:
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
@@ -121,9 +189,20 @@ def _(x, y, scale, bias, row_ids, col_ids, row_offset, exclude_positives, impl, 
 
 @torch.library.custom_op("clipkit::pair_softplus_backward", mutates_args=())
 def pair_softplus_backward_op(
-    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None,
-    col_ids: Tensor | None, row_offset: int, exclude_positives: bool, impl: str, chunk: int, need_x: bool,
-    need_y: bool, need_bias: bool,
+    grad_row: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_offset: int,
+    exclude_positives: bool,
+    impl: str,
+    chunk: int,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dscale, dbias), each in its input's dtype; one that is not needed is empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
@@ -146,8 +225,22 @@ def pair_softplus_backward_op(
 
 
 @pair_softplus_backward_op.register_fake
-def _(grad_row, x, y, scale, bias, row_ids, col_ids, row_offset, exclude_positives, impl, chunk, need_x, need_y,
-      need_bias):
+def _(
+    grad_row,
+    x,
+    y,
+    scale,
+    bias,
+    row_ids,
+    col_ids,
+    row_offset,
+    exclude_positives,
+    impl,
+    chunk,
+    need_x,
+    need_y,
+    need_bias,
+):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else _empty(x),
         torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else _empty(y),
@@ -168,8 +261,16 @@ def _softplus_backward(ctx, grad_row):
         grad_row.contiguous(), x, y, scale, bias, row_ids, col_ids, *ctx.settings, need_x, need_y, need_bias
     )
     return (
-        d_x if need_x else None, d_y if need_y else None, d_scale if need_scale else None,
-        d_bias if need_bias else None, None, None, None, None, None, None,
+        d_x if need_x else None,
+        d_y if need_y else None,
+        d_scale if need_scale else None,
+        d_bias if need_bias else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
     )
 
 

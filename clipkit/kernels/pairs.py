@@ -1,4 +1,5 @@
-"""The public functions: what they compute, the checks of their arguments, and the choice of implementation."""
+"""The public functions: what they compute, the checks of their arguments, and the choice of
+implementation."""
 
 from __future__ import annotations
 
@@ -19,17 +20,27 @@ DENSE_PAIRS = 1024 * 1024
 
 
 def pair_lse(
-    x: Tensor, y: Tensor, scale: Tensor | float, *, row_offset: int = 0, row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None, col_log_weight: Tensor | None = None, exclude_positives: bool = True,
-    impl: str = "auto", chunk_size: int | None = None, precision: str = "auto",
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    col_log_weight: Tensor | None = None,
+    exclude_positives: bool = True,
+    impl: str = "auto",
+    chunk_size: int | None = None,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negatives of every row and of every column.
 
         s_ij = scale <x_i, y_j> + col_log_weight_j
-        row_lse_i = log sum_{j not positive for i} exp(s_ij)      col_lse_j = log sum_{i: j not positive for i} exp(s_ij)
+        row_lse_i = log sum_{j not positive for i} exp(s_ij)      col_lse_j = log sum_{i: j not positive for
+        i} exp(s_ij)
 
-    The positive is left out and added by the loss, `loss_i = softplus(row_lse_i - s_ii)`: near convergence the
-    difference of a log-sum-exp that contains the positive and the positive itself has lost its digits.
+    The positive is left out and added by the loss, `loss_i = softplus(row_lse_i - s_ii)`: near convergence
+    the difference of a log-sum-exp that contains the positive and the positive itself has lost its digits.
     Differentiable in x, y, scale and col_log_weight. Autocast does not reach inside.
 
     Args:
@@ -41,12 +52,13 @@ def pair_lse(
             exclude_positives says.
         col_log_weight: (M,) added to column j's logits; -inf leaves the column out.
         exclude_positives: False keeps the pairs (i, row_offset + i) in.
-        impl: "dense" (whole matrix; twice differentiable), "chunked" (bounded memory, any device), "triton" (CUDA
-            sm_80 or later) or "auto": triton where it runs, else dense for small and chunked for large blocks.
+        impl: "dense" (whole matrix; twice differentiable), "chunked" (bounded memory, any device), "triton"
+            (CUDA sm_80 or later) or "auto": triton where it runs, else dense for small and chunked for large
+            blocks.
         chunk_size: rows and columns of a chunked block.
-        precision: of triton's products alone. "half" rounds operands to float16, scaled so that their norm does not
-            matter; "high" splits each in two (float32's accuracy for 3 times the operations); "auto" is "high" for
-            float32 features outside autocast, else "half".
+        precision: of triton's products alone. "half" rounds operands to float16, scaled so that their norm
+            does not matter; "high" splits each in two (float32's accuracy for 3 times the operations); "auto"
+            is "high" for float32 features outside autocast, else "half".
 
     Returns:
         row_lse (N,) and col_lse (M,) in float32, or float64 for float64 features; -inf for an empty sum.
@@ -62,7 +74,13 @@ def pair_lse(
     impl = _choose(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_lse(
-            x, y, scale, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids, col_log_weight=col_log_weight,
+            x,
+            y,
+            scale,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            col_ids=col_ids,
+            col_log_weight=col_log_weight,
             exclude_positives=exclude_positives,
         )
     from clipkit.kernels import ops
@@ -73,14 +91,24 @@ def pair_lse(
 
 
 def pair_softplus(
-    x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, *, row_offset: int = 0,
-    row_ids: Tensor | None = None, col_ids: Tensor | None = None, exclude_positives: bool = True, impl: str = "auto",
-    chunk_size: int | None = None, precision: str = "auto",
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    *,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude_positives: bool = True,
+    impl: str = "auto",
+    chunk_size: int | None = None,
+    precision: str = "auto",
 ) -> Tensor:
     """Sum over the negatives of every row of softplus(scale <x_i, y_j> + bias).
 
     The pairwise sigmoid loss is (this + softplus(-(s_ii + bias))) summed over rows, divided by N
-    (SigLIP, arXiv 2303.15343, section 3.2). Differentiable in x, y, scale and bias. Arguments as in `pair_lse`.
+    (SigLIP, arXiv 2303.15343, section 3.2). Differentiable in x, y, scale and bias. Arguments as in
+    `pair_lse`.
 
     Args:
         bias: () added to every logit.
@@ -95,12 +123,20 @@ def pair_softplus(
     impl = _choose(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_softplus(
-            x, y, scale, bias, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids,
+            x,
+            y,
+            scale,
+            bias,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            col_ids=col_ids,
             exclude_positives=exclude_positives,
         )
     from clipkit.kernels import ops
 
-    return ops.pair_softplus_op(x, y, scale, bias, row_ids, col_ids, row_offset, exclude_positives, impl, chunk)
+    return ops.pair_softplus_op(
+        x, y, scale, bias, row_ids, col_ids, row_offset, exclude_positives, impl, chunk
+    )
 
 
 def _scalar(value: Tensor | float, name: str, x: Tensor) -> Tensor:
@@ -110,7 +146,8 @@ def _scalar(value: Tensor | float, name: str, x: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, shape (), got shape {tuple(value.shape)}")
     if value.device != x.device:
-        # A 0-dim CPU tensor mixes with CUDA tensors everywhere else in torch; here it would be read on the device.
+        # A 0-dim CPU tensor mixes with CUDA tensors everywhere else in torch; here it would be read on the
+        # device.
         value = value.to(x.device)
     return value.reshape(()).to(reference.compute_dtype(x))
 
@@ -137,8 +174,8 @@ def _check_ids(x: Tensor, y: Tensor, row_ids: Tensor | None, col_ids: Tensor | N
         return
     if row_ids.shape != (x.shape[0],) or col_ids.shape != (y.shape[0],):
         raise ValueError(
-            f"row_ids and col_ids must be ({x.shape[0]},) and ({y.shape[0]},), got {tuple(row_ids.shape)} and "
-            f"{tuple(col_ids.shape)}"
+            f"row_ids and col_ids must be ({x.shape[0]},) and ({y.shape[0]},), got "
+            f"{tuple(row_ids.shape)} and {tuple(col_ids.shape)}"
         )
     if row_ids.is_floating_point() or col_ids.is_floating_point():
         raise ValueError(f"row_ids and col_ids must be integers, got {row_ids.dtype} and {col_ids.dtype}")
@@ -165,8 +202,8 @@ def _choose(impl: str, precision: str, x: Tensor, y: Tensor) -> str:
             impl = "dense" if x.shape[0] * y.shape[0] <= DENSE_PAIRS else "chunked"
     elif impl == "triton" and not (_triton_runs(x) or _interpreted(x)):
         raise ValueError(
-            f'impl="triton" needs float32, bfloat16 or float16 features on a CUDA device of capability 8.0 or later '
-            f'with triton installed, got {x.dtype} on {x.device}. Use impl="auto" or "chunked".'
+            'impl="triton" needs float32, bfloat16 or float16 features on a CUDA device of capability 8.0 or '
+            f'later with triton installed, got {x.dtype} on {x.device}. Use impl="auto" or "chunked".'
         )
     if impl == "triton":
         full = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
@@ -189,5 +226,6 @@ def _device_runs_triton(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-# What torch.compiler.assume_constant_result sets; calling that at import would import torch._dynamo and triton with it.
+# What torch.compiler.assume_constant_result sets; calling that at import would import torch._dynamo and
+# triton with it.
 _device_runs_triton._dynamo_marked_constant = True

@@ -16,7 +16,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def excluded_pairs(
-    rows: Tensor, cols: Tensor, *, row_offset: int, row_ids: Tensor | None, col_ids: Tensor | None, exclude_positives: bool
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    row_offset: int,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_positives: bool,
 ) -> Tensor | None:
     """(len(rows), len(cols)) mask of the pairs that stay out of every sum, or None when none can.
 
@@ -32,8 +38,15 @@ def excluded_pairs(
 
 
 def _masked_logits(
-    x: Tensor, y: Tensor, scale: Tensor, offset: Tensor | None, *, row_offset: int, row_ids: Tensor | None,
-    col_ids: Tensor | None, exclude_positives: bool,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    *,
+    row_offset: int,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exclude_positives: bool,
 ) -> Tensor:
     """scale <x_i, y_j> + offset, and -inf where the pair is excluded."""
     dtype = compute_dtype(x)
@@ -41,38 +54,70 @@ def _masked_logits(
     rows = torch.arange(x.shape[0], device=x.device)
     cols = torch.arange(y.shape[0], device=x.device)
     mask = excluded_pairs(
-        rows, cols, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids, exclude_positives=exclude_positives
+        rows,
+        cols,
+        row_offset=row_offset,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        exclude_positives=exclude_positives,
     )
     if offset is not None:
         offset = offset.to(dtype)
         logits = logits + offset
-        # A column of weight 0 is excluded too: its -inf would otherwise turn an empty row's gradient into NaN.
+        # A column of weight 0 is excluded too: its -inf would otherwise turn an empty row's gradient into
+        # NaN.
         absent = (offset == float("-inf")).expand_as(logits)
         mask = absent if mask is None else mask | absent
     return logits if mask is None else logits.masked_fill(mask, float("-inf"))
 
 
 def pair_lse(
-    x: Tensor, y: Tensor, scale: Tensor, *, row_offset: int = 0, row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None, col_log_weight: Tensor | None = None, exclude_positives: bool = True,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    *,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    col_log_weight: Tensor | None = None,
+    exclude_positives: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Row and column log-sum-exp of the logits; see `clipkit.kernels.pair_lse`."""
     with torch.autocast(x.device.type, enabled=False):
         logits = _masked_logits(
-            x, y, scale, col_log_weight, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids,
+            x,
+            y,
+            scale,
+            col_log_weight,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            col_ids=col_ids,
             exclude_positives=exclude_positives,
         )
         return torch.logsumexp(logits, 1), torch.logsumexp(logits, 0)
 
 
 def pair_softplus(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, row_offset: int = 0, row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None, exclude_positives: bool = True,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    row_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    exclude_positives: bool = True,
 ) -> Tensor:
     """Row sums of softplus of the logits; see `clipkit.kernels.pair_softplus`."""
     with torch.autocast(x.device.type, enabled=False):
         logits = _masked_logits(
-            x, y, scale, None, row_offset=row_offset, row_ids=row_ids, col_ids=col_ids,
+            x,
+            y,
+            scale,
+            None,
+            row_offset=row_offset,
+            row_ids=row_ids,
+            col_ids=col_ids,
             exclude_positives=exclude_positives,
         )
         # logsigmoid is exact at every argument; softplus switches to the identity at 20.

@@ -13,11 +13,11 @@ underflow nor overflow depends on the features' norm. Logits are in bits (log2 e
 
     bits_ij = acc_ij * scalars[0] + scalars[1] + col_add_j
 
-with scalars[0] = scale log2(e) / (both powers of two) and scalars[1] = -shift (softmax) or bias log2(e) (sigmoid),
-read from device memory: the host never waits. There are no atomics: every program writes its own cells, so two runs
-are equal bit for bit. Only numbers known per model (D, tile sizes, flags) are compile-time constants. Loops with
-run-time bounds are `while` loops: triton 3.6's interpreter fails on a run-time `range` under NumPy 2.4, and those two
-loops serve the rare case.
+with scalars[0] = scale log2(e) / (both powers of two) and scalars[1] = -shift (softmax) or bias log2(e)
+(sigmoid), read from device memory: the host never waits. There are no atomics: every program writes its own
+cells, so two runs are equal bit for bit. Only numbers known per model (D, tile sizes, flags) are compile-time
+constants. Loops with run-time bounds are `while` loops: triton 3.6's interpreter fails on a run-time `range`
+under NumPy 2.4, and those two loops serve the rare case.
 
 `TRITON_INTERPRET=1` runs all of it on a CPU; it is read when this module is imported.
 """
@@ -32,7 +32,8 @@ _RUN_TIME = ["row_start", "col_start", "n", "m", "row_offset", "tiles_m", "tiles
 
 @triton.jit
 def _swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (row, column) of a program: GROUP rows of tiles are walked column by column, to share the L2 cache."""
+    """Tile (row, column) of a program: GROUP rows of tiles are walked column by column, to share the L2
+    cache."""
     per_group = GROUP * tiles_n
     first = (pid // per_group) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -45,8 +46,9 @@ def _tile_product(x, y, row, col, n, m, D: tl.constexpr, BLOCK_M: tl.constexpr, 
                   BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """(BLOCK_M, BLOCK_N) inner products of the rows from `row` and the columns from `col`.
 
-    x, y: (n, D) and (m, D), as tensor descriptors, or as pointers where the hardware has none: a descriptor taken
-    apart by the compiler no longer shows that rows are contiguous, and its loads would not be asynchronous.
+    x, y: (n, D) and (m, D), as tensor descriptors, or as pointers where the hardware has none: a descriptor
+    taken apart by the compiler no longer shows that rows are contiguous, and its loads would not be
+    asynchronous.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if DESCRIPTORS:
@@ -65,7 +67,9 @@ def _tile_product(x, y, row, col, n, m, D: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def _store_tile(work, values, row, col, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def _store_tile(
+    work, values, row, col, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
     """A float16 tile into the workspace, whose sides are whole tiles."""
     if DESCRIPTORS:
         work.store([row, col], values)
@@ -76,9 +80,12 @@ def _store_tile(work, values, row, col, stride, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE: tl.constexpr, HAS_IDS: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`values` with 0 at excluded pairs and outside the matrix; tiles that have none of either skip the work."""
+def _zero_excluded(
+    values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE: tl.constexpr, HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """`values` with 0 at excluded pairs and outside the matrix; tiles that have none of either skip the
+    work."""
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
     touched = (row + BLOCK_M > n) | (col + BLOCK_N > m)
@@ -107,10 +114,11 @@ def _log1p(e):
 def sums_kernel(
     x, y, scalars, col_add, row_ids, col_ids, row_part, col_part, row_start, col_start, n, m, row_offset,
     tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE:
+    tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):
-    """row_part (tiles_n, tiles_m BLOCK_M), col_part (tiles_m, tiles_n BLOCK_N): sums of 2^bits, or of softplus."""
+    """row_part (tiles_n, tiles_m BLOCK_M), col_part (tiles_m, tiles_n BLOCK_N): sums of 2^bits, or of
+    softplus."""
     tile_m, tile_n = _swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row = row_start + tile_m * BLOCK_M
     col = col_start + tile_n * BLOCK_N
@@ -123,7 +131,9 @@ def sums_kernel(
         values = _log1p(tl.exp2(-tl.abs(bits))) + tl.where(bits < 0, 0.0, bits) * 0.6931471805599453
     else:
         values = tl.exp2(bits)
-    values = _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+    values = _zero_excluded(
+        values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N
+    )
     in_block_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(row_part + tile_n.to(tl.int64) * (tiles_m * BLOCK_M) + in_block_m, tl.sum(values, 1))
     if not SOFTPLUS:
@@ -134,9 +144,9 @@ def sums_kernel(
 @triton.jit(do_not_specialize=_RUN_TIME)
 def strip_kernel(
     x, y, scalars, row_add, col_add, row_ids, col_ids, sums, lse_bits, floor, n, m, row_offset,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ROW_WEIGHT:
+    tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, DESCRIPTORS:
+    tl.constexpr,
 ):
     """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
     row = tl.program_id(0) * BLOCK_M
@@ -174,12 +184,12 @@ def strip_kernel(
 
 @triton.jit
 def _coefficients(
-    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m, row_offset,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, TWO: tl.constexpr,
+    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m,
+    row_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT:
+    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, TWO: tl.constexpr,
 ):
-    """G of the tile at (row, col). TWO: an exponential for each side; else the weights hold 2^-bits, and no bits are
-    read."""
+    """G of the tile at (row, col). TWO: an exponential for each side; else the weights hold 2^-bits, and no
+    bits are read."""
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
     bits = acc * tl.load(scalars) + tl.load(scalars + 1)
@@ -191,11 +201,15 @@ def _coefficients(
     else:
         by_col = tl.load(col_weight + cols, mask=cols < m, other=0.0)
         if TWO:
-            values = by_row[:, None] * tl.exp2(bits - tl.load(row_bits + rows, mask=rows < n, other=0.0)[:, None])
-            values += by_col[None, :] * tl.exp2(bits - tl.load(col_bits + cols, mask=cols < m, other=0.0)[None, :])
+            row_lse = tl.load(row_bits + rows, mask=rows < n, other=0.0)
+            col_lse = tl.load(col_bits + cols, mask=cols < m, other=0.0)
+            values = by_row[:, None] * tl.exp2(bits - row_lse[:, None])
+            values += by_col[None, :] * tl.exp2(bits - col_lse[None, :])
         else:
             values = tl.exp2(bits) * (by_row[:, None] + by_col[None, :])
-    return _zero_excluded(values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N)
+    return _zero_excluded(
+        values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N
+    )
 
 
 @triton.jit
@@ -215,14 +229,16 @@ def _store_coefficients(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def coef_kernel(
-    x, y, g_work, low_work, scalars, col_add, row_ids, col_ids, row_factor, col_factor, col_part, row_start, col_start, n,
-    m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr,
-    EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x, y, g_work, low_work, scalars, col_add, row_ids, col_ids, row_factor, col_factor, col_part, row_start,
+    col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT:
+    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """G of one tile, float16, times the power of two that the factors carry.
 
-    softmax: G_ij = 2^bits_ij (row_factor_i + col_factor_j),  row_factor = dL/drow_lse * 2^-(row's sum in bits)
+    softmax: G_ij = 2^bits_ij (row_factor_i + col_factor_j),  row_factor = dL/drow_lse * 2^-(row's sum in
+    bits)
     sigmoid: G_ij = row_factor_i sigma(bits_ij ln 2)
 
     One exponential serves both sums. Where a sum is too small to divide by, the tile is done again by
@@ -233,26 +249,28 @@ def coef_kernel(
     col = col_start + tile_n * BLOCK_N
     acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
     values = _coefficients(
-        acc, scalars, col_add, row_ids, col_ids, row_factor, col_factor, row_factor, col_factor, row, col, n, m, row_offset,
-        BLOCK_M, BLOCK_N, SOFTPLUS, HAS_WEIGHT, HAS_IDS, EXCLUDE, False,
+        acc, scalars, col_add, row_ids, col_ids, row_factor, col_factor, row_factor, col_factor, row, col, n,
+        m, row_offset, BLOCK_M, BLOCK_N, SOFTPLUS, HAS_WEIGHT, HAS_IDS, EXCLUDE, False,
     )
     _store_coefficients(
-        values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M, tile_n * BLOCK_N,
-        work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, DESCRIPTORS,
+        values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M,
+        tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, DESCRIPTORS,
     )
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def exact_coef_kernel(
-    x, y, g_work, low_work, lost, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, col_part,
-    row_start, col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr,
-    COL_SUMS: tl.constexpr, HIGH: tl.constexpr, FLOOR: tl.constexpr,
+    x, y, g_work, low_work, lost, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight,
+    col_weight, col_part, row_start, col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT:
+    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr,
+    FLOOR: tl.constexpr,
 ):
     """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below FLOOR.
 
-    G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j). A few programs walk all tiles,
-    and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the rare case.
+    G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j). A few programs walk
+    all tiles, and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the
+    rare case.
     """
     if tl.load(lost) > 0:
         tile = tl.program_id(0)
@@ -270,19 +288,22 @@ def exact_coef_kernel(
             if lowest < FLOOR:
                 acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, False)
                 values = _coefficients(
-                    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m,
-                    row_offset, BLOCK_M, BLOCK_N, False, HAS_WEIGHT, HAS_IDS, EXCLUDE, True,
+                    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row,
+                    col, n, m, row_offset, BLOCK_M, BLOCK_N, False, HAS_WEIGHT, HAS_IDS, EXCLUDE, True,
                 )
                 _store_coefficients(
-                    values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M,
-                    tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, False,
+                    values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m *
+                    BLOCK_M, tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, False,
                 )
             tile += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
-def norm_kernel(x, largest, n, row_stride, col_stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """largest[program] = the largest finite squared norm of this program's ROWS rows, 0 where there is none."""
+def norm_kernel(
+    x, largest, n, row_stride, col_stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """largest[program] = the largest finite squared norm of this program's ROWS rows, 0 where there is
+    none."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = x + rows.to(tl.int64)[:, None] * row_stride
     total = tl.zeros((ROWS,), tl.float32)
@@ -301,9 +322,11 @@ def cast_kernel(
     x, out, power, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, HIGH: tl.constexpr, SECOND: tl.constexpr,
 ):
-    """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [hi, hi, lo], or [hi, lo, hi].
+    """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [hi, hi, lo], or [hi, lo,
+    hi].
 
-    With x = hi + lo and y = hi' + lo', the inner product of [hi, hi, lo] and [hi', lo', hi'] leaves out lo lo' alone.
+    With x = hi + lo and y = hi' + lo', the inner product of [hi, hi, lo] and [hi', lo', hi'] leaves out lo
+    lo' alone.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width: tl.constexpr = 3 * PADDED if HIGH else PADDED
@@ -314,7 +337,8 @@ def cast_kernel(
         at = k + tl.arange(0, BLOCK_K)
         inside = (rows < n)[:, None] & (at < D)[None, :]
         stored = (rows < n)[:, None] & (at < PADDED)[None, :]
-        values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0).to(tl.float32) * factor
+        values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0)
+        values = values.to(tl.float32) * factor
         high = values.to(tl.float16)
         tl.store(to + at[None, :], high, mask=stored)
         if HIGH:
@@ -325,10 +349,11 @@ def cast_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def finish_kernel(
-    acc, x, out, part, factor, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, WRITE: tl.constexpr,
+    acc, x, out, part, factor, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS:
+    tl.constexpr, BLOCK_K: tl.constexpr, WRITE: tl.constexpr,
 ):
-    """out (n, D) = acc (n, PADDED) * factor[0] * factor[1]; part[program] = sum of x * acc * factor[0] over its rows.
+    """out (n, D) = acc (n, PADDED) * factor[0] * factor[1]; part[program] = sum of x * acc * factor[0] over
+    its rows.
 
     factor[1] is the scale of the logits: dL/dx = scale G y, while dL/dscale = <x, G y>.
     """
@@ -340,9 +365,11 @@ def finish_kernel(
     for k in range(0, D, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         inside = (rows < n)[:, None] & (at < D)[None, :]
-        grad = tl.load(acc + rows.to(tl.int64)[:, None] * PADDED + at[None, :], mask=inside, other=0.0) * power
+        grad = tl.load(acc + rows.to(tl.int64)[:, None] * PADDED + at[None, :], mask=inside, other=0.0)
+        grad = grad * power
         values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(grad * values, 1)
         if WRITE:
-            tl.store(out + rows.to(tl.int64)[:, None] * D + at[None, :], (grad * scale).to(out.dtype.element_ty), mask=inside)
+            result = (grad * scale).to(out.dtype.element_ty)
+            tl.store(out + rows.to(tl.int64)[:, None] * D + at[None, :], result, mask=inside)
     tl.store(part + tl.program_id(0), tl.sum(total, 0))

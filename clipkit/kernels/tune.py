@@ -1,11 +1,12 @@
-"""Measure tile configurations on the GPU at hand and write the best: `python -m clipkit.kernels.tune OUT.json`.
+"""Measure tile configurations on the GPU at hand and write the best: `python -m clipkit.kernels.tune
+OUT.json`.
 
-    python -m clipkit.kernels.tune OUT.json [--dims 512,768,1024] [--rows 32768] [--kinds lse_sums,lse_coef] [--dry-run]
-    export CLIPKIT_KERNEL_CONFIGS=OUT.json
+    python -m clipkit.kernels.tune OUT.json [--dims 512,768,1024] [--rows 32768] [--kinds lse_sums,lse_coef]
+    [--dry-run] export CLIPKIT_KERNEL_CONFIGS=OUT.json
 
-Each kind of kernel is timed through the public path (forward for sums, backward for coefficients, so that block size
-and cuBLAS count too), the others at the table's entry. A configuration that does not fit the chip is passed over.
-About a minute a kind and D on an H100. --dry-run lists the candidates and needs no GPU.
+Each kind of kernel is timed through the public path (forward for sums, backward for coefficients, so that
+block size and cuBLAS count too), the others at the table's entry. A configuration that does not fit the chip
+is passed over. About a minute a kind and D on an H100. --dry-run lists the candidates and needs no GPU.
 """
 
 from __future__ import annotations
@@ -25,21 +26,39 @@ from clipkit.registry import unknown
 
 # (block_m, block_n, block_k, num_warps, num_stages)
 TILES = (
-    (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (64, 128, 64, 4, 4),
-    (128, 64, 64, 4, 4), (64, 256, 64, 4, 4), (128, 128, 32, 8, 4),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 2),
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (256, 128, 64, 8, 4),
+    (64, 128, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (64, 256, 64, 4, 4),
+    (128, 128, 32, 8, 4),
 )
 GROUPS = (8, 16)
 OUTER = {"sums": (16896, 33792), "coef": (5632, 8448, 11264, 16896)}
 
 
 def candidates(kind: str, base: TileConfig) -> list[TileConfig]:
-    """Tiles first at the table's group and block, then groups and blocks are tried on the winner by `tune_one`."""
+    """Tiles first at the table's group and block, then groups and blocks are tried on the winner by
+    `tune_one`."""
     found = [base]
     for block_m, block_n, block_k, num_warps, num_stages in TILES:
-        found.append(replace(
-            base, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages
-        ))
+        found.append(
+            replace(
+                base,
+                block_m=block_m,
+                block_n=block_n,
+                block_k=block_k,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        )
     return list(dict.fromkeys(found))
 
 
@@ -51,7 +70,9 @@ def around(kind: str, best: TileConfig) -> list[TileConfig]:
     return [config for config in dict.fromkeys(found) if config != best]
 
 
-def measure(kind: str, capability: tuple[int, int], config: TileConfig, rows: int, dim: int, repeats: int = 5) -> float:
+def measure(
+    kind: str, capability: tuple[int, int], config: TileConfig, rows: int, dim: int, repeats: int = 5
+) -> float:
     """Median milliseconds of the pass that `kind` is for, or inf where the configuration does not run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.json"
@@ -71,7 +92,9 @@ def measure(kind: str, capability: tuple[int, int], config: TileConfig, rows: in
 def _time(kind: str, rows: int, dim: int, repeats: int) -> float:
     g = torch.Generator("cuda").manual_seed(0)
     x, y = (
-        torch.nn.functional.normalize(torch.randn(rows, dim, device="cuda", generator=g), dim=1).half().requires_grad_()
+        torch.nn.functional.normalize(torch.randn(rows, dim, device="cuda", generator=g), dim=1)
+        .half()
+        .requires_grad_()
         for _ in range(2)
     )
     scale = torch.tensor(50.0, device="cuda", requires_grad=True)
@@ -102,7 +125,9 @@ def tune_one(kind: str, capability: tuple[int, int], rows: int, dim: int) -> tup
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m clipkit.kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m clipkit.kernels.tune", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("out", help="JSON file to write")
     parser.add_argument("--dims", default="512,768,1024", help="embedding dimensions, largest of each bucket")
     parser.add_argument("--rows", type=int, default=32768, help="rows and columns of the timed problem")
@@ -119,7 +144,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(kind, config)
         return
     if not torch.cuda.is_available():
-        raise SystemExit("tuning measures on a CUDA device, and torch finds none; --dry-run lists the candidates")
+        raise SystemExit(
+            "tuning measures on a CUDA device, and torch finds none; --dry-run lists the candidates"
+        )
     capability, found = torch.cuda.get_device_capability(), {}
     for kind in kinds:
         for dim in dims:

@@ -1,7 +1,9 @@
-"""Cases for the Triton kernels, and the way to run one: `python parity_cases.py OUT.pt` runs all in the interpreter.
+"""Cases for the Triton kernels, and the way to run one: `python parity_cases.py OUT.pt` runs all in the
+interpreter.
 
-Each case is a problem built from a seed, so that the process that runs the kernels (the interpreter's, which must be
-its own, or this one on CUDA) and the process that computes the float64 reference see the same numbers.
+Each case is a problem built from a seed, so that the process that runs the kernels (the interpreter's, which
+must be its own, or this one on CUDA) and the process that computes the float64 reference see the same
+numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +20,23 @@ CONFIG = {"block_m": 32, "block_n": 16, "block_k": 32, "group": 2, "outer": 64}
 POINTERS = CONFIG | {"block_m": 16, "block_n": 32, "block_k": 16, "descriptors": False}
 
 
-def case(n=37, m=53, d=19, *, dtype="float16", scale=14.0, op="lse", features="random", weights=False, ids=False,
-         row_offset=0, exclude_positives=True, needs="xysw", precision="auto", config="tiles"):
+def case(
+    n=37,
+    m=53,
+    d=19,
+    *,
+    dtype="float16",
+    scale=14.0,
+    op="lse",
+    features="random",
+    weights=False,
+    ids=False,
+    row_offset=0,
+    exclude_positives=True,
+    needs="xysw",
+    precision="auto",
+    config="tiles",
+):
     return dict(locals())
 
 
@@ -43,8 +60,12 @@ CASES = {
     "scale 100, float16": case(scale=100.0),
     "negative scale": case(scale=-20.0, dtype="float32"),
     "all cosines negative at scale 100": case(scale=100.0, features="opposed", dtype="float32"),
-    "all cosines negative, pointers": case(scale=100.0, features="opposed", dtype="float32", config="pointers"),
-    "all cosines negative, weighted": case(scale=100.0, features="opposed", dtype="float32", weights=True, ids=True),
+    "all cosines negative, pointers": case(
+        scale=100.0, features="opposed", dtype="float32", config="pointers"
+    ),
+    "all cosines negative, weighted": case(
+        scale=100.0, features="opposed", dtype="float32", weights=True, ids=True
+    ),
     "one row opposed at scale 200": case(40, 40, 16, scale=200.0, features="one opposed", dtype="float32"),
     "all features equal": case(features="equal", scale=100.0),
     "converged": case(24, 24, 32, scale=100.0, features="converged", dtype="float32"),
@@ -103,7 +124,8 @@ def _features(c: dict, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def problem(name: str, device: str) -> tuple[dict, dict]:
-    """(inputs, settings) of a case: x, y, scale and weights or bias with requires_grad, in the case's dtype."""
+    """(inputs, settings) of a case: x, y, scale and weights or bias with requires_grad, in the case's
+    dtype."""
     c = CASES[name] if name in CASES else case(dtype="float32", op=NAN_CASES[name])
     dtype = getattr(torch, c["dtype"])
     x, y = _features(c, seed=len(name))
@@ -126,7 +148,10 @@ def problem(name: str, device: str) -> tuple[dict, dict]:
         inputs["w"] = torch.randn(c["m"], generator=g).to(device)
         inputs["w"][2] = float("-inf")
     if c["ids"]:
-        settings |= {"row_ids": (torch.arange(c["n"]) // 3).to(device), "col_ids": (torch.arange(c["m"]) // 3).to(device)}
+        settings |= {
+            "row_ids": (torch.arange(c["n"]) // 3).to(device),
+            "col_ids": (torch.arange(c["m"]) // 3).to(device),
+        }
     for key in inputs:
         inputs[key].requires_grad_(key in c["needs"] + "b")
     return inputs, settings | {"op": c["op"], "precision": c["precision"]}
@@ -174,9 +199,11 @@ def use_config(folder: Path, name: str) -> None:
 
     path = folder / f"{name}.json"
     settings = CONFIG if name == "tiles" else POINTERS
-    path.write_text(json.dumps(
-        [{"kind": kind, "capability": [0, 0], "max_dim": 10**6, "config": settings} for kind in KINDS]
-    ))
+    path.write_text(
+        json.dumps(
+            [{"kind": kind, "capability": [0, 0], "max_dim": 10**6, "config": settings} for kind in KINDS]
+        )
+    )
     os.environ["CLIPKIT_KERNEL_CONFIGS"] = str(path)
 
 

@@ -21,7 +21,9 @@ def features(n, m, d, seed=0, dtype=DOUBLE):
     return x.to(dtype), y.to(dtype)
 
 
-def looped(x, y, scale, *, term, row_offset=0, row_ids=None, col_ids=None, weight=None, exclude_positives=True):
+def looped(
+    x, y, scale, *, term, row_offset=0, row_ids=None, col_ids=None, weight=None, exclude_positives=True
+):
     """Lists of the terms of every row and of every column, by the definition, in Python floats."""
     rows, cols = [[] for _ in x], [[] for _ in y]
     for i in range(len(x)):
@@ -49,7 +51,8 @@ SETTINGS = {
     "positives kept": {"exclude_positives": False},
     "ids": {"row_ids": torch.tensor([0, 0, 1, 2, 9]), "col_ids": torch.tensor([0, 1, 1, 2, 3, 3, 0])},
     "ids alone": {
-        "row_ids": torch.tensor([0, 0, 1, 2, 9]), "col_ids": torch.tensor([0, 1, 1, 2, 3, 3, 0]),
+        "row_ids": torch.tensor([0, 0, 1, 2, 9]),
+        "col_ids": torch.tensor([0, 1, 1, 2, 3, 3, 0]),
         "exclude_positives": False,
     },
 }
@@ -61,7 +64,9 @@ def test_lse_equals_the_sums_written_out(impl, setting):
     x, y = features(5, 7, 4)
     weight = torch.tensor([0.3, -1.0, 0.0, -math.inf, 2.0, 0.1, 0.2], dtype=DOUBLE)
     rows, cols = looped(x, y, 9.0, term=math.exp, weight=weight, **SETTINGS[setting])
-    row_lse, col_lse = pair_lse(x, y, 9.0, col_log_weight=weight, impl=impl, chunk_size=3, **SETTINGS[setting])
+    row_lse, col_lse = pair_lse(
+        x, y, 9.0, col_log_weight=weight, impl=impl, chunk_size=3, **SETTINGS[setting]
+    )
     for found, terms in ((row_lse, rows), (col_lse, cols)):
         expected = torch.tensor([log_sum(t) for t in terms], dtype=DOUBLE)
         assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
@@ -98,7 +103,9 @@ def test_an_empty_side_gives_empty_sums(impl, n, m):
 
 def test_gradients_are_those_of_the_definition():
     x, y = (3 * t for t in features(6, 8, 3))
-    given = [t.requires_grad_() for t in (x, y, torch.tensor(2.0, dtype=DOUBLE), torch.randn(8, dtype=DOUBLE))]
+    given = [
+        t.requires_grad_() for t in (x, y, torch.tensor(2.0, dtype=DOUBLE), torch.randn(8, dtype=DOUBLE))
+    ]
     ids = {"row_ids": torch.arange(6) // 2, "col_ids": torch.arange(8) // 2, "row_offset": 1}
     lse = lambda x, y, s, w: pair_lse(x, y, s, col_log_weight=w, impl="chunked", chunk_size=4, **ids)
     assert torch.autograd.gradcheck(lse, given)
@@ -117,10 +124,12 @@ def test_gradients_follow_the_upstream_gradient_at_any_size(size):
     for impl in ("chunked", "dense"):
         sums = pair_lse(x, y, scale, col_log_weight=weight, impl=impl, chunk_size=4)
         row_sum = pair_softplus(x, y, scale, bias, impl=impl, chunk_size=4)
-        results.append([
-            *torch.autograd.grad(sums, (x, y, scale, weight), upstream),
-            *torch.autograd.grad(row_sum, (x, y, scale, bias), upstream[:1]),
-        ])
+        results.append(
+            [
+                *torch.autograd.grad(sums, (x, y, scale, weight), upstream),
+                *torch.autograd.grad(row_sum, (x, y, scale, bias), upstream[:1]),
+            ]
+        )
     for found, expected in zip(*results):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -128,7 +137,9 @@ def test_gradients_follow_the_upstream_gradient_at_any_size(size):
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
 def test_a_row_left_with_absent_columns_alone_has_no_gradient(impl):
     x, y = (t.requires_grad_() for t in features(2, 2, 4))
-    row_lse, col_lse = pair_lse(x, y, 5.0, col_log_weight=torch.tensor([0.0, -math.inf], dtype=DOUBLE), impl=impl)
+    row_lse, col_lse = pair_lse(
+        x, y, 5.0, col_log_weight=torch.tensor([0.0, -math.inf], dtype=DOUBLE), impl=impl
+    )
     # Row 0 has column 1 alone, which is absent; row 1 has column 0.
     assert row_lse[0] == -math.inf and row_lse[1].isfinite()
     grad = torch.autograd.grad(torch.nn.functional.softplus(row_lse).sum(), x)[0]
@@ -210,7 +221,9 @@ def test_nan_reaches_what_it_touches_and_nothing_else(impl):
     assert row_lse.isnan().tolist() == [False, False, True, False, False, False]
     # Column 2 meets row 2 only as its positive, which is left out.
     assert col_lse.isnan().tolist() == [True, True, False, True, True, True]
-    assert pair_softplus(x, y, 10.0, -1.0, impl=impl, chunk_size=4).isnan().tolist() == row_lse.isnan().tolist()
+    assert (
+        pair_softplus(x, y, 10.0, -1.0, impl=impl, chunk_size=4).isnan().tolist() == row_lse.isnan().tolist()
+    )
 
 
 def test_strided_views_are_taken():
@@ -244,7 +257,11 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        sizes = [
+            t.untyped_storage().nbytes() // t.element_size()
+            for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor)
+        ]
         self.elements = max([self.elements, *sizes])
         return out
 
@@ -259,12 +276,32 @@ def test_chunked_makes_no_tensor_of_all_pairs():
         row_lse, col_lse = chunked.lse_forward(x, y, torch.tensor(100.0), None, pairs, chunk)
         ones = torch.ones(n)
         chunked.lse_backward(
-            ones, ones, x, y, torch.tensor(100.0), None, row_lse, col_lse, pairs, chunk, need_x=True, need_y=True,
+            ones,
+            ones,
+            x,
+            y,
+            torch.tensor(100.0),
+            None,
+            row_lse,
+            col_lse,
+            pairs,
+            chunk,
+            need_x=True,
+            need_y=True,
             need_weight=False,
         )
         row_sum = chunked.softplus_forward(x, y, torch.tensor(10.0), torch.tensor(-10.0), pairs, chunk)
         chunked.softplus_backward(
-            row_sum, x, y, torch.tensor(10.0), torch.tensor(-10.0), pairs, chunk, need_x=True, need_y=True, need_bias=True
+            row_sum,
+            x,
+            y,
+            torch.tensor(10.0),
+            torch.tensor(-10.0),
+            pairs,
+            chunk,
+            need_x=True,
+            need_y=True,
+            need_bias=True,
         )
     assert 0 < seen.elements <= n * 8, "nothing larger than the features themselves"
 
@@ -296,7 +333,10 @@ def test_operators_keep_torchs_rules():
 
 def test_a_second_gradient_is_refused_and_dense_gives_it():
     x, y = (t.requires_grad_() for t in features(5, 6, 3))
-    for call in (lambda impl: pair_lse(x, y, 3.0, impl=impl)[0], lambda impl: pair_softplus(x, y, 3.0, 0.0, impl=impl)):
+    for call in (
+        lambda impl: pair_lse(x, y, 3.0, impl=impl)[0],
+        lambda impl: pair_softplus(x, y, 3.0, 0.0, impl=impl),
+    ):
         first = torch.autograd.grad(call("chunked").sum(), x, create_graph=True)[0]
         with pytest.raises(RuntimeError, match='impl="dense"'):
             first.sum().backward()
@@ -304,19 +344,22 @@ def test_a_second_gradient_is_refused_and_dense_gives_it():
         assert torch.autograd.grad(first.square().sum(), x)[0].norm() > 0
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"impl": "chunky"}, "Did you mean 'chunked'"),
-    ({"precision": "hi"}, "precision"),
-    ({"impl": "triton"}, "needs float32, bfloat16 or float16 features on a CUDA device"),
-    ({"chunk_size": 0}, "at least 1"),
-    ({"row_ids": torch.arange(3)}, "both or neither"),
-    ({"row_ids": torch.arange(3), "col_ids": torch.arange(9)}, r"\(3,\) and \(4,\)"),
-    ({"row_ids": torch.ones(3), "col_ids": torch.ones(4)}, "integers"),
-    ({"col_log_weight": torch.ones(3)}, r"\(M,\) = \(4,\)"),
-    ({"y": torch.ones(4, 6)}, "with one D"),
-    ({"x": torch.ones(3, 5, dtype=torch.int64)}, "floating point"),
-    ({"scale": torch.ones(2)}, "one number"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"impl": "chunky"}, "Did you mean 'chunked'"),
+        ({"precision": "hi"}, "precision"),
+        ({"impl": "triton"}, "needs float32, bfloat16 or float16 features on a CUDA device"),
+        ({"chunk_size": 0}, "at least 1"),
+        ({"row_ids": torch.arange(3)}, "both or neither"),
+        ({"row_ids": torch.arange(3), "col_ids": torch.arange(9)}, r"\(3,\) and \(4,\)"),
+        ({"row_ids": torch.ones(3), "col_ids": torch.ones(4)}, "integers"),
+        ({"col_log_weight": torch.ones(3)}, r"\(M,\) = \(4,\)"),
+        ({"y": torch.ones(4, 6)}, "with one D"),
+        ({"x": torch.ones(3, 5, dtype=torch.int64)}, "floating point"),
+        ({"scale": torch.ones(2)}, "one number"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     given = {"x": torch.ones(3, 5), "y": torch.ones(4, 5), "scale": 1.0} | change
     x, y, scale = given.pop("x"), given.pop("y"), given.pop("scale")

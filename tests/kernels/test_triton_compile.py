@@ -1,8 +1,8 @@
 """The kernels compile for three architectures, use their tensor cores, and keep their tiles in registers.
 
-No GPU is needed: fused.py's launches are recorded instead of run, with the configuration it would pick on each
-architecture, and every distinct one is compiled to machine code. A process of its own, since the interpreter's tests
-decide at import that nothing is compiled.
+No GPU is needed: fused.py's launches are recorded instead of run, with the configuration it would pick on
+each architecture, and every distinct one is compiled to machine code. A process of its own, since the
+interpreter's tests decide at import that nothing is compiled.
 """
 
 from __future__ import annotations
@@ -17,10 +17,22 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KERNELS = ("norm_kernel", "cast_kernel", "sums_kernel", "strip_kernel", "coef_kernel", "exact_coef_kernel", "finish_kernel")
+KERNELS = (
+    "norm_kernel",
+    "cast_kernel",
+    "sums_kernel",
+    "strip_kernel",
+    "coef_kernel",
+    "exact_coef_kernel",
+    "finish_kernel",
+)
 PRODUCTS = ("sums_kernel", "strip_kernel", "coef_kernel", "exact_coef_kernel")
 # Instructions that multiply on tensor cores, and those that must not be there instead.
-TENSOR_CORES = {80: (r"\bHMMA\b", r"HGMMA"), 90: (r"\bHGMMA\b", r"\bHMMA\b"), 100: (r"\bUTC\w*MMA\b", r"\bHMMA\b|HGMMA")}
+TENSOR_CORES = {
+    80: (r"\bHMMA\b", r"HGMMA"),
+    90: (r"\bHGMMA\b", r"\bHMMA\b"),
+    100: (r"\bUTC\w*MMA\b", r"\bHMMA\b|HGMMA"),
+}
 
 
 def record(arch: int, dim: int, dtype: torch.dtype, high: bool) -> list[tuple]:
@@ -46,10 +58,25 @@ def record(arch: int, dim: int, dtype: torch.dtype, high: bool) -> list[tuple]:
     plain, masked = Pairs(), Pairs(0, torch.arange(n), torch.arange(n))
     for pairs, weight in ((plain, None), (masked, torch.zeros(n))):
         fused.lse_forward(x, y, scale, weight, pairs, high=high)
-        fused.lse_backward(ones, ones, x, y, scale, weight, ones, ones, pairs, high=high, need_x=True, need_y=True,
-                           need_weight=weight is not None)
+        fused.lse_backward(
+            ones,
+            ones,
+            x,
+            y,
+            scale,
+            weight,
+            ones,
+            ones,
+            pairs,
+            high=high,
+            need_x=True,
+            need_y=True,
+            need_weight=weight is not None,
+        )
     fused.softplus_forward(x, y, scale, bias, plain, high=high)
-    fused.softplus_backward(ones, x, y, scale, bias, plain, high=high, need_x=True, need_y=True, need_bias=True)
+    fused.softplus_backward(
+        ones, x, y, scale, bias, plain, high=high, need_x=True, need_y=True, need_bias=True
+    )
     return launches
 
 
@@ -77,7 +104,9 @@ def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True
+    ).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
@@ -85,7 +114,8 @@ def check(arch: int, dim: int, dtype: str, high: bool, folder: Path) -> None:
     import triton
 
     seen, checked = set(), set()
-    # Triton before 3.9 puts up to ten scalars aside, once, outside sm_90's kernels; a spilled tile takes hundreds of bytes.
+    # Triton before 3.9 puts up to ten scalars aside, once, outside sm_90's kernels; a spilled tile takes
+    # hundreds of bytes.
     allowed = 0 if arch == 90 or tuple(int(v) for v in triton.__version__.split(".")[:2]) >= (3, 9) else 64
     wanted, unwanted = TENSOR_CORES[arch]
     for kernel, args, constants in record(arch, dim, getattr(torch, dtype), high):
@@ -108,18 +138,39 @@ def check(arch: int, dim: int, dtype: str, high: bool, folder: Path) -> None:
     assert checked == set(PRODUCTS)
 
 
-@pytest.mark.parametrize("arch, dim, dtype, high", [
-    (80, 512, "bfloat16", False), (90, 512, "float16", False), (90, 768, "float32", True), (100, 512, "float16", False),
-])
+@pytest.mark.parametrize(
+    "arch, dim, dtype, high",
+    [
+        (80, 512, "bfloat16", False),
+        (90, 512, "float16", False),
+        (90, 768, "float32", True),
+        (100, 512, "float16", False),
+    ],
+)
 def test_compiles_to_tensor_cores_without_spills(arch, dim, dtype, high, tmp_path):
     triton = pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip(f"this triton has no {tool.name}: nothing to read machine code with")
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CLIPKIT_KERNEL_CONFIGS")}
-    command = [sys.executable, "-W", "ignore", __file__, str(arch), str(dim), dtype, str(int(high)), str(tmp_path)]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CLIPKIT_KERNEL_CONFIGS")
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        str(arch),
+        str(dim),
+        dtype,
+        str(int(high)),
+        str(tmp_path),
+    ]
     result = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        command,
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
 def features(n, d, dtype=torch.float16, seed=0):
     g = torch.Generator("cuda").manual_seed(seed)
     return [
-        normalize(torch.randn(n, d, device="cuda", generator=g), dim=1).to(dtype).requires_grad_() for _ in range(2)
+        normalize(torch.randn(n, d, device="cuda", generator=g), dim=1).to(dtype).requires_grad_()
+        for _ in range(2)
     ]
 
 
@@ -35,7 +36,9 @@ def test_two_runs_are_equal_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(step(x, y, scale), step(x, y, scale)))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 6e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 6e-3), (torch.float32, 1e-5)]
+)
 def test_many_rows_equal_float64_on_a_sample(dtype, tolerance):
     n, d, sample = 33000, 512, slice(31000, 31064)
     x, y = features(n, d, dtype)

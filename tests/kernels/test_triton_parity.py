@@ -1,7 +1,7 @@
 """The Triton kernels against the dense float64 definition: forward and every gradient.
 
-On a CUDA machine the kernels run there; elsewhere in Triton's interpreter, in a process of its own (it is chosen
-when the kernels are first imported).
+On a CUDA machine the kernels run there; elsewhere in Triton's interpreter, in a process of its own (it is
+chosen when the kernels are first imported).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _spec.loader.exec_module(cases)
 
 pytest.importorskip("triton", reason="triton is not installed: the kernels cannot run, interpreted or not")
 
-# ||out - ref|| / ||ref|| by (output or gradient), for operands that are exact in float16 (half) or split (high).
-# Gradients of half precision carry the rounding of G to float16, and bfloat16's that of the result itself.
+# ||out - ref|| / ||ref|| by (output or gradient), for operands that are exact in float16 (half) or split
+# (high). Gradients of half precision carry the rounding of G to float16, and bfloat16's that of the result
+# itself.
 TOLERANCE = {"float32": (1e-6, 1e-5), "float16": (1e-6, 1e-3), "bfloat16": (1e-6, 4e-3)}
 
 
@@ -43,16 +44,22 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("interpreter") / "results.pt"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "parity_cases.py"), str(out)], env=environment, check=True, timeout=600
+        [sys.executable, "-W", "ignore", str(HERE / "parity_cases.py"), str(out)],
+        env=environment,
+        check=True,
+        timeout=600,
     )
     return torch.load(out, weights_only=True)
 
 
 def reference(name: str) -> dict[str, torch.Tensor]:
-    """The dense definition in float64, of the inputs as the kernels got them (rounded to the case's dtype)."""
+    """The dense definition in float64, of the inputs as the kernels got them (rounded to the case's
+    dtype)."""
     inputs, settings = cases.problem(name, "cpu")
     settings.pop("precision")
-    exact = {key: value.detach().double().requires_grad_(value.requires_grad) for key, value in inputs.items()}
+    exact = {
+        key: value.detach().double().requires_grad_(value.requires_grad) for key, value in inputs.items()
+    }
     return cases.evaluate(exact, settings, "dense")
 
 
@@ -83,7 +90,8 @@ def test_equals_the_dense_definition(results, name):
                 assert abs(float(found[key] - expected[key])) <= 1e-5
                 continue
         if expected[key].ndim == 0:
-            # One number, the sum of terms of either sign: its own size says little about the size of what was summed.
+            # One number, the sum of terms of either sign: its own size says little about the size of what was
+            # summed.
             tolerance *= 10
         if key == "dx" and settings["n"] == 1 and settings["m"] == 1:
             assert torch.equal(found[key], expected[key])
@@ -91,11 +99,13 @@ def test_equals_the_dense_definition(results, name):
 
 
 def test_gradient_vanishes_when_all_features_are_equal(results):
-    # With equal rows every softmax is uniform: G y is a multiple of the common feature, equal for all rows up to
-    # the upstream gradient. A relative comparison per element would divide by nothing; compare absolutely.
+    # With equal rows every softmax is uniform: G y is a multiple of the common feature, equal for all rows up
+    # to the upstream gradient. A relative comparison per element would divide by nothing; compare absolutely.
     found, expected = results["all features equal"], reference("all features equal")
     for key in expected:
-        assert torch.allclose(found[key], expected[key], rtol=1e-3, atol=1e-3 * float(expected[key].abs().max())), key
+        assert torch.allclose(
+            found[key], expected[key], rtol=1e-3, atol=1e-3 * float(expected[key].abs().max())
+        ), key
 
 
 @pytest.mark.parametrize("name", list(cases.NAN_CASES))
@@ -113,13 +123,17 @@ def test_two_runs_are_equal_bit_for_bit(results):
 
 
 def test_infonce_built_on_it_keeps_its_digits_near_convergence(results):
-    # loss_i = log(1 + exp(row_lse_i - s_ii)), about 1e-43 here: as a difference of two log-sum-exps it would be 0.
+    # loss_i = log(1 + exp(row_lse_i - s_ii)), about 1e-43 here: as a difference of two log-sum-exps it would
+    # be 0.
     inputs, _ = cases.problem("converged", "cpu")
     x, y, scale = (inputs[key].detach().double() for key in "xys")
     positives = scale * (x * y).sum(1)
-    expected = torch.tensor([
-        sum(float(torch.exp(scale * (x[i] @ y[j]) - positives[i])) for j in range(len(y)) if j != i) for i in range(len(x))
-    ])
+    expected = torch.tensor(
+        [
+            sum(float(torch.exp(scale * (x[i] @ y[j]) - positives[i])) for j in range(len(y)) if j != i)
+            for i in range(len(x))
+        ]
+    )
     found = torch.exp(results["converged"]["row_lse"] - positives)
     assert relative(found, expected.double()) <= 3e-5
     assert 0 < expected.max() < 1e-10
