@@ -71,9 +71,10 @@ def count_samples(shards: str | Path | Iterable[str], *, cache_dir: str | Path |
     return len(_open(shards, cache_dir))
 
 
-def iter_captions(shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None) -> Iterator[str]:
-    """Every caption once, in file order; samples without a readable one are passed over."""
-    data = _open(shards, cache_dir)
+def iter_captions(shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None,
+                  on_bad_shard: str = "error") -> Iterator[str]:
+    """Every caption once, in file order; samples without a readable one are passed over, bad shards under "skip"."""
+    data = _open(shards, cache_dir, on_bad_shard)
     for sample in data:
         try:
             yield from data.captions(sample)
@@ -82,6 +83,6 @@ def iter_captions(shards: str | Path | Iterable[str], *, cache_dir: str | Path |
     data.close()
 
 
-def _open(shards: Any, cache_dir: str | Path | None) -> ShardSet:
+def _open(shards: Any, cache_dir: str | Path | None, on_bad_shard: str = "error") -> ShardSet:
     names = expand_shards(shards)
-    return ShardSet(names, cache_dir=Path(cache_dir) if cache_dir else cache_folder({}))
+    return ShardSet(names, cache_dir=Path(cache_dir) if cache_dir else cache_folder({}), on_bad_shard=on_bad_shard)

@@ -110,7 +110,7 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
     from clipkit.data.evalset import iter_captions
 
     full = resolve_data(spec)
-    return iter_captions(_joined(full["train"]), cache_dir=cache_folder(full))
+    return iter_captions(_joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"])
 
 
 def _joined(train: Any) -> list[str]:

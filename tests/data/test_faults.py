@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data import create_stream
+from clipkit.data import create_stream, train_captions
 from clipkit.data.faults import DataError, FaultCounter
 
 make = runpy.run_path(str(Path(__file__).with_name("make_faults.py")))["make"]
@@ -83,6 +83,14 @@ def test_a_bad_shard_is_an_error_before_the_first_step_unless_skipped(corpus, by
         stream_of([str(folder / "00-good.tar"), str(folder / name)], byte_tokenizer, on_bad_shard="error")
     with pytest.raises(DataError, match="none of the 1 shards has a complete sample"):
         stream_of([str(folder / name)], byte_tokenizer)
+
+
+def test_a_vocabulary_is_built_from_what_is_readable(corpus):
+    shards, _, good, _ = corpus
+    captions = list(train_captions({"train": shards, "on_bad_shard": "skip"}))
+    assert {"from the json", "caf\u00e9 \U0001f600"} < set(captions)
+    with pytest.raises(DataError, match="03-zero.tar"):
+        list(train_captions({"train": shards}))
 
 
 def test_counts_survive_a_resume(corpus, byte_tokenizer):
