@@ -242,3 +242,26 @@ def test_parquet(tmp_path):
     save_embeddings(tmp_path / "e.parquet", ["a", "b", "c"], features)
     keys, back = load_embeddings(tmp_path / "e.parquet")
     assert keys == ["a", "b", "c"] and torch.equal(back, features)
+
+
+def test_a_checkpoint_of_another_architecture_is_named(runs, tmp_path):
+    from clipkit.checkpoint import load_checkpoint
+    from clipkit.data import load_tokenizer
+    from clipkit.evals import load_any
+
+    step = next((runs / "runs" / "infonce-0" / "checkpoints").glob("step_*"))
+    saved = load_checkpoint(step)
+    config = {**saved["config"], "embed_dim": 24}
+    path = save_checkpoint(
+        tmp_path,
+        3,
+        config=config,
+        tokenizer=load_tokenizer(step / "tokenizer.json"),
+        train_state={},
+        weights=saved["weights"],
+    )
+    with pytest.raises(ValueError, match=f"(?s)the weights of {path} do not fit the architecture.*projection"):
+        load_any(str(path))
+    (path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged: model.safetensors"):
+        load_any(str(path))
