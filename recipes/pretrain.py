@@ -134,6 +134,7 @@ def train(state: State) -> dict[str, float]:
     import torch
 
     from clipkit.data import create_augment
+    from clipkit.distributed import gather_objects
     from clipkit.grad_cache import cached_backward
     from clipkit.loggers import Loggers
 
@@ -200,16 +201,17 @@ def train(state: State) -> dict[str, float]:
                 print(f"stopped by {signal.Signals(stop.signal).name} at step {state.step}, saved; run the same command to go on")
             sys.exit(session.STOPPED)
     progress.close()
+    reports = gather_objects(state.stream.report())
     if loggers:
         loggers.close()
-        finish(state, seconds=time.monotonic() - started)
+        finish(state, reports, seconds=time.monotonic() - started)
     return state.metrics
 
 
-def finish(state: State, *, seconds: float) -> None:
+def finish(state: State, reports: list[dict[str, Any]], *, seconds: float) -> None:
     """The summary on disk, which marks the run as finished, and the final table."""
     run_folder.write_summary(
-        state.run_dir, finished=True, step=state.step, metrics=state.metrics, data=state.stream.report(),
+        state.run_dir, finished=True, step=state.step, metrics=state.metrics, data=run_folder.joined_reports(reports),
         seconds_this_session=round(seconds, 1))
     scores = f"(fractions, 1 is perfect):\n{run_folder.table(state.metrics)}" if state.metrics else "none: eval= names no task"
     print(f"\nFinal numbers after {state.step} steps {scores}")
@@ -235,12 +237,12 @@ def save(state: State, progress: Progress) -> None:
 
     weights = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     weights.update({f"loss.{name}": tensor for name, tensor in state.loss.state_dict().items()})
-    rng = gather_objects(rng_state())
+    ranks = gather_objects({"rng": rng_state(), "stream": state.stream.state_dict()})
     if state.rank != 0:
         return
     train_state = {
-        "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(), "rng": rng,
-        "stream": state.stream.state_dict(), "sentences": state.sentences.state_dict() if state.sentences else None}
+        "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(), "ranks": ranks,
+        "sentences": state.sentences.state_dict() if state.sentences else None}
     try:
         save_checkpoint(
             state.checkpoints, state.step, weights=weights, train_state=train_state, config=state.config,
@@ -267,11 +269,16 @@ def resume(state: State) -> None:
     saved = loaded["train_state"]
     state.optimizer.load_state_dict(saved["optimizer"])
     state.schedule.load_state_dict(saved["schedule"])
-    state.stream.load_state_dict(saved["stream"])
     if state.sentences:
         state.sentences.load_state_dict(saved["sentences"])
-    if len(saved["rng"]) == state.world_size:
-        set_rng_state(saved["rng"][state.rank])
+    if len(saved["ranks"]) == state.world_size:
+        mine = saved["ranks"][state.rank]
+        set_rng_state(mine["rng"])
+        state.stream.load_state_dict(mine["stream"])
+    else:
+        # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
+        faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]] if state.rank == 0 else []
+        state.stream.load_state_dict({**saved["ranks"][0]["stream"], "faults": faults})
     state.step, state.metrics = loaded["step"], loaded["metrics"]
 
 

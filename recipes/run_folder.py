@@ -75,6 +75,15 @@ def write_summary(run_dir: Path, **entries: Any) -> None:
     write_json(run_dir / "summary.json", {**entries, "versions": versions, "command": sys.argv})
 
 
+def joined_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ranks' data reports as one: every rank counts all samples, but only the faults it met itself."""
+    skipped: dict[str, int] = {}
+    for report in reports:
+        for cause, count in report["skipped"].items():
+            skipped[cause] = skipped.get(cause, 0) + count
+    return {**reports[0], "skipped": skipped}
+
+
 def flatten(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """{task: {metric: value}} as {"task/metric": value}."""
     return {f"{task}/{name}": value for task, numbers in results.items() for name, value in numbers.items()}

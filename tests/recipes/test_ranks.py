@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.recipes.runs import ROOT, SMALL, lines, only_run, run, weights
 
@@ -82,6 +86,32 @@ def test_killed_ranks_resume_to_the_same_bits(tmp_path, shapes):
     assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
+
+
+def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp_path):
+    """Three of forty pictures are no pictures: each is counted once, whichever rank met it and whenever."""
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number in range(40):
+            good = io.BytesIO()
+            Image.new("RGB", (32, 32), (6 * number, 90, 40)).save(good, "JPEG")
+            bad = number in (3, 17, 30)
+            for name, content in ((f"{number:04d}.jpg", b"not a picture" if bad else good.getvalue()), (f"{number:04d}.txt", b"a colour")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    settings = [s for s in EXACT if not s.startswith(("steps", "save"))] + [
+        "data=shards", f"data.train={shard}", "data.tokenizer.name=words", "data.tokenizer.context_length=8", "data.num_workers=0",
+        "data.max_bad_fraction=0.2", "batch_size=8", "optim.warmup_steps=1", "log_every=1", "steps=15", f"output_dir={tmp_path}/runs"]
+    process = torchrun(*settings, "save_every=1")
+    while "step 7/" not in process.stdout.readline():
+        assert process.poll() is None
+    kill_tree(process.pid)
+    process.communicate()
+    assert "resumed at step" in run(*settings, "save_every=1")
+    summary = json.loads((only_run(tmp_path / "runs") / "summary.json").read_text())
+    assert summary["data"]["samples_seen"] == 15 * 8
+    assert summary["data"]["skipped"] == {"corrupt_image": 3}
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, shapes):
