@@ -32,6 +32,13 @@ class TileConfig:
     descriptors: bool = True
     outer: int = 8448
 
+    def __post_init__(self):
+        if self.outer % self.block_m or self.outer % self.block_n:
+            # A tile across the edge of a block would be counted in both.
+            raise ValueError(
+                f"outer must be a multiple of block_m and block_n, got {self.outer}, {self.block_m}, {self.block_n}"
+            )
+
 
 # (kind prefix, capability major, largest padded D): first match wins; None matches everything.
 # Outer blocks of 8448 = 66 * 128 fill whole waves of cuBLAS's 128 x 256 tiles on 132 multiprocessors.
