@@ -1,12 +1,14 @@
 """The data path beside open_clip's: images and captions per CPU-second, and whether a worker's memory grows.
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install open_clip_torch==3.3.0 webdataset==0.2.86 pandas
-    python benchmarks/data.py --peer-python /tmp/peer/bin/python --output benchmarks/results/DATE-HARDWARE-data.md
+    python benchmarks/data.py --peer-python /tmp/peer/bin/python --output
+    benchmarks/results/DATE-HARDWARE-data.md
 
-open_clip 3.3.0's training pipeline needs webdataset 0.2.86, hence its own environment; the two run in turns on the same
-shards, each alone on one thread, and CPU time is what is compared, so that another job on the machine does no harm to the
-ratio. Pictures are those of imagenet1k-samples with the shorter side resized to 256 and 512 px (JPEG, quality 95),
-captions those of the data folder (CLIPKIT_TEST_DATA). Parity comes first: no figure is printed when ids or pixels differ.
+open_clip 3.3.0's training pipeline needs webdataset 0.2.86, hence its own environment; the two run in turns
+on the same shards, each alone on one thread, and CPU time is what is compared, so that another job on the
+machine does no harm to the ratio. Pictures are those of imagenet1k-samples with the shorter side resized to
+256 and 512 px (JPEG, quality 95), captions those of the data folder (CLIPKIT_TEST_DATA). Parity comes first:
+no figure is printed when ids or pixels differ.
 """
 
 from __future__ import annotations
@@ -34,16 +36,27 @@ IMAGE_SIZE, BATCH = 224, 50
 def real_captions() -> list[str]:
     """Captions and sentences of the data folder, 100,000 of them, in a fixed order."""
     out: list[str] = []
-    for name in ("flickr8k-mini/train_captions.jsonl", "flickr8k-mini/val_retrieval.jsonl", "sentences/multi30k_captions.jsonl",
-                 "coco-mini/retrieval.jsonl"):
+    for name in (
+        "flickr8k-mini/train_captions.jsonl",
+        "flickr8k-mini/val_retrieval.jsonl",
+        "sentences/multi30k_captions.jsonl",
+        "coco-mini/retrieval.jsonl",
+    ):
         out += [text for line in open(DATA / name) for text in json.loads(line)["captions"]]
     for row in csv.DictReader(open(DATA / "clotho-mini/clotho_captions_development.csv", newline="")):
         out += [text for name, text in row.items() if name.startswith("caption_")]
     for path in sorted((DATA / "audiocaps-captions").glob("*.csv")):
         out += [row["caption"] for row in csv.DictReader(open(path, newline=""))]
     for name in ("nli-mini/triplets.jsonl", "nli-mini/pairs.jsonl", "nli-mini/cad_nli.jsonl"):
-        out += [text for line in open(DATA / name) for key, text in json.loads(line).items() if key not in ("label", "snli_split")]
-    for path in sorted((DATA / "sts").rglob("*input*.txt")) + sorted((DATA / "senteval-mini/downstream").rglob("*.txt")):
+        out += [
+            text
+            for line in open(DATA / name)
+            for key, text in json.loads(line).items()
+            if key not in ("label", "snli_split")
+        ]
+    for path in sorted((DATA / "sts").rglob("*input*.txt")) + sorted(
+        (DATA / "senteval-mini/downstream").rglob("*.txt")
+    ):
         out += [part for line in open(path, encoding="latin-1") for part in line.rstrip("\n").split("\t")]
     out += (DATA / "sentences/wikitext2_sentences.txt").read_text().splitlines()
     return [text for text in out if isinstance(text, str) and text.strip()][:100_000]
@@ -61,9 +74,14 @@ def write_shards(folder: Path, side: int) -> None:
                     image = Image.open(source.extractfile(members[i])).convert("RGB")
                     scale = side / min(image.size)
                     file = io.BytesIO()
-                    image.resize([max(side, round(x * scale)) for x in image.size], Image.Resampling.BICUBIC).save(
-                        file, "JPEG", quality=95)
-                    for extension, data in (("jpg", file.getvalue()), ("txt", captions[i].encode()), ("json", b"{}")):
+                    image.resize(
+                        [max(side, round(x * scale)) for x in image.size], Image.Resampling.BICUBIC
+                    ).save(file, "JPEG", quality=95)
+                    for extension, data in (
+                        ("jpg", file.getvalue()),
+                        ("txt", captions[i].encode()),
+                        ("json", b"{}"),
+                    ):
                         info = tarfile.TarInfo(f"{i:09d}.{extension}")
                         info.size = len(data)
                         out.addfile(info, io.BytesIO(data))
@@ -73,8 +91,13 @@ def ours(folder: Path, side: int, batches: int) -> float:
     """Images per CPU-second of clipkit's training stream, tokens included."""
     from clipkit.data import create_stream, create_tokenizer
 
-    stream = create_stream({"train": f"{folder}/{side}-{{0..3}}.tar", "cache_dir": str(folder / "cache")},
-                           tokenizer=create_tokenizer("clip_bpe"), image_size=IMAGE_SIZE, batch_size=BATCH, seed=0)
+    stream = create_stream(
+        {"train": f"{folder}/{side}-{{0..3}}.tar", "cache_dir": str(folder / "cache")},
+        tokenizer=create_tokenizer("clip_bpe"),
+        image_size=IMAGE_SIZE,
+        batch_size=BATCH,
+        seed=0,
+    )
     return rate(iter(stream), batches)
 
 
@@ -85,12 +108,23 @@ def peer(folder: Path, side: int, batches: int) -> float:
     import open_clip
     import open_clip_train.data
 
-    transform = open_clip.transform.image_transform(IMAGE_SIZE, is_train=True, mean=open_clip.OPENAI_DATASET_MEAN,
-                                                    std=open_clip.OPENAI_DATASET_STD)
+    transform = open_clip.transform.image_transform(
+        IMAGE_SIZE, is_train=True, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
     settings = types.SimpleNamespace(
-        train_data=f"{folder}/{side}-{{0..3}}.tar", val_data=None, dataset_resampled=False, seed=0, workers=0, world_size=1,
-        train_num_samples=(batches + 2) * BATCH, train_data_upsampling_factors=None, batch_size=BATCH)
-    info = open_clip_train.data.get_wds_dataset(settings, transform, True, tokenizer=open_clip.SimpleTokenizer())
+        train_data=f"{folder}/{side}-{{0..3}}.tar",
+        val_data=None,
+        dataset_resampled=False,
+        seed=0,
+        workers=0,
+        world_size=1,
+        train_num_samples=(batches + 2) * BATCH,
+        train_data_upsampling_factors=None,
+        batch_size=BATCH,
+    )
+    info = open_clip_train.data.get_wds_dataset(
+        settings, transform, True, tokenizer=open_clip.SimpleTokenizer()
+    )
     return rate(iter(info.dataloader), batches)
 
 
@@ -110,7 +144,9 @@ def captions_per_second(tokenizer: Callable, captions: list[str]) -> float:
 
 
 def parity(folder: Path) -> dict[str, float]:
-    """Ids of every caption against open_clip; evaluation pixels of 50 pictures against open_clip's own transform."""
+    """Ids of every caption against open_clip; evaluation pixels of 50 pictures against open_clip's own
+    transform.
+    """
     import open_clip
     import torch
     from PIL import Image
@@ -139,8 +175,14 @@ def worker_memory(folder: Path, samples: int) -> list[tuple[int, float]]:
     """(samples, resident megabytes of the worker) ten times over `samples`."""
     from clipkit.data import create_stream, create_tokenizer
 
-    stream = create_stream({"train": f"{folder}/256-{{0..3}}.tar", "cache_dir": str(folder / "cache")},
-                           tokenizer=create_tokenizer("clip_bpe"), image_size=32, batch_size=100, seed=0, num_workers=1)
+    stream = create_stream(
+        {"train": f"{folder}/256-{{0..3}}.tar", "cache_dir": str(folder / "cache")},
+        tokenizer=create_tokenizer("clip_bpe"),
+        image_size=32,
+        batch_size=100,
+        seed=0,
+        num_workers=1,
+    )
     out = []
     for i, _ in enumerate(stream, 1):
         if i * 100 % (samples // 10) == 0:
@@ -162,7 +204,10 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer-python", help="python with open_clip 3.3.0 and webdataset 0.2.86; without it that part is left out")
+    parser.add_argument(
+        "--peer-python",
+        help="python with open_clip 3.3.0 and webdataset 0.2.86; without it that part is left out",
+    )
     parser.add_argument("--output", help="write the table to this file")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--batches", type=int, default=12, help="batches of 50 a turn")
@@ -197,8 +242,20 @@ def images(folder: Path, options: argparse.Namespace) -> dict:
         for _ in range(options.rounds):
             found["clipkit"].append(ours(folder, side, options.batches))
             if options.peer_python:
-                run = subprocess.run([options.peer_python, __file__, "--as-peer", str(folder), str(side), str(options.batches)],
-                                     capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                run = subprocess.run(
+                    [
+                        options.peer_python,
+                        __file__,
+                        "--as-peer",
+                        str(folder),
+                        str(side),
+                        str(options.batches),
+                    ],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
                 found["open_clip"].append(json.loads(run.stdout.splitlines()[-1]))
         result[f"images_{side}"] = found
     return result
@@ -223,18 +280,34 @@ def table(result: dict, options: argparse.Namespace) -> str:
     import open_clip
     import torch
 
-    lines = [f"# Data path, {time.strftime('%Y-%m-%d', time.gmtime())}", "",
-             f"{platform.processor() or platform.machine()}, {os.cpu_count()} logical processors, one thread each; Python "
-             f"{platform.python_version()}, torch {torch.__version__}, open_clip {open_clip.__version__} with webdataset 0.2.86. "
-             f"Median of {options.rounds} turns (20 % and 80 % quantiles). Made by `benchmarks/data.py`.", "",
-             f"Parity first: {result['parity']['captions']:,} captions with open_clip's ids; evaluation pixels of 50 photographs "
-             f"within {result['parity']['worst_pixel']} of 255 of open_clip's transform.", "",
-             "| per CPU-second | clipkit | open_clip | ratio |", "|---|---|---|---|"]
+    lines = [
+        f"# Data path, {time.strftime('%Y-%m-%d', time.gmtime())}",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} logical processors, one thread "
+        "each; Python "
+        f"{platform.python_version()}, torch {torch.__version__}, open_clip {open_clip.__version__} with "
+        "webdataset 0.2.86. "
+        f"Median of {options.rounds} turns (20 % and 80 % quantiles). Made by `benchmarks/data.py`.",
+        "",
+        f"Parity first: {result['parity']['captions']:,} captions with open_clip's ids; evaluation pixels "
+        "of 50 photographs "
+        f"within {result['parity']['worst_pixel']} of 255 of open_clip's transform.",
+        "",
+        "| per CPU-second | clipkit | open_clip | ratio |",
+        "|---|---|---|---|",
+    ]
     for side in (256, 512):
         found = result[f"images_{side}"]
-        ratio = statistics.median(found["clipkit"]) / statistics.median(found["open_clip"]) if found["open_clip"] else None
-        lines.append(f"| images, {side}-px shards to {IMAGE_SIZE} px, with tokens | {spread(found['clipkit'])} | "
-                     f"{spread(found['open_clip']) if ratio else 'not run: no --peer-python'} | {f'{ratio:.2f}' if ratio else ''} |")
+        ratio = (
+            statistics.median(found["clipkit"]) / statistics.median(found["open_clip"])
+            if found["open_clip"]
+            else None
+        )
+        lines.append(
+            f"| images, {side}-px shards to {IMAGE_SIZE} px, with tokens | {spread(found['clipkit'])} | "
+            f"{spread(found['open_clip']) if ratio else 'not run: no --peer-python'} | "
+            f"{f'{ratio:.2f}' if ratio else ''} |"
+        )
     found = result["captions"]
     for name, label in (("clipkit", "captions, first pass"), ("clipkit_warm", "captions, words seen before")):
         ratio = statistics.median(found[name]) / statistics.median(found["open_clip"])
@@ -242,9 +315,14 @@ def table(result: dict, options: argparse.Namespace) -> str:
     if "worker_memory_mb" in result:
         memory = ", ".join(f"{n:,}: {mb:.0f}" for n, mb in result["worker_memory_mb"])
         lines += ["", f"Resident anonymous memory of a worker, MB after so many samples: {memory}."]
-    lines += ["", "clipkit delivers uint8 (normalised on the device); open_clip delivers normalised float32, which is part of its "
-              "time. Not measured: throughput over several workers, remote shards, other image sizes.", "",
-              f"```json\n{json.dumps(result)}\n```"]
+    lines += [
+        "",
+        "clipkit delivers uint8 (normalised on the device); open_clip delivers normalised float32, which is "
+        "part of its "
+        "time. Not measured: throughput over several workers, remote shards, other image sizes.",
+        "",
+        f"```json\n{json.dumps(result)}\n```",
+    ]
     return "\n".join(lines)
 
 

@@ -22,14 +22,26 @@ def main(arguments: list[str] | None = None) -> int:
     """The console command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="clipkit-data", description="Make shards, look at shards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser("pack", help="write shards from a table of pictures or a folder; run again to resume")
-    pack.add_argument("source", help=".csv, .tsv, .jsonl, .parquet, or a folder of pictures with NAME.txt beside them")
+    pack = commands.add_parser(
+        "pack", help="write shards from a table of pictures or a folder; run again to resume"
+    )
+    pack.add_argument(
+        "source", help=".csv, .tsv, .jsonl, .parquet, or a folder of pictures with NAME.txt beside them"
+    )
     pack.add_argument("folder", help="where the shards go")
-    pack.add_argument("--image", default="image", help="column with paths (or bytes, in Parquet); default image")
-    pack.add_argument("--caption", default=["caption"], nargs="+", help="column or columns with captions; default caption")
+    pack.add_argument(
+        "--image", default="image", help="column with paths (or bytes, in Parquet); default image"
+    )
+    pack.add_argument(
+        "--caption", default=["caption"], nargs="+", help="column or columns with captions; default caption"
+    )
     pack.add_argument("--root", help="folder that paths are relative to; default: the source's")
     pack.add_argument("--samples-per-shard", type=int, default=10_000, help="rows a shard; default 10000")
-    pack.add_argument("--resize", type=int, help="reduce larger pictures to this shorter side, pixels; default: keep the bytes")
+    pack.add_argument(
+        "--resize",
+        type=int,
+        help="reduce larger pictures to this shorter side, pixels; default: keep the bytes",
+    )
     pack.add_argument("--workers", type=int, default=1, help="processes; default 1")
     check = commands.add_parser("check", help="decode everything; count faults, duplicates and overlap")
     check.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
@@ -55,8 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _pack(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from clipkit.data.packing import pack
 
-    report = pack(options.source, options.folder, image=options.image, caption=options.caption, root=options.root,
-                  samples_per_shard=options.samples_per_shard, workers=options.workers, resize=options.resize)
+    report = pack(
+        options.source,
+        options.folder,
+        image=options.image,
+        caption=options.caption,
+        root=options.root,
+        samples_per_shard=options.samples_per_shard,
+        workers=options.workers,
+        resize=options.resize,
+    )
     return report, 0 if report["samples"] else 1
 
 

@@ -1,4 +1,5 @@
-"""Data: img2dataset shards in an exact, resumable order, tokenizers, sentence streams, and generated pictures.
+"""Data: img2dataset shards in an exact, resumable order, tokenizers, sentence streams, and generated
+pictures.
 
     from clipkit.data import create_stream, create_tokenizer, train_captions
     tokenizer = create_tokenizer({"name": "clip_bpe"})
@@ -15,16 +16,30 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "create_stream": "shards", "Stream": "shards",
-    "resolve_data": "spec", "train_captions": "spec", "DATA_DEFAULTS": "spec",
-    "iter_eval": "evalset", "count_samples": "evalset", "iter_captions": "evalset",
-    "create_tokenizer": "tokenizers", "load_tokenizer": "tokenizers", "list_tokenizers": "tokenizers",
-    "create_sentences": "sentences", "SentenceStream": "sentences",
-    "write_shapes": "synthetic", "SHAPE_CLASSES": "synthetic", "SHAPE_TEMPLATES": "synthetic",
-    "create_augment": "augment", "Augment": "augment",
-    "DataError": "faults", "CAUSES": "faults",
+    "create_stream": "shards",
+    "Stream": "shards",
+    "resolve_data": "spec",
+    "train_captions": "spec",
+    "DATA_DEFAULTS": "spec",
+    "iter_eval": "evalset",
+    "count_samples": "evalset",
+    "iter_captions": "evalset",
+    "create_tokenizer": "tokenizers",
+    "load_tokenizer": "tokenizers",
+    "list_tokenizers": "tokenizers",
+    "create_sentences": "sentences",
+    "SentenceStream": "sentences",
+    "write_shapes": "synthetic",
+    "SHAPE_CLASSES": "synthetic",
+    "SHAPE_TEMPLATES": "synthetic",
+    "create_augment": "augment",
+    "Augment": "augment",
+    "DataError": "faults",
+    "CAUSES": "faults",
     "expand_shards": "urls",
-    "pack": "packing", "check": "checking", "stats": "checking",
+    "pack": "packing",
+    "check": "checking",
+    "stats": "checking",
 }
 
 __all__ = sorted(_HOME)

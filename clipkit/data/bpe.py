@@ -1,11 +1,11 @@
 """CLIP's byte-pair encoding with open_clip's exact ids, an order of magnitude faster.
 
 Two observations make it fast without changing an id. Byte pairs never cross white space, so every white-space
-separated chunk can be looked up whole in a cache. And the cleaning (ftfy, HTML entities) leaves printable ASCII
-without '&' as it is, so the common caption skips it.
+separated chunk can be looked up whole in a cache. And the cleaning (ftfy, HTML entities) leaves printable
+ASCII without '&' as it is, so the common caption skips it.
 
-Sources: Sennrich, Haddow, Birch, "Neural machine translation of rare words with subword units" (ACL 2016), section
-3.2; the vocabulary is OpenAI CLIP's, read from the merges file that the open_clip package carries.
+Sources: Sennrich, Haddow, Birch, "Neural machine translation of rare words with subword units" (ACL 2016),
+section 3.2; the vocabulary is OpenAI CLIP's, read from the merges file that the open_clip package carries.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def merges_path() -> Path:
     spec = find_spec("open_clip")
     path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz" if spec and spec.origin else None
     if path is None or not path.exists():
-        raise RuntimeError("the clip_bpe tokenizer reads its merges from open_clip: pip install open_clip_torch, "
-                           "or give tokenizer.merges=PATH of bpe_simple_vocab_16e6.txt.gz")
+        raise RuntimeError(
+            "the clip_bpe tokenizer reads its merges from open_clip: pip install open_clip_torch, "
+            "or give tokenizer.merges=PATH of bpe_simple_vocab_16e6.txt.gz"
+        )
     return path
 
 

@@ -1,4 +1,6 @@
-"""Looking at shards before a run: every fault by cause, duplicates, caption statistics, overlap with an evaluation set."""
+"""Looking at shards before a run: every fault by cause, duplicates, caption statistics, overlap with an
+evaluation set.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,13 @@ from clipkit.data.urls import expand_shards
 _LISTED = 20
 
 
-def check(shards: str | Path | Iterable[str], *, overlap_with: str | Path | Iterable[str] | None = None, workers: int = 1,
-          max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+def check(
+    shards: str | Path | Iterable[str],
+    *,
+    overlap_with: str | Path | Iterable[str] | None = None,
+    workers: int = 1,
+    max_pixels: int = MAX_PIXELS,
+) -> dict[str, Any]:
     """Decode every sample and count.
 
     Args:
@@ -32,10 +39,11 @@ def check(shards: str | Path | Iterable[str], *, overlap_with: str | Path | Iter
         max_pixels: larger pictures count as image_too_large.
 
     Returns:
-        {"shards", "samples", "good": whole samples, "faults": {cause: n}, "examples": {cause: up to 20 "shard key: detail"},
-        "duplicate_keys": keys that stand in several shards, "duplicate_images": samples whose file is byte for byte that of
-        an earlier one, "similar_images": samples whose 64-bit difference hash is that of an earlier one with other bytes,
-        "captions": statistics, "overlap": {"images", "similar_images", "captions": samples that are in the other set too}}.
+        {"shards", "samples", "good": whole samples, "faults": {cause: n}, "examples": {cause: up to 20 "shard
+        key: detail"}, "duplicate_keys": keys that stand in several shards, "duplicate_images": samples whose
+        file is byte for byte that of an earlier one, "similar_images": samples whose 64-bit difference hash
+        is that of an earlier one with other bytes, "captions": statistics, "overlap": {"images",
+        "similar_images", "captions": samples that are in the other set too}}.
 
     Raises:
         ValueError: no such shards.
@@ -62,11 +70,22 @@ def check(shards: str | Path | Iterable[str], *, overlap_with: str | Path | Iter
             images[image] += 1
             texts.add(captions)
             if other is not None:
-                overlap.update(images=image in other[0], similar_images=similarity in other[1],
-                               captions=any(text.lower() in other[2] for text in captions))
-    report = {"shards": len(names), "samples": good + sum(faults.values()), "good": good, "faults": dict(sorted(faults.items())),
-              "examples": dict(examples), "duplicate_keys": sum(n > 1 for n in keys.values()),
-              "duplicate_images": sum(n - 1 for n in images.values()), "similar_images": similar, "captions": texts.report()}
+                overlap.update(
+                    images=image in other[0],
+                    similar_images=similarity in other[1],
+                    captions=any(text.lower() in other[2] for text in captions),
+                )
+    report = {
+        "shards": len(names),
+        "samples": good + sum(faults.values()),
+        "good": good,
+        "faults": dict(sorted(faults.items())),
+        "examples": dict(examples),
+        "duplicate_keys": sum(n > 1 for n in keys.values()),
+        "duplicate_images": sum(n - 1 for n in images.values()),
+        "similar_images": similar,
+        "captions": texts.report(),
+    }
     return {**report, "overlap": dict(overlap)} if other is not None else report
 
 
@@ -74,8 +93,8 @@ def stats(shards: str | Path | Iterable[str]) -> dict[str, Any]:
     """What shards hold, without decoding a picture: samples, bytes, sides in pixels, captions.
 
     Returns:
-        {"shards", "samples", "bytes", "samples_per_shard": {min, median, max}, "width", "height": {min, median, max} in pixels,
-        "captions": {...}}.
+        {"shards", "samples", "bytes", "samples_per_shard": {min, median, max}, "width", "height": {min,
+        median, max} in pixels, "captions": {...}}.
     """
     names = expand_shards(shards)
     data = ShardSet(names, cache_dir=cache_folder({}), on_bad_shard="skip")
@@ -91,8 +110,15 @@ def stats(shards: str | Path | Iterable[str]) -> dict[str, Any]:
         widths.append(width)
         heights.append(height)
     data.close()
-    return {"shards": len(names), "samples": len(data), "bytes": int(data.bytes), "samples_per_shard": _spread(data.counts),
-            "width": _spread(widths), "height": _spread(heights), "captions": texts.report()}
+    return {
+        "shards": len(names),
+        "samples": len(data),
+        "bytes": int(data.bytes),
+        "samples_per_shard": _spread(data.counts),
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "captions": texts.report(),
+    }
 
 
 class Texts:
@@ -113,10 +139,16 @@ class Texts:
             self._seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
     def report(self) -> dict[str, Any]:
-        """{"captions", "distinct", "per_sample", "words": {min, median, max}, "vocabulary": distinct words}."""
-        return {"captions": sum(self._words.values()), "distinct": len(self._seen),
-                "per_sample": _spread(list(self._per_sample.elements())), "words": _spread(list(self._words.elements())),
-                "vocabulary": len(self._vocabulary)}
+        """{"captions", "distinct", "per_sample", "words": {min, median, max}, "vocabulary": distinct
+        words}.
+        """
+        return {
+            "captions": sum(self._words.values()),
+            "distinct": len(self._seen),
+            "per_sample": _spread(list(self._per_sample.elements())),
+            "words": _spread(list(self._words.elements())),
+            "vocabulary": len(self._vocabulary),
+        }
 
 
 def _spread(values: Any) -> dict[str, float]:
@@ -129,7 +161,9 @@ def difference_hash(pixels: np.ndarray) -> int:
     """64 bits: whether each of 8 x 8 cells of the picture in grey is brighter than its right neighbour."""
     from PIL import Image
 
-    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    grey = np.asarray(
+        Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16
+    )
     return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes(), "big")
 
 
@@ -140,7 +174,10 @@ def _shard(name: str, max_pixels: int) -> tuple[list[tuple], list[tuple]]:
         data = ShardSet([name], cache_dir=cache_folder({}), on_bad_shard="skip")
     except DataError as error:
         # Nothing in it can be read; its single faults are in the index, which the error does not carry.
-        return [], [*_index_faults(name), *([(name, error.cause, "", error.detail)] if not _index_faults(name) else [])]
+        return [], [
+            *_index_faults(name),
+            *([(name, error.cause, "", error.detail)] if not _index_faults(name) else []),
+        ]
     for shard, cause, key in data.faults:
         faults.append((shard, cause, key, ""))
     for sample in data:

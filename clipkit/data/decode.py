@@ -1,12 +1,12 @@
 """Image bytes to uint8 pixels: guarded, converted, cropped and resized.
 
-The header is read first, so that a file claiming a billion pixels costs a microsecond. JPEG goes to libjpeg-turbo through
-simplejpeg; for training it decodes straight to a half, quarter, ... of the size when the crop leaves enough pixels.
-Everything else, and what simplejpeg does not take (CMYK), goes to Pillow. Resizing is torch's antialiased filter on
-uint8, within 2 of 255 of Pillow's.
+The header is read first, so that a file claiming a billion pixels costs a microsecond. JPEG goes to
+libjpeg-turbo through simplejpeg; for training it decodes straight to a half, quarter, ... of the size when
+the crop leaves enough pixels. Everything else, and what simplejpeg does not take (CMYK), goes to Pillow.
+Resizing is torch's antialiased filter on uint8, within 2 of 255 of Pillow's.
 
-Greyscale, palette, CMYK and 16-bit images are converted to RGB, transparency is laid on white, of an animation the first
-frame is used, and the EXIF orientation is applied.
+Greyscale, palette, CMYK and 16-bit images are converted to RGB, transparency is laid on white, of an
+animation the first frame is used, and the EXIF orientation is applied.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ from clipkit.data.faults import DataError
 MAX_PIXELS = 100_000_000
 
 
-def decode_train(data: bytes, size: int, *, draws: Sequence[float], scale: tuple[float, float] = (0.9, 1.0),
-                 ratio: tuple[float, float] = (0.75, 4 / 3), max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def decode_train(
+    data: bytes,
+    size: int,
+    *,
+    draws: Sequence[float],
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (0.75, 4 / 3),
+    max_pixels: int = MAX_PIXELS,
+) -> torch.Tensor:
     """A random resized crop: (3, size, size) uint8.
 
     Args:
@@ -44,7 +51,8 @@ def decode_train(data: bytes, size: int, *, draws: Sequence[float], scale: tuple
     if turn > 4:
         height, width = width, height
     top, left, h, w = crop_box(height, width, draws, scale, ratio)
-    # Decode no larger than the crop needs. Only halvings: libjpeg's other scales are slower than the whole picture.
+    # Decode no larger than the crop needs. Only halvings: libjpeg's other scales are slower than the whole
+    # picture.
     factor = next((f for f in (8, 4, 2) if min(h, w) >= f * size), 1)
     pixels = _pixels(data, jpeg, turn, factor, fast=True)
     fy, fx = pixels.shape[0] / height, pixels.shape[1] / width
@@ -54,7 +62,9 @@ def decode_train(data: bytes, size: int, *, draws: Sequence[float], scale: tuple
 
 
 def decode_eval(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Shorter side to `size` (bicubic, antialiased), centre crop: (3, size, size) uint8. Raises as `decode_train`."""
+    """Shorter side to `size` (bicubic, antialiased), centre crop: (3, size, size) uint8. Raises as
+    `decode_train`.
+    """
     pixels = decode(data, max_pixels=max_pixels)
     height, width = pixels.shape[:2]
     if height <= width:
@@ -67,7 +77,9 @@ def decode_eval(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> torc
 
 
 def decode_squashed(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, float]:
-    """The whole picture as (3, size, size) uint8 whatever its shape, and its width/height; for the in-memory cache."""
+    """The whole picture as (3, size, size) uint8 whatever its shape, and its width/height; for the in-memory
+    cache.
+    """
     pixels = decode(data, max_pixels=max_pixels)
     return resize(torch.from_numpy(pixels), size, size, mode="bicubic"), pixels.shape[1] / pixels.shape[0]
 
@@ -83,12 +95,18 @@ def read_size(data: bytes) -> tuple[int, int]:
     return _header(data, sys.maxsize)[:2]
 
 
-def crop_box(height: float, width: float, draws: Sequence[float], scale: tuple[float, float],
-             ratio: tuple[float, float]) -> tuple[float, float, float, float]:
+def crop_box(
+    height: float,
+    width: float,
+    draws: Sequence[float],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[float, float, float, float]:
     """Top, left, height, width of a random crop (Szegedy et al. 2015, section 6), clipped to the picture."""
     area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
     aspect = math.exp(math.log(ratio[0]) + draws[1] * (math.log(ratio[1]) - math.log(ratio[0])))
-    # A crop that does not fit is narrowed to the side it exceeds, keeping its area where the other side allows.
+    # A crop that does not fit is narrowed to the side it exceeds, keeping its area where the other side
+    # allows.
     w = min(width, math.sqrt(area * aspect))
     h = min(height, area / w)
     w = min(width, area / h)
@@ -96,12 +114,16 @@ def crop_box(height: float, width: float, draws: Sequence[float], scale: tuple[f
 
 
 def resize(pixels: torch.Tensor, height: int, width: int, *, mode: str) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, height, width) uint8, antialiased; the memory stays in the order of the pixels."""
+    """(H, W, 3) uint8 -> (3, height, width) uint8, antialiased; the memory stays in the order of the
+    pixels.
+    """
     # [None] before permute: with these strides torch sees channels_last, which is twice as fast.
     image = pixels.contiguous()[None].permute(0, 3, 1, 2)
     if image.shape[2:] == (height, width):
         return image[0]
-    return torch.nn.functional.interpolate(image, size=(height, width), mode=mode, align_corners=False, antialias=True)[0]
+    return torch.nn.functional.interpolate(
+        image, size=(height, width), mode=mode, align_corners=False, antialias=True
+    )[0]
 
 
 def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
@@ -126,7 +148,9 @@ def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
 
 
 def _pixels(data: bytes, jpeg: bool, turn: int, factor: int = 1, *, fast: bool = False) -> np.ndarray:
-    """The upright picture as (H, W, 3) uint8; a JPEG is decoded at 1/factor, `fast` with libjpeg's quicker transforms."""
+    """The upright picture as (H, W, 3) uint8; a JPEG is decoded at 1/factor, `fast` with libjpeg's quicker
+    transforms.
+    """
     if not jpeg:
         return _pillow(data)
     import simplejpeg
@@ -134,12 +158,20 @@ def _pixels(data: bytes, jpeg: bool, turn: int, factor: int = 1, *, fast: bool =
     try:
         if factor > 1:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=fast, fastupsample=fast, min_height=-(-height // factor),
-                                            min_width=-(-width // factor), min_factor=factor)
+            pixels = simplejpeg.decode_jpeg(
+                data,
+                "RGB",
+                fastdct=fast,
+                fastupsample=fast,
+                min_height=-(-height // factor),
+                min_width=-(-width // factor),
+                min_factor=factor,
+            )
         else:
             pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=fast, fastupsample=fast)
     except ValueError:
-        # libjpeg's warnings are errors there. Pillow passes over harmless ones (stray bytes) and refuses a cut file.
+        # libjpeg's warnings are errors there. Pillow passes over harmless ones (stray bytes) and refuses a
+        # cut file.
         return _pillow(data)
     return _upright(pixels, turn)
 

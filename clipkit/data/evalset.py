@@ -15,9 +15,18 @@ from clipkit.data.spec import cache_folder
 from clipkit.data.urls import expand_shards
 
 
-def iter_eval(shards: str | Path | Iterable[str], *, image_size: int, batch_size: int, rank: int = 0, world_size: int = 1,
-              limit: int | None = None, on_bad: str = "error", cache_dir: str | Path | None = None,
-              max_pixels: int = MAX_PIXELS) -> Iterator[dict[str, Any]]:
+def iter_eval(
+    shards: str | Path | Iterable[str],
+    *,
+    image_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    on_bad: str = "error",
+    cache_dir: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[dict[str, Any]]:
     """Batches of an evaluation set.
 
     Args:
@@ -31,8 +40,8 @@ def iter_eval(shards: str | Path | Iterable[str], *, image_size: int, batch_size
         max_pixels: larger pictures are bad samples.
 
     Yields:
-        {"image": (B, 3, H, W) uint8, "captions": B lists of str, "key": B str, "meta": B dict, "index": (B,) int64 place
-        in the set}.
+        {"image": (B, 3, H, W) uint8, "captions": B lists of str, "key": B str, "meta": B dict, "index": (B,)
+        int64 place in the set}.
 
     Raises:
         ValueError: no such shards.
@@ -62,8 +71,13 @@ def iter_eval(shards: str | Path | Iterable[str], *, image_size: int, batch_size
 
 def _batch(rows: list[tuple]) -> dict[str, Any]:
     images, captions, keys, metas, samples = zip(*rows)
-    return {"image": torch.stack(images), "captions": list(captions), "key": list(keys), "meta": list(metas),
-            "index": torch.tensor(samples, dtype=torch.int64)}
+    return {
+        "image": torch.stack(images),
+        "captions": list(captions),
+        "key": list(keys),
+        "meta": list(metas),
+        "index": torch.tensor(samples, dtype=torch.int64),
+    }
 
 
 def count_samples(shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None) -> int:
@@ -71,9 +85,12 @@ def count_samples(shards: str | Path | Iterable[str], *, cache_dir: str | Path |
     return len(_open(shards, cache_dir))
 
 
-def iter_captions(shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None,
-                  on_bad_shard: str = "error") -> Iterator[str]:
-    """Every caption once, in file order; samples without a readable one are passed over, bad shards under "skip"."""
+def iter_captions(
+    shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None, on_bad_shard: str = "error"
+) -> Iterator[str]:
+    """Every caption once, in file order; samples without a readable one are passed over, bad shards under
+    "skip".
+    """
     data = _open(shards, cache_dir, on_bad_shard)
     for sample in data:
         try:
@@ -85,4 +102,6 @@ def iter_captions(shards: str | Path | Iterable[str], *, cache_dir: str | Path |
 
 def _open(shards: Any, cache_dir: str | Path | None, on_bad_shard: str = "error") -> ShardSet:
     names = expand_shards(shards)
-    return ShardSet(names, cache_dir=Path(cache_dir) if cache_dir else cache_folder({}), on_bad_shard=on_bad_shard)
+    return ShardSet(
+        names, cache_dir=Path(cache_dir) if cache_dir else cache_folder({}), on_bad_shard=on_bad_shard
+    )

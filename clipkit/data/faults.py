@@ -1,7 +1,7 @@
 """Faults in data: one exception, the list of causes, and a counter with limits.
 
-A bad sample never ends a run by itself and never disappears unseen: it is skipped, counted under one of `CAUSES`,
-and when a cause passes its limit the run stops with the shard and the key in the message.
+A bad sample never ends a run by itself and never disappears unseen: it is skipped, counted under one of
+`CAUSES`, and when a cause passes its limit the run stops with the shard and the key in the message.
 """
 
 from __future__ import annotations
@@ -58,13 +58,16 @@ class FaultCounter:
     """Counts distinct faults by cause and enforces limits.
 
     Args:
-        max_bad_fraction: the largest tolerated fraction of bad samples (bad shards, for SHARD_CAUSES), per cause: one
-            number for all, or a mapping {cause: fraction} whose "default" (0.05 when absent) holds for the rest.
+        max_bad_fraction: the largest tolerated fraction of bad samples (bad shards, for SHARD_CAUSES), per
+            cause: one number for all, or a mapping {cause: fraction} whose "default" (0.05 when absent) holds
+            for the rest.
         samples, shards: how many the fractions are of.
     """
 
     def __init__(self, max_bad_fraction: float | Mapping[str, float], *, samples: int, shards: int = 1):
-        limits = dict(max_bad_fraction) if isinstance(max_bad_fraction, Mapping) else {"default": max_bad_fraction}
+        limits = (
+            dict(max_bad_fraction) if isinstance(max_bad_fraction, Mapping) else {"default": max_bad_fraction}
+        )
         check_keys(limits, [*CAUSES, "default"], "max_bad_fraction")
         for cause, limit in limits.items():
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
@@ -84,8 +87,10 @@ class FaultCounter:
         total, what = (self.shards, "shards") if cause in SHARD_CAUSES else (self.samples, "samples")
         if self.counts[cause] > limit * total:
             raise RuntimeError(
-                f"{self.counts[cause]} of {total} {what} are bad by {cause} ({CAUSES[cause]}), more than max_bad_fraction = "
-                f"{limit:g}. The last was {f'key {key!r} of ' if key else ''}shard {shard}{': ' + detail if detail else ''}. "
+                f"{self.counts[cause]} of {total} {what} are bad by {cause} ({CAUSES[cause]}), more than "
+                "max_bad_fraction = "
+                f"{limit:g}. The last was {f'key {key!r} of ' if key else ''}shard "
+                f"{shard}{': ' + detail if detail else ''}. "
                 f"Mend the shards (clipkit-data check lists every fault) or raise max_bad_fraction."
             )
 

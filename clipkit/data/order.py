@@ -1,8 +1,8 @@
 """Order from numbers alone: which sample stands at position t, without reading anything before it.
 
-The training stream is one endless line of positions 0, 1, 2, ...  Position t belongs to one sample, found from
-(seed, epoch, shard list) by arithmetic: no worker, rank or earlier batch takes part, so any number of workers
-gives the same line, ranks cut it into disjoint pieces, and a resume starts anywhere.
+The training stream is one endless line of positions 0, 1, 2, ...  Position t belongs to one sample, found
+from (seed, epoch, shard list) by arithmetic: no worker, rank or earlier batch takes part, so any number of
+workers gives the same line, ranks cut it into disjoint pieces, and a resume starts anywhere.
 
 Random numbers are SplitMix64 outputs of a counter (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), written out here because numpy does not promise that its shuffles stay the same
@@ -30,7 +30,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def number(*parts: int | str) -> int:
     """A 64-bit number that depends on every part and on nothing else."""
     text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -71,14 +73,22 @@ class EpochOrder:
         counts: samples in each shard, in the order of the shard list.
         seed: the run's seed.
         name: the source's name; two sources of one run get different orders.
-        window: how many shards are mixed together. 1 keeps the reading nearly sequential, as many as there are
-            shards is a shuffle of the whole set.
+        window: how many shards are mixed together. 1 keeps the reading nearly sequential, as many as there
+            are shards is a shuffle of the whole set.
         shuffle: False gives file order in every epoch.
         resample: True draws every position independently, with replacement.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, name: str = "", window: int = 16, shuffle: bool = True,
-                 resample: bool = False):
+    def __init__(
+        self,
+        counts: Sequence[int],
+        *,
+        seed: int,
+        name: str = "",
+        window: int = 16,
+        shuffle: bool = True,
+        resample: bool = False,
+    ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
         self.total = int(self.starts[-1])
@@ -89,8 +99,14 @@ class EpochOrder:
 
     def fresh(self) -> EpochOrder:
         """The same order with memory of its own, for another thread."""
-        return EpochOrder(self.counts, seed=self.seed, name=self.name, window=self.window, shuffle=self.shuffle,
-                          resample=self.resample)
+        return EpochOrder(
+            self.counts,
+            seed=self.seed,
+            name=self.name,
+            window=self.window,
+            shuffle=self.shuffle,
+            resample=self.resample,
+        )
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shard permutation and the first position of each of its windows."""
@@ -138,9 +154,9 @@ class EpochOrder:
 class Mixture:
     """Which source a position reads from, by weight, in closed form.
 
-    Positions are cut into blocks of 10,000. A block holds a fixed number of places for each source (its weight,
-    rounded so that they add up), in an order permuted by (seed, block). How many places a source had before
-    position t is then a multiplication and one look into t's own block.
+    Positions are cut into blocks of 10,000. A block holds a fixed number of places for each source (its
+    weight, rounded so that they add up), in an order permuted by (seed, block). How many places a source had
+    before position t is then a multiplication and one look into t's own block.
 
     Args:
         weights: one positive number a source; only their ratios matter.
@@ -156,8 +172,10 @@ class Mixture:
         short = self.BLOCK - int(quota.sum())
         quota[np.argsort(-(shares - quota), kind="stable")[:short]] += 1
         if (quota == 0).any():
-            raise ValueError(f"a source's weight is below 1/{self.BLOCK} of the total in {list(weights)}: "
-                             "it would never be read; raise it or leave the source out")
+            raise ValueError(
+                f"a source's weight is below 1/{self.BLOCK} of the total in {list(weights)}: "
+                "it would never be read; raise it or leave the source out"
+            )
         self.weights, self.quota, self.seed = list(weights), quota, seed
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 

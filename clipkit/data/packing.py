@@ -1,9 +1,9 @@
 """Writing shards from a table or a folder, in parallel, resumable.
 
-Row number r of the source becomes key `r` with nine digits, in shard r div `samples_per_shard`: what a key came from is never
-a question, and a shard that is finished (its `_stats.json` is written last) is not done again. Image bytes are stored as
-they are, unless `resize` asks for smaller ones; every image is decoded once, and rows that a training run would skip are
-left out and counted by the same causes.
+Row number r of the source becomes key `r` with nine digits, in shard r div `samples_per_shard`: what a key
+came from is never a question, and a shard that is finished (its `_stats.json` is written last) is not done
+again. Image bytes are stored as they are, unless `resize` asks for smaller ones; every image is decoded once,
+and rows that a training run would skip are left out and counted by the same causes.
 """
 
 from __future__ import annotations
@@ -24,23 +24,42 @@ from clipkit.data.decode import MAX_PIXELS, decode
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import IMAGES
 
-_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
+_EXTENSIONS = {
+    b"\xff\xd8": "jpg",
+    b"\x89P": "png",
+    b"RI": "webp",
+    b"GI": "gif",
+    b"BM": "bmp",
+    b"II": "tif",
+    b"MM": "tif",
+}
 
 
-def pack(source: str | Path, folder: str | Path, *, image: str = "image", caption: str | list[str] = "caption",
-         root: str | Path | None = None, samples_per_shard: int = 10_000, workers: int = 1, resize: int | None = None,
-         max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+def pack(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    image: str = "image",
+    caption: str | list[str] = "caption",
+    root: str | Path | None = None,
+    samples_per_shard: int = 10_000,
+    workers: int = 1,
+    resize: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> dict[str, Any]:
     """Write `folder`/000000.tar, 000001.tar, ... from a source.
 
     Args:
-        source: .csv, .tsv, .jsonl or .parquet with one picture a row, or a folder of pictures, each with NAME.txt beside it.
+        source: .csv, .tsv, .jsonl or .parquet with one picture a row, or a folder of pictures, each with
+            NAME.txt beside it.
         folder: where the shards go.
         image: the column with a path (relative to `root`), or in Parquet the image's bytes or {"bytes": ...}.
         caption: the column with a caption or a list of captions, or several columns.
         root: folder that paths are relative to; None: the source's.
         samples_per_shard: rows a shard.
         workers: processes.
-        resize: shorter side in pixels to which larger pictures are reduced (JPEG, quality 95); None keeps the bytes.
+        resize: shorter side in pixels to which larger pictures are reduced (JPEG, quality 95); None keeps the
+            bytes.
         max_pixels: larger pictures are left out.
 
     Returns:
@@ -51,28 +70,43 @@ def pack(source: str | Path, folder: str | Path, *, image: str = "image", captio
     """
     source, folder = Path(source), Path(folder)
     if not source.exists():
-        raise ValueError(f"there is no {source} to pack; give a .csv, .tsv, .jsonl, .parquet file or a folder of pictures")
+        raise ValueError(
+            f"there is no {source} to pack; give a .csv, .tsv, .jsonl, .parquet file or a folder of pictures"
+        )
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError("samples_per_shard, workers and resize must be at least 1")
     columns = [caption] if isinstance(caption, str) else list(caption)
     root = Path(root) if root else (source if source.is_dir() else source.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"source": str(source.resolve()), "image": image, "caption": columns, "root": str(root.resolve()),
-                "samples_per_shard": samples_per_shard, "resize": resize}
+    settings = {
+        "source": str(source.resolve()),
+        "image": image,
+        "caption": columns,
+        "root": str(root.resolve()),
+        "samples_per_shard": samples_per_shard,
+        "resize": resize,
+    }
     _same_settings(folder / "pack.json", settings)
     total: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     with ProcessPoolExecutor(workers) as pool:
         running: set[Future] = set()
         for number, rows in _chunks(_rows(source, image, columns), samples_per_shard):
-            running.add(pool.submit(_write_shard, folder, number, rows, root, resize, max_pixels, samples_per_shard))
+            running.add(
+                pool.submit(_write_shard, folder, number, rows, root, resize, max_pixels, samples_per_shard)
+            )
             while len(running) > 2 * workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 _add(done, total, skipped)
         _add(running, total, skipped)
     if not total["rows"]:
         raise ValueError(f"{source} has no rows")
-    return {"rows": total["rows"], "samples": total["samples"], "shards": total["shards"], "skipped": dict(sorted(skipped.items()))}
+    return {
+        "rows": total["rows"],
+        "samples": total["samples"],
+        "shards": total["shards"],
+        "skipped": dict(sorted(skipped.items())),
+    }
 
 
 def _add(done: set[Future], total: Counter[str], skipped: Counter[str]) -> None:
@@ -88,8 +122,11 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
         found = json.loads(file.read_text())
         if found != settings:
             changed = sorted(key for key in settings if found.get(key) != settings[key])
-            raise ValueError(f"{file.parent} holds shards made with other settings ({', '.join(changed)}); give an empty folder, "
-                             "or the same settings to go on")
+            raise ValueError(
+                f"{file.parent} holds shards made with other settings ({', '.join(changed)}); give an empty "
+                "folder, "
+                "or the same settings to go on"
+            )
     else:
         file.write_text(json.dumps(settings))
 
@@ -115,12 +152,21 @@ def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, 
     for row in _table(source):
         missing = [name for name in [image, *captions] if name not in row]
         if missing:
-            raise ValueError(f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(str, row))}. Choose with "
-                             "--image and --caption")
+            raise ValueError(
+                f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(str, row))}. Choose "
+                "with "
+                "--image and --caption"
+            )
         texts: list[str] = []
         for name in captions:
             value = row[name]
-            texts += [value] if isinstance(value, str) else [v for v in value if isinstance(v, str)] if value else []
+            texts += (
+                [value]
+                if isinstance(value, str)
+                else [v for v in value if isinstance(v, str)]
+                if value
+                else []
+            )
         value = row[image]
         yield value.get("bytes") or value.get("path") if isinstance(value, dict) else value, texts
 
@@ -140,7 +186,9 @@ def _table(source: Path) -> Iterator[dict[str, Any]]:
                     except ValueError as error:
                         raise ValueError(f"{source}, line {line}: not JSON ({error})") from None
                     if not isinstance(row, dict):
-                        raise ValueError(f"{source}, line {line}: expected an object, got {type(row).__name__}")
+                        raise ValueError(
+                            f"{source}, line {line}: expected an object, got {type(row).__name__}"
+                        )
                     yield row
     elif suffix == ".parquet":
         try:
@@ -153,8 +201,15 @@ def _table(source: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{source} is not .csv, .tsv, .jsonl, .parquet or a folder")
 
 
-def _write_shard(folder: Path, number: int, rows: list, root: Path, resize: int | None, max_pixels: int,
-                 samples_per_shard: int) -> dict[str, Any]:
+def _write_shard(
+    folder: Path,
+    number: int,
+    rows: list,
+    root: Path,
+    resize: int | None,
+    max_pixels: int,
+    samples_per_shard: int,
+) -> dict[str, Any]:
     """Write one shard whole, then its statistics; a finished one is left as it is."""
     tar_path, stats_path = folder / f"{number:06d}.tar", folder / f"{number:06d}_stats.json"
     try:
@@ -181,15 +236,21 @@ def _write_shard(folder: Path, number: int, rows: list, root: Path, resize: int 
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, tar_path)
-    stats = {"rows": len(rows), "samples": samples, "skipped": dict(skipped), "bytes": tar_path.stat().st_size}
+    stats = {
+        "rows": len(rows),
+        "samples": samples,
+        "skipped": dict(skipped),
+        "bytes": tar_path.stat().st_size,
+    }
     stats_part = stats_path.with_suffix(".part")
     stats_part.write_text(json.dumps(stats))
     os.replace(stats_part, stats_path)
     return stats
 
 
-def _members(key: str, value: Any, captions: list[str] | None, root: Path, resize: int | None,
-             max_pixels: int) -> list[tuple[str, bytes]]:
+def _members(
+    key: str, value: Any, captions: list[str] | None, root: Path, resize: int | None, max_pixels: int
+) -> list[tuple[str, bytes]]:
     """The three files of one sample. DataError says why there is none."""
     source = value if isinstance(value, str) else ""
     if isinstance(value, (bytes, bytearray)):
@@ -211,10 +272,20 @@ def _members(key: str, value: Any, captions: list[str] | None, root: Path, resiz
     if resize and min(pixels.shape[:2]) > resize:
         data, pixels = _reduce(pixels, resize)
     height, width = pixels.shape[:2]
-    meta = {"key": key, "status": "success", "caption": texts[0], "captions": texts, "width": width, "height": height,
-            **({"source": source} if source else {})}
-    return [(f"{key}.{_EXTENSIONS.get(data[:2], 'jpg')}", data), (f"{key}.txt", texts[0].encode()),
-            (f"{key}.json", json.dumps(meta, ensure_ascii=False).encode())]
+    meta = {
+        "key": key,
+        "status": "success",
+        "caption": texts[0],
+        "captions": texts,
+        "width": width,
+        "height": height,
+        **({"source": source} if source else {}),
+    }
+    return [
+        (f"{key}.{_EXTENSIONS.get(data[:2], 'jpg')}", data),
+        (f"{key}.txt", texts[0].encode()),
+        (f"{key}.json", json.dumps(meta, ensure_ascii=False).encode()),
+    ]
 
 
 def _beside(path: Path) -> list[str]:
@@ -233,8 +304,9 @@ def _reduce(pixels: Any, side: int) -> tuple[bytes, Any]:
 
     height, width = pixels.shape[:2]
     scale = side / min(height, width)
-    image = Image.fromarray(pixels).resize((max(side, round(width * scale)), max(side, round(height * scale))),
-                                           Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels).resize(
+        (max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.BICUBIC
+    )
     out = io.BytesIO()
     image.save(out, "JPEG", quality=95)
     return out.getvalue(), np.asarray(image)

@@ -1,9 +1,9 @@
 """Sentence batches for the NLI losses: triplets and labelled pairs, read whole, in an exact order.
 
-    triplets   jsonl lines {"sent0", "sent1", "hard_neg"}: a premise, a sentence it entails, one it contradicts; or the csv
-               of SimCSE (Gao, Yao, Chen, EMNLP 2021) with these columns
-    pairs      jsonl lines {"premise", "hypothesis", "label"}; label entailment, neutral, contradiction or 0, 1, 2
-               (SNLI's "-" and -1, pairs without a gold label, are left out)
+triplets   jsonl lines {"sent0", "sent1", "hard_neg"}: a premise, a sentence it entails, one it
+           contradicts; or the csv of SimCSE (Gao, Yao, Chen, EMNLP 2021) with these columns
+pairs      jsonl lines {"premise", "hypothesis", "label"}; label entailment, neutral, contradiction or 0,
+           1, 2 (SNLI's "-" and -1, pairs without a gold label, are left out)
 """
 
 from __future__ import annotations
@@ -32,13 +32,25 @@ class SentenceStream:
         triplets, pairs: how many of each there are.
     """
 
-    def __init__(self, triplets: list[tuple], pairs: list[tuple], *, tokenizer: Any, batch_size: int, seed: int, rank: int,
-                 world_size: int):
+    def __init__(
+        self,
+        triplets: list[tuple],
+        pairs: list[tuple],
+        *,
+        tokenizer: Any,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ):
         self._triplets, self._pairs, self._tokenizer = triplets, pairs, tokenizer
         self.triplets, self.pairs = len(triplets), len(pairs)
         self.batch_size, self._seed, self._rank, self._world_size = batch_size, seed, rank, world_size
-        self._orders = {name: EpochOrder([len(rows)], seed=seed, name=name)
-                        for name, rows in (("triplets", triplets), ("pairs", pairs)) if rows}
+        self._orders = {
+            name: EpochOrder([len(rows)], seed=seed, name=name)
+            for name, rows in (("triplets", triplets), ("pairs", pairs))
+            if rows
+        }
         self._position = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -71,10 +83,14 @@ class SentenceStream:
         return {"position": self._position, "seed": self._seed, "data": self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch that `state` was taken at. ValueError for another seed or other sentences."""
+        """Continue after the batch that `state` was taken at. ValueError for another seed or other
+        sentences.
+        """
         if (state["seed"], state["data"]) != (self._seed, self._fingerprint()):
-            raise ValueError("the sentence position was saved with another seed or other sentences; use the same "
-                             "data.sentences and seed, or start a new run")
+            raise ValueError(
+                "the sentence position was saved with another seed or other sentences; use the same "
+                "data.sentences and seed, or start a new run"
+            )
         self._position = int(state["position"])
 
     def _fingerprint(self) -> str:
@@ -82,36 +98,51 @@ class SentenceStream:
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def create_sentences(spec: Mapping[str, Any], *, tokenizer: Any, batch_size: int, seed: int, rank: int = 0,
-                     world_size: int = 1) -> SentenceStream:
+def create_sentences(
+    spec: Mapping[str, Any], *, tokenizer: Any, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+) -> SentenceStream:
     """An endless stream of NLI batches.
 
     Args:
-        spec: {"triplets": file or files, "pairs": file or files}, jsonl or csv; either may be missing or None.
+        spec: {"triplets": file or files, "pairs": file or files}, jsonl or csv; either may be missing or
+            None.
         tokenizer: texts -> (M, L) int64.
         batch_size: triplets, and pairs, a rank and batch.
         seed: decides the order, with the epoch.
         rank, world_size: this process's share.
 
     Returns:
-        An iterable of {"premise", "entailment", "contradiction": (M, L) int64} for triplets and {"pair_premise",
-        "pair_hypothesis": (P, L) int64, "nli_labels": (P,) int64: 0 entailment, 1 neutral, 2 contradiction} for pairs.
+        An iterable of {"premise", "entailment", "contradiction": (M, L) int64} for triplets and
+        {"pair_premise", "pair_hypothesis": (P, L) int64, "nli_labels": (P,) int64: 0 entailment, 1 neutral, 2
+        contradiction} for pairs.
 
     Raises:
-        ValueError: no file, a missing file, a bad line (named by file and line), or fewer rows than a global batch.
+        ValueError: no file, a missing file, a bad line (named by file and line), or fewer rows than a global
+            batch.
     """
     check_keys(spec, ["triplets", "pairs"], "data.sentences")
     triplets = [row for path in _files(spec.get("triplets")) for row in _read(path, _TRIPLET)]
     pairs = [row for path in _files(spec.get("pairs")) for row in _read(path, _PAIR)]
     if not triplets and not pairs:
-        raise ValueError("data.sentences names no file: give data.sentences.triplets (sent0, sent1, hard_neg) for "
-                         "nli_contrastive, or data.sentences.pairs (premise, hypothesis, label) for nli_softmax")
+        raise ValueError(
+            "data.sentences names no file: give data.sentences.triplets (sent0, sent1, hard_neg) for "
+            "nli_contrastive, or data.sentences.pairs (premise, hypothesis, label) for nli_softmax"
+        )
     for what, rows in (("triplets", triplets), ("pairs", pairs)):
         if rows and len(rows) < batch_size * world_size:
-            raise ValueError(f"data.sentences.{what} has {len(rows)} rows, fewer than the global batch of {batch_size} x "
-                             f"{world_size} ranks; lower the sentence batch size")
-    return SentenceStream(triplets, pairs, tokenizer=tokenizer, batch_size=batch_size, seed=seed, rank=rank,
-                          world_size=world_size)
+            raise ValueError(
+                f"data.sentences.{what} has {len(rows)} rows, fewer than the global batch of {batch_size} x "
+                f"{world_size} ranks; lower the sentence batch size"
+            )
+    return SentenceStream(
+        triplets,
+        pairs,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _files(names: Any) -> list[Path]:
@@ -135,8 +166,10 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple]:
                 value = _label(value, path, line)
             elif not isinstance(value, str) or not value.strip():
                 found = "missing" if value is None else repr(value)
-                raise ValueError(f"{path}, line {line}: {column} is {found}; expected a sentence (columns are "
-                                 f"{', '.join(columns)})")
+                raise ValueError(
+                    f"{path}, line {line}: {column} is {found}; expected a sentence (columns are "
+                    f"{', '.join(columns)})"
+                )
             texts.append(value)
         if texts[-1] is not None:
             rows.append(tuple(texts))
@@ -152,7 +185,10 @@ def _label(value: Any, path: Path, line: int) -> int | None:
         return None
     if not isinstance(value, bool) and value in (0, 1, 2, "0", "1", "2"):
         return int(value)
-    raise ValueError(f"{path}, line {line}: label is {value!r}; expected one of {', '.join(LABELS)}, 0, 1, 2, or - for none")
+    raise ValueError(
+        f"{path}, line {line}: label is {value!r}; expected one of {', '.join(LABELS)}, 0, 1, 2, or - for "
+        "none"
+    )
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -175,8 +211,10 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
         try:
             missing = set(columns) - set(reader.fieldnames or ())
             if missing:
-                raise ValueError(f"{path}, line 1: no column {', '.join(sorted(missing))}; the header is "
-                                 f"{reader.fieldnames}, expected {', '.join(columns)}")
+                raise ValueError(
+                    f"{path}, line 1: no column {', '.join(sorted(missing))}; the header is "
+                    f"{reader.fieldnames}, expected {', '.join(columns)}"
+                )
             for row in reader:
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """A list of shards as one table of samples, read by number.
 
-    shards    [ a.tar: 3 samples ][ b.tar: 2 ]
-    sample      0     1     2        3     4        -> (shard, KEY, where its image, caption and json lie)
+shards    [ a.tar: 3 samples ][ b.tar: 2 ]
+sample      0     1     2        3     4        -> (shard, KEY, where its image, caption and json lie)
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ShardSet:
         shards: from `expand_shards`.
         cache_dir: folder for indexes and fetched shards.
         spool: how streams are fetched; None for the defaults.
-        on_bad_shard: "error": a shard that is empty, unreadable or cannot be fetched is an error at once; "skip": it is
-            left out and counted.
+        on_bad_shard: "error": a shard that is empty, unreadable or cannot be fetched is an error at once;
+            "skip": it is left out and counted.
 
     Attributes:
         counts: samples of each shard.
@@ -42,8 +42,14 @@ class ShardSet:
         DataError: a bad shard under "error", or no sample at all.
     """
 
-    def __init__(self, shards: Sequence[str], *, cache_dir: Path, spool: Spool | None = None,
-                 on_bad_shard: str = "error"):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        *,
+        cache_dir: Path,
+        spool: Spool | None = None,
+        on_bad_shard: str = "error",
+    ):
         self.shards = list(shards)
         self._spool = spool or Spool(cache_dir / "shards")
         self._cache_dir = cache_dir / "index"
@@ -62,13 +68,18 @@ class ShardSet:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._spans = np.concatenate(spans)
-        # One blob instead of a list of strings: workers share it and Python's reference counts do not copy it.
+        # One blob instead of a list of strings: workers share it and Python's reference counts do not copy
+        # it.
         self._key_ends = np.cumsum([0, *map(len, keys)])
         self._key_blob = np.frombuffer(b"".join(keys), dtype=np.uint8)
         if not len(self):
             first = f"; the first of them says {self.faults[0][1]}" if self.faults else ""
-            raise DataError("empty_shard", f"none of the {len(self.shards)} shards has a complete sample (KEY.jpg with "
-                                           f"KEY.txt or KEY.json){first}", shard=self.shards[0])
+            raise DataError(
+                "empty_shard",
+                f"none of the {len(self.shards)} shards has a complete sample (KEY.jpg with "
+                f"KEY.txt or KEY.json){first}",
+                shard=self.shards[0],
+            )
 
     def _index(self, shard: str) -> ShardIndex:
         try:
@@ -183,8 +194,11 @@ class ShardSet:
         file = os.open(self._local(self.shards[shard]), os.O_RDONLY)
         if os.fstat(file).st_size != self._sizes[shard]:
             os.close(file)
-            raise RuntimeError(f"shard {self.shards[shard]} is not the one that was indexed (its size changed); leave shards "
-                               f"alone during a run, or remove {self._cache_dir} when a remote shard was replaced")
+            raise RuntimeError(
+                f"shard {self.shards[shard]} is not the one that was indexed (its size changed); leave "
+                "shards "
+                f"alone during a run, or remove {self._cache_dir} when a remote shard was replaced"
+            )
         self._files[shard] = file
         return file
 

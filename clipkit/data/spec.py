@@ -1,7 +1,7 @@
 """The data settings: which keys there are, what they default to, and what they stand for on disk.
 
-Every function that takes a `spec` takes the dictionary that conf/data/*.yaml composes. It is checked here once:
-an unknown key is an error that names the nearest one.
+Every function that takes a `spec` takes the dictionary that conf/data/*.yaml composes. It is checked here
+once: an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,46 @@ from clipkit.registry import check_keys, unknown
 
 # The meaning and unit of each key stand in conf/data/shapes.yaml.
 DATA_DEFAULTS: dict[str, Any] = {
-    "kind": "shards", "root": None, "train": None, "val": None, "zeroshot": None, "shapes": None, "sentences": None,
-    "tokenizer": None, "num_workers": 0, "prefetch": 2, "captions": "random",
-    "augmentation": {"crop_scale": [0.9, 1.0], "crop_ratio": [0.75, 1.3333], "flip": 0.0, "colour_jitter": None,
-                     "auto_augment": False},
-    "shuffle": True, "window": 16, "resample": False, "samples_per_epoch": None,
-    "cache": "none", "cache_size": None, "cache_dir": None, "spool_gb": 50.0,
-    "max_bad_fraction": 0.05, "on_bad_shard": "error", "max_pixels": 100_000_000,
-    "timeout_s": 600.0, "shard_stall_s": 60.0, "shard_deadline_s": 600.0, "shard_retries": 5,
+    "kind": "shards",
+    "root": None,
+    "train": None,
+    "val": None,
+    "zeroshot": None,
+    "shapes": None,
+    "sentences": None,
+    "tokenizer": None,
+    "num_workers": 0,
+    "prefetch": 2,
+    "captions": "random",
+    "augmentation": {
+        "crop_scale": [0.9, 1.0],
+        "crop_ratio": [0.75, 1.3333],
+        "flip": 0.0,
+        "colour_jitter": None,
+        "auto_augment": False,
+    },
+    "shuffle": True,
+    "window": 16,
+    "resample": False,
+    "samples_per_epoch": None,
+    "cache": "none",
+    "cache_size": None,
+    "cache_dir": None,
+    "spool_gb": 50.0,
+    "max_bad_fraction": 0.05,
+    "on_bad_shard": "error",
+    "max_pixels": 100_000_000,
+    "timeout_s": 600.0,
+    "shard_stall_s": 60.0,
+    "shard_deadline_s": 600.0,
+    "shard_retries": 5,
 }
-_CHOICES = {"kind": ("shards", "shapes"), "captions": ("random", "first", "all"), "cache": ("none", "ram"),
-            "on_bad_shard": ("error", "skip")}
+_CHOICES = {
+    "kind": ("shards", "shapes"),
+    "captions": ("random", "first", "all"),
+    "cache": ("none", "ram"),
+    "on_bad_shard": ("error", "skip"),
+}
 _SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32}
 
 
@@ -42,8 +71,10 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("crop_scale", "crop_ratio"):
         low, high = full["augmentation"][name]
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
-            raise ValueError(f"data.augmentation.{name} is {[low, high]}; expected [smallest, largest], above 0"
-                             f"{' and at most 1' if name == 'crop_scale' else ''}")
+            raise ValueError(
+                f"data.augmentation.{name} is {[low, high]}; expected [smallest, largest], above 0"
+                f"{' and at most 1' if name == 'crop_scale' else ''}"
+            )
     return full
 
 
@@ -51,8 +82,8 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with shard paths in place: generated shapes are written first when they are not there.
 
     Returns:
-        The completed settings in which `train` and `val` are shards, and `zeroshot` is None or {"shards": ..., "classes":
-        [...], "templates": [...]}.
+        The completed settings in which `train` and `val` are shards, and `zeroshot` is None or {"shards":
+        ..., "classes": [...], "templates": [...]}.
     """
     full = complete(spec)
     if full["kind"] == "shapes":
@@ -62,20 +93,32 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
         check_keys(shapes, _SHAPES, "data.shapes")
         shapes = {**_SHAPES, **shapes}
         name = "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
-        paths = write_shapes(Path(shapes["folder"]) / name, train=shapes["train"], val=shapes["val"],
-                             seed=shapes["seed"], image_size=shapes["image_size"])
+        paths = write_shapes(
+            Path(shapes["folder"]) / name,
+            train=shapes["train"],
+            val=shapes["val"],
+            seed=shapes["seed"],
+            image_size=shapes["image_size"],
+        )
         full["train"], full["val"] = full["train"] or paths["train"], full["val"] or paths["val"]
-        full["zeroshot"] = full["zeroshot"] or {"shards": paths["zeroshot"], "classes": SHAPE_CLASSES,
-                                                "templates": SHAPE_TEMPLATES}
+        full["zeroshot"] = full["zeroshot"] or {
+            "shards": paths["zeroshot"],
+            "classes": SHAPE_CLASSES,
+            "templates": SHAPE_TEMPLATES,
+        }
         full["kind"] = "shards"
     return full
 
 
 def sources(train: Any) -> list[dict[str, Any]]:
-    """`data.train` as a list of {"name", "shards", "weight"}; weight None means that the sources are simply joined."""
+    """`data.train` as a list of {"name", "shards", "weight"}; weight None means that the sources are simply
+    joined.
+    """
     if not train:
-        raise ValueError("data.train is not set: give a path, glob, brace pattern or URL of .tar shards, for example "
-                         "data.train='shards/*.tar'")
+        raise ValueError(
+            "data.train is not set: give a path, glob, brace pattern or URL of .tar shards, for example "
+            "data.train='shards/*.tar'"
+        )
     if isinstance(train, Mapping):
         train = [train]
     if isinstance(train, (str, Path)) or not any(isinstance(one, Mapping) for one in train):
@@ -86,13 +129,20 @@ def sources(train: Any) -> list[dict[str, Any]]:
             one = {"shards": one}
         check_keys(one, ["name", "shards", "weight"], f"data.train[{i}]")
         weight = one.get("weight")
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0):
-            raise ValueError(f"data.train[{i}].weight is {weight!r}; expected a number above 0, or leave it out")
+        if weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0
+        ):
+            raise ValueError(
+                f"data.train[{i}].weight is {weight!r}; expected a number above 0, or leave it out"
+            )
         out.append({"name": one.get("name", f"source{i}"), "shards": one.get("shards"), "weight": weight})
     weighted = sum(one["weight"] is not None for one in out)
     if 0 < weighted < len(out):
-        raise ValueError("some entries of data.train have a weight and others none: give all a weight (mixed by weight) or "
-                         "none (every sample once an epoch)")
+        raise ValueError(
+            "some entries of data.train have a weight and others none: give all a weight (mixed by weight) "
+            "or "
+            "none (every sample once an epoch)"
+        )
     names = [one["name"] for one in out]
     if len(set(names)) < len(names):
         raise ValueError(f"the names of data.train's sources repeat: {names}")
@@ -110,13 +160,17 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
     from clipkit.data.evalset import iter_captions
 
     full = resolve_data(spec)
-    return iter_captions(_joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"])
+    return iter_captions(
+        _joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"]
+    )
 
 
 def _joined(train: Any) -> list[str]:
     from clipkit.data.urls import expand_shards
 
-    return [path for source in sources(train) for path in expand_shards(source["shards"] or [], what="data.train")]
+    return [
+        path for source in sources(train) for path in expand_shards(source["shards"] or [], what="data.train")
+    ]
 
 
 def plain(value: Any) -> Any:

@@ -1,9 +1,10 @@
 """Captioned coloured shapes: data the package makes itself, so that a fresh clone can train at once.
 
-A picture holds one or two shapes (8 colours x 8 shapes = 64 classes) of two sizes on one of three backgrounds. About 60 %
-of the captions are short ("a red circle"), the rest say more ("a small red circle left of a large blue star"). The
-validation gallery has one-line descriptions of distinct two-shape scenes, none of which occurs in training, so that
-retrieval means something; the zero-shot set has one shape a picture and its class number.
+A picture holds one or two shapes (8 colours x 8 shapes = 64 classes) of two sizes on one of three
+backgrounds. About 60 % of the captions are short ("a red circle"), the rest say more ("a small red circle
+left of a large blue star"). The validation gallery has one-line descriptions of distinct two-shape scenes,
+none of which occurs in training, so that retrieval means something; the zero-shot set has one shape a picture
+and its class number.
 
 Shards are laid out as img2dataset's: KEY.jpg, KEY.txt, KEY.json. The same arguments give the same bytes.
 """
@@ -22,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {
-    "red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 70, 230), "yellow": (245, 220, 30),
-    "purple": (150, 40, 190), "orange": (250, 140, 20), "cyan": (40, 210, 220), "brown": (120, 70, 30),
+    "red": (220, 30, 30),
+    "green": (30, 170, 50),
+    "blue": (40, 70, 230),
+    "yellow": (245, 220, 30),
+    "purple": (150, 40, 190),
+    "orange": (250, 140, 20),
+    "cyan": (40, 210, 220),
+    "brown": (120, 70, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 BACKGROUNDS = {"white": (255, 255, 255), "black": (10, 10, 10), "grey": (128, 128, 128)}
@@ -38,14 +45,16 @@ _SHARD = 1000
 _VERSION = 1
 
 
-def write_shapes(folder: str | Path, *, train: int, val: int, seed: int, image_size: int = 32) -> dict[str, list[str]]:
+def write_shapes(
+    folder: str | Path, *, train: int, val: int, seed: int, image_size: int = 32
+) -> dict[str, list[str]]:
     """Write the shapes to `folder` unless a finished copy with the same arguments is there.
 
     Args:
         folder: where `train/`, `val/` and `zeroshot/` go.
         train: training pictures.
-        val: pictures of the retrieval gallery, all with different captions, none a scene of training. The zero-shot set
-            has the same number, rounded up to a multiple of 64.
+        val: pictures of the retrieval gallery, all with different captions, none a scene of training. The
+            zero-shot set has the same number, rounded up to a multiple of 64.
         seed: the same seed gives the same bytes.
         image_size: pixels a side.
 
@@ -56,8 +65,10 @@ def write_shapes(folder: str | Path, *, train: int, val: int, seed: int, image_s
         ValueError: a count that is not positive, or a gallery of more distinct scenes than there are.
     """
     if train < 1 or not 1 <= val <= 5000 or image_size < 16:
-        raise ValueError(f"write_shapes got train={train}, val={val}, image_size={image_size}; expected train >= 1, "
-                         "val from 1 to 5000 (distinct scenes held out of training) and image_size >= 16 pixels")
+        raise ValueError(
+            f"write_shapes got train={train}, val={val}, image_size={image_size}; expected train >= 1, "
+            "val from 1 to 5000 (distinct scenes held out of training) and image_size >= 16 pixels"
+        )
     folder = Path(folder)
     settings = {"version": _VERSION, "train": train, "val": val, "seed": seed, "image_size": image_size}
     finished = _finished(folder, settings)
@@ -66,7 +77,9 @@ def write_shapes(folder: str | Path, *, train: int, val: int, seed: int, image_s
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     sets = _scenes(train, val, seed)
-    shards = {name: _write_set(part / name, scenes, f"{seed}/{name}", image_size) for name, scenes in sets.items()}
+    shards = {
+        name: _write_set(part / name, scenes, f"{seed}/{name}", image_size) for name, scenes in sets.items()
+    }
     (part / "finished.json").write_text(json.dumps({**settings, "shards": shards}))
     return _move_in_place(part, folder, settings)
 
@@ -80,7 +93,9 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]] | 
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     if found != settings:
-        raise ValueError(f"{folder} holds shapes made with {found}, not {settings}; give another folder or remove it")
+        raise ValueError(
+            f"{folder} holds shapes made with {found}, not {settings}; give another folder or remove it"
+        )
     return paths if all(Path(p).exists() for files in paths.values() for p in files) else None
 
 
@@ -127,9 +142,22 @@ def _one_shape(rng: random.Random, cls: int | None = None) -> dict[str, Any]:
     background = rng.choice(list(BACKGROUNDS))
     name = SHAPE_CLASSES[shape["cls"]]
     # The class alone in most captions; now and then the size or the background as well.
-    caption = rng.choice((f"a {name}", f"a {name}", f"a picture of a {name}", f"a {shape['size']} {name}",
-                          f"a {name} on a {background} background"))
-    return {"shapes": [shape], "relation": None, "background": background, "caption": caption, "cls": shape["cls"]}
+    caption = rng.choice(
+        (
+            f"a {name}",
+            f"a {name}",
+            f"a picture of a {name}",
+            f"a {shape['size']} {name}",
+            f"a {name} on a {background} background",
+        )
+    )
+    return {
+        "shapes": [shape],
+        "relation": None,
+        "background": background,
+        "caption": caption,
+        "cls": shape["cls"],
+    }
 
 
 def _two_shapes(rng: random.Random) -> dict[str, Any]:
@@ -138,9 +166,17 @@ def _two_shapes(rng: random.Random) -> dict[str, Any]:
         second = _shape(rng)
     relation = rng.choice(RELATIONS)
     background = rng.choice(list(BACKGROUNDS))
-    caption = (f"a {first['size']} {SHAPE_CLASSES[first['cls']]} {relation} "
-               f"a {second['size']} {SHAPE_CLASSES[second['cls']]}")
-    return {"shapes": [first, second], "relation": relation, "background": background, "caption": caption, "cls": -1}
+    caption = (
+        f"a {first['size']} {SHAPE_CLASSES[first['cls']]} {relation} "
+        f"a {second['size']} {SHAPE_CLASSES[second['cls']]}"
+    )
+    return {
+        "shapes": [first, second],
+        "relation": relation,
+        "background": background,
+        "caption": caption,
+        "cls": -1,
+    }
 
 
 def _canonical(scene: dict[str, Any]) -> Any:
@@ -161,11 +197,21 @@ def _write_set(folder: Path, scenes: list[dict[str, Any]], name: str, image_size
             for i, scene in enumerate(scenes[start : start + _SHARD]):
                 image = _picture(scene, rng, image_size)
                 key = f"{start // _SHARD:05d}{i:04d}"
-                meta = {"key": key, "status": "success", "caption": scene["caption"], "captions": [scene["caption"]],
-                        "cls": scene["cls"], "width": image_size, "height": image_size,
-                        "sha256": hashlib.sha256(image).hexdigest()}
-                for extension, data in (("jpg", image), ("txt", scene["caption"].encode()),
-                                        ("json", json.dumps(meta).encode())):
+                meta = {
+                    "key": key,
+                    "status": "success",
+                    "caption": scene["caption"],
+                    "captions": [scene["caption"]],
+                    "cls": scene["cls"],
+                    "width": image_size,
+                    "height": image_size,
+                    "sha256": hashlib.sha256(image).hexdigest(),
+                }
+                for extension, data in (
+                    ("jpg", image),
+                    ("txt", scene["caption"].encode()),
+                    ("json", json.dumps(meta).encode()),
+                ):
                     member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -232,6 +278,11 @@ def _outline(kind: str) -> list[tuple[float, float]]:
         return [(length * math.sin(angle), -length * math.cos(angle)) for angle, length in angles]
     if kind == "heart":
         steps = [2 * math.pi * i / 40 for i in range(40)]
-        return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-                for t in steps]
+        return [
+            (
+                math.sin(t) ** 3,
+                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
+            )
+            for t in steps
+        ]
     raise ValueError(f"unknown shape {kind!r}")

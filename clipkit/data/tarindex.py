@@ -1,10 +1,11 @@
 """Where every sample of a tar lies: an index made once by reading headers, then samples by position.
 
-The parser reads 512-byte headers and skips the contents. It never extracts, follows or opens a member: a link, a
-device, an absolute path or a pickle is a name and a number of bytes, nothing more. A broken header does not lose the
-rest of the shard: reading resumes at the next block whose checksum is right.
+The parser reads 512-byte headers and skips the contents. It never extracts, follows or opens a member: a
+link, a device, an absolute path or a pickle is a name and a number of bytes, nothing more. A broken header
+does not lose the rest of the shard: reading resumes at the next block whose checksum is right.
 
-The index of a local tar is kept as one small .npz under `cache_dir`, named by the tar's path, size and modification time.
+The index of a local tar is kept as one small .npz under `cache_dir`, named by the tar's path, size and
+modification time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class ShardIndex:
 
     Attributes:
         keys: KEY of each sample.
-        spans: (n, 3, 2) int64: offset and size in bytes of the image, caption and json; offset -1 when absent.
+        spans: (n, 3, 2) int64: offset and size in bytes of the image, caption and json; offset -1 when
+            absent.
         faults: (cause, key or member name) of everything left out.
         size: bytes of the tar that was indexed.
     """
@@ -72,7 +74,9 @@ def index_tar(path: str | Path) -> ShardIndex:
     return _complete(samples, faults, size)
 
 
-def _complete(samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]], size: int) -> ShardIndex:
+def _complete(
+    samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]], size: int
+) -> ShardIndex:
     """Keep the samples that have an image and a caption; name the others."""
     keys, spans = [], []
     # The sample that a truncation cut through is part of that fault, not another one.
@@ -95,7 +99,9 @@ def _complete(samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """A member's key, a dot, and its extension: all up to, and all after, the first dot of the last path part."""
+    """A member's key, a dot, and its extension: all up to, and all after, the first dot of the last path
+    part.
+    """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return folder + slash + stem, dot, extension
@@ -257,8 +263,13 @@ def store_index(file: Path, index: ShardIndex) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            np.savez(part, keys=keys, spans=index.spans, size=index.size,
-                     faults=np.asarray(faults, dtype=np.str_).reshape(-1, 2))
+            np.savez(
+                part,
+                keys=keys,
+                spans=index.spans,
+                size=index.size,
+                faults=np.asarray(faults, dtype=np.str_).reshape(-1, 2),
+            )
         os.replace(part.name, file)
     except OSError:
         return

@@ -4,7 +4,8 @@
     words      a closed vocabulary of the words of the training captions; small, for generated data
     hf         any fast Hugging Face tokenizer, by hub name or local folder
 
-`save` writes everything a run needs to make the same ids again as one JSON file; `load_tokenizer` reads it back.
+`save` writes everything a run needs to make the same ids again as one JSON file; `load_tokenizer` reads it
+back.
 """
 
 from __future__ import annotations
@@ -125,16 +126,21 @@ class Words(Tokenizer):
         self.vocab_size = self.eot_id + 1
 
     @classmethod
-    def build(cls, captions: Iterable[str], *, context_length: int = 16, max_words: int = 50_000,
-              min_count: int = 1) -> Words:
+    def build(
+        cls, captions: Iterable[str], *, context_length: int = 16, max_words: int = 50_000, min_count: int = 1
+    ) -> Words:
         """The vocabulary of `captions`: the `max_words` commonest words seen at least `min_count` times."""
         counts: Counter[str] = Counter()
         for caption in captions:
             counts.update(_WORD.findall(caption.lower()))
         if not counts:
-            raise ValueError("the words tokenizer found no word in the training captions: give data.train shards "
-                             "whose captions are not empty")
-        kept = sorted((word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word))
+            raise ValueError(
+                "the words tokenizer found no word in the training captions: give data.train shards "
+                "whose captions are not empty"
+            )
+        kept = sorted(
+            (word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word)
+        )
         return cls(vocabulary=kept[:max_words], context_length=context_length)
 
     def ids(self, text: str) -> list[int]:
@@ -162,7 +168,9 @@ class HuggingFace(Tokenizer):
         self.pad_id, self.sot_id, self.eot_id = special["pad"], special["sot"], special["eot"]
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         backend.enable_truncation(self.context_length)
-        backend.enable_padding(length=self.context_length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+        backend.enable_padding(
+            length=self.context_length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id)
+        )
 
     @classmethod
     def build(cls, model: str, *, context_length: int = 77) -> HuggingFace:
@@ -172,7 +180,9 @@ class HuggingFace(Tokenizer):
         eot = fast.eos_token_id if eot is None else eot
         sot = fast.bos_token_id if sot is None else sot
         if eot is None:
-            raise ValueError(f"the tokenizer {model!r} has no end token (sep_token or eos_token), which pools the text")
+            raise ValueError(
+                f"the tokenizer {model!r} has no end token (sep_token or eos_token), which pools the text"
+            )
         special = {"pad": eot if pad is None else pad, "sot": eot if sot is None else sot, "eot": eot}
         return cls(backend=fast.backend_tokenizer, context_length=context_length, special=special)
 
@@ -194,14 +204,15 @@ def list_tokenizers() -> list[str]:
     return _registry.names()
 
 
-def create_tokenizer(spec: str | Mapping[str, Any],
-                     *, captions: Iterable[str] | Callable[[], Iterable[str]] | None = None) -> Tokenizer:
+def create_tokenizer(
+    spec: str | Mapping[str, Any], *, captions: Iterable[str] | Callable[[], Iterable[str]] | None = None
+) -> Tokenizer:
     """A tokenizer from its settings.
 
     Args:
         spec: a name, or {"name": ..., settings}. clip_bpe: context_length (tokens), merges (path). words:
-            context_length, max_words, min_count. hf: model (hub name or folder), context_length. Any of them: path
-            alone, a JSON file that `save` wrote.
+            context_length, max_words, min_count. hf: model (hub name or folder), context_length. Any of them:
+            path alone, a JSON file that `save` wrote.
         captions: the training captions (or a function that gives them), read by "words" alone.
 
     Raises:
@@ -219,12 +230,16 @@ def create_tokenizer(spec: str | Mapping[str, Any],
     if name == "hf":
         check_keys(spec, ["model", "context_length"], "tokenizer hf")
         if not spec.get("model"):
-            raise ValueError("tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder")
+            raise ValueError(
+                "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
+            )
         return HuggingFace.build(**spec)
     check_keys(spec, ["context_length", "max_words", "min_count"], "tokenizer words")
     if captions is None:
-        raise ValueError("tokenizer words is built from the training captions: pass captions=..., or tokenizer.path of "
-                         "a saved one")
+        raise ValueError(
+            "tokenizer words is built from the training captions: pass captions=..., or tokenizer.path of "
+            "a saved one"
+        )
     return Words.build(captions() if callable(captions) else captions, **spec)
 
 
@@ -246,17 +261,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _check_length(context_length: int) -> int:
     if not isinstance(context_length, int) or context_length < 3:
-        raise ValueError(f"context_length is {context_length!r}; expected a whole number of tokens, 3 or more (start, "
-                         "one word, end)")
+        raise ValueError(
+            f"context_length is {context_length!r}; expected a whole number of tokens, 3 or more (start, "
+            "one word, end)"
+        )
     return context_length
 
 
 def _load_hf(model: str) -> Any:
-    """The transformers tokenizer of a hub name or folder; vocabulary files alone are enough for RoBERTa and BERT."""
+    """The transformers tokenizer of a hub name or folder; vocabulary files alone are enough for RoBERTa and
+    BERT.
+    """
     import transformers
 
     folder = Path(model)
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+    if (
+        folder.is_dir()
+        and not (folder / "tokenizer.json").exists()
+        and not (folder / "tokenizer_config.json").exists()
+    ):
         if (folder / "merges.txt").exists():
             return transformers.RobertaTokenizerFast.from_pretrained(str(folder))
         if (folder / "vocab.txt").exists():
@@ -264,8 +287,12 @@ def _load_hf(model: str) -> Any:
     try:
         fast = transformers.AutoTokenizer.from_pretrained(model, use_fast=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer hf could not load {model!r}: {str(error).splitlines()[0]} Give a hub name that is "
-                         "in the local cache, or a folder with the tokenizer's files.") from None
+        raise ValueError(
+            f"tokenizer hf could not load {model!r}: {str(error).splitlines()[0]} Give a hub name that is "
+            "in the local cache, or a folder with the tokenizer's files."
+        ) from None
     if not getattr(fast, "is_fast", False):
-        raise ValueError(f"{model!r} has no fast tokenizer; convert it (save tokenizer.json) and give the folder")
+        raise ValueError(
+            f"{model!r} has no fast tokenizer; convert it (save tokenizer.json) and give the folder"
+        )
     return fast

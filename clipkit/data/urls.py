@@ -1,9 +1,9 @@
 """Where shards are: names expanded, streams fetched.
 
-A local tar is read in place. Anything else (http:, https:, s3:, gs:, hf:, pipe:) goes through webdataset's opener: the
-shard is read once from front to back into a file under the cache folder, and from there on it is a local tar like
-any other, so order and resume are the same for every kind of source. A `pipe:` command is run by the shell: it is
-taken from the configuration alone, never from data.
+A local tar is read in place. Anything else (http:, https:, s3:, gs:, hf:, pipe:) goes through webdataset's
+opener: the shard is read once from front to back into a file under the cache folder, and from there on it is
+a local tar like any other, so order and resume are the same for every kind of source. A `pipe:` command is
+run by the shell: it is taken from the configuration alone, never from data.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ def is_stream(name: str) -> bool:
 
 
 def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "shards") -> list[str]:
-    """The shard list that names stand for: braces, globs, folders (their *.tar), paths and URLs, in the order given.
+    """The shard list that names stand for: braces, globs, folders (their *.tar), paths and URLs, in the order
+    given.
 
     Args:
-        shards: one name or several. `{000..331}` and `{a,b}` expand as in a shell; `*`, `?` and `[...]` match local files,
-            sorted.
+        shards: one name or several. `{000..331}` and `{a,b}` expand as in a shell; `*`, `?` and `[...]` match
+            local files, sorted.
         what: the setting's name, for messages.
 
     Raises:
-        ValueError: a name that matches nothing, a file that is not there or not a regular file, or a repeated shard.
+        ValueError: a name that matches nothing, a file that is not there or not a regular file, or a repeated
+            shard.
     """
     names = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if not names:
@@ -48,7 +50,9 @@ def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "sha
         found += _expand(str(name), what)
     repeated = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else ()
     if repeated:
-        raise ValueError(f"{what} names {sorted(repeated)[0]} more than once; every shard may stand once in a source")
+        raise ValueError(
+            f"{what} names {sorted(repeated)[0]} more than once; every shard may stand once in a source"
+        )
     return found
 
 
@@ -80,8 +84,10 @@ def _check_file(path: str, what: str) -> None:
     except OSError:
         raise ValueError(f"{what}: there is no shard {path!r}. {_nearby(path)}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{what}: {path!r} is not a regular file (a FIFO or device would block); to read from a "
-                         "command write 'pipe:cat ...'")
+        raise ValueError(
+            f"{what}: {path!r} is not a regular file (a FIFO or device would block); to read from a "
+            "command write 'pipe:cat ...'"
+        )
 
 
 def _nearby(path: str) -> str:
@@ -99,16 +105,24 @@ class Spool:
 
     Args:
         folder: where fetched shards are kept.
-        limit_gb: the fetched shards together stay below this many gigabytes (10^9 bytes); the least recently used go
-            first. A shard that is open stays readable.
+        limit_gb: the fetched shards together stay below this many gigabytes (10^9 bytes); the least recently
+            used go first. A shard that is open stays readable.
         stall_s: seconds without a byte after which a try is given up.
         deadline_s: seconds for one shard, all tries together.
         retries: further tries after the first.
         backoff_s: seconds before the second try; doubled before each further one, at most 30.
     """
 
-    def __init__(self, folder: Path, *, limit_gb: float = 50.0, stall_s: float = 60.0, deadline_s: float = 600.0,
-                 retries: int = 5, backoff_s: float = 1.0):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit_gb: float = 50.0,
+        stall_s: float = 60.0,
+        deadline_s: float = 600.0,
+        retries: int = 5,
+        backoff_s: float = 1.0,
+    ):
         self.folder, self.limit, self.backoff_s = folder, int(limit_gb * 1e9), backoff_s
         self.stall_s, self.deadline_s, self.retries = stall_s, deadline_s, retries
 
@@ -147,8 +161,12 @@ class Spool:
                 return
             if attempt < self.retries:
                 time.sleep(max(0.0, min(self.backoff_s * 2.0**attempt, 30.0, end - time.monotonic())))
-        raise DataError("unreadable_shard", f"not fetched after {tries} tries in at most {self.deadline_s:g} s; the last "
-                                            f"said: {error or 'deadline passed'}", shard=url)
+        raise DataError(
+            "unreadable_shard",
+            f"not fetched after {tries} tries in at most {self.deadline_s:g} s; the last "
+            f"said: {error or 'deadline passed'}",
+            shard=url,
+        )
 
     def _try(self, url: str, path: Path, seconds: float) -> str:
         """One try; returns what went wrong, or an empty string."""

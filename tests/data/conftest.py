@@ -58,7 +58,11 @@ def sample(jpeg: Callable[..., bytes]) -> Callable[..., list[tuple[str, bytes]]]
     def make(key: str, seed: int = 0, captions: Sequence[str] = ()) -> list[tuple[str, bytes]]:
         texts = list(captions) or [f"picture {key}"]
         meta = {"key": key, "captions": texts}
-        return [(f"{key}.jpg", jpeg(seed)), (f"{key}.txt", texts[0].encode()), (f"{key}.json", json.dumps(meta).encode())]
+        return [
+            (f"{key}.jpg", jpeg(seed)),
+            (f"{key}.txt", texts[0].encode()),
+            (f"{key}.json", json.dumps(meta).encode()),
+        ]
 
     return make
 
@@ -83,7 +87,9 @@ def thousand_shards(tmp_path_factory, write_tar, sample) -> list[Path]:
     folder = tmp_path_factory.mktemp("thousand")
     paths = []
     for shard in range(1000):
-        members = [member for i in range(1 + shard % 2) for member in sample(f"{shard:05d}{i:04d}", shard % 16)]
+        members = [
+            member for i in range(1 + shard % 2) for member in sample(f"{shard:05d}{i:04d}", shard % 16)
+        ]
         paths.append(write_tar(folder / f"{shard:06d}.tar", members))
     return paths
 

@@ -2,9 +2,10 @@
 
     python tests/data/fuzz_shards.py SECONDS [SEED]
 
-Every case is a small shard with random damage: bytes overwritten, runs copied or removed, the end cut, header fields set
-to extreme numbers, json and images replaced by mutations of good ones. A case that takes five seconds is a hang. The last
-line is the number of cases; a failing case is written to fuzz-failure.tar and named.
+Every case is a small shard with random damage: bytes overwritten, runs copied or removed, the end cut, header
+fields set to extreme numbers, json and images replaced by mutations of good ones. A case that takes five
+seconds is a hang. The last line is the number of cases; a failing case is written to fuzz-failure.tar and
+named.
 """
 
 from __future__ import annotations
@@ -28,17 +29,44 @@ from clipkit.data.faults import CAUSES, DataError
 from clipkit.data.shardset import ShardSet
 from clipkit.data.tokenizers import ClipBPE
 
-_NUMBERS = [b"00000000000", b"77777777777", b"-0000000001", b"\x80" + b"\xff" * 10, b"\xff" * 11, b"           ",
-            b"00000000001", b"\x80" + b"\0" * 10]
-_TEXTS = ['{"captions": ["a", "b"]}', '{"captions": 3, "caption": null}', '{"caption": {"a": []}}', "[" * 2000, '"\\ud800"',
-          '{"caption": "half \\ud800 pair"}', "1e999", '{"captions": ["\\u0000", "", " "]}', '{"a": NaN, "caption": "x"}']
+_NUMBERS = [
+    b"00000000000",
+    b"77777777777",
+    b"-0000000001",
+    b"\x80" + b"\xff" * 10,
+    b"\xff" * 11,
+    b"           ",
+    b"00000000001",
+    b"\x80" + b"\0" * 10,
+]
+_TEXTS = [
+    '{"captions": ["a", "b"]}',
+    '{"captions": 3, "caption": null}',
+    '{"caption": {"a": []}}',
+    "[" * 2000,
+    '"\\ud800"',
+    '{"caption": "half \\ud800 pair"}',
+    "1e999",
+    '{"captions": ["\\u0000", "", " "]}',
+    '{"a": NaN, "caption": "x"}',
+]
 
 
 def pictures() -> list[bytes]:
     out = []
-    for form, mode, options in (("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {}),
-                                ("JPEG", "RGB", {"progressive": True}), ("PNG", "RGBA", {}), ("PNG", "P", {}),
-                                ("PNG", "I;16", {}), ("WEBP", "RGB", {}), ("GIF", "P", {}), ("BMP", "RGB", {}), ("TIFF", "RGB", {})):
+    for form, mode, options in (
+        ("JPEG", "RGB", {}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "L", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "I;16", {}),
+        ("WEBP", "RGB", {}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+    ):
         image = Image.linear_gradient("L").resize((24, 18)).convert("I" if mode == "I;16" else mode)
         exif = Image.Exif()
         exif[0x0112] = len(out) % 8 + 1
@@ -82,7 +110,9 @@ def header_damage(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.6:
         header[124:135] = rng.choice(_NUMBERS)
     if rng.random() < 0.6:
-        header[156:157] = rng.choice((b"0", b"1", b"2", b"5", b"6", b"L", b"K", b"x", b"g", b"S", b"\xff", b"\0"))
+        header[156:157] = rng.choice(
+            (b"0", b"1", b"2", b"5", b"6", b"L", b"K", b"x", b"g", b"S", b"\xff", b"\0")
+        )
     if rng.random() < 0.3:
         header[0:100] = rng.randbytes(100)
     header[148:156] = b" " * 8
@@ -93,11 +123,17 @@ def header_damage(data: bytes, rng: random.Random) -> bytes:
 
 def shard(rng: random.Random, images: list[bytes]) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
+    with tarfile.open(
+        fileobj=file, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
+    ) as tar:
         for i in range(rng.randrange(1, 4)):
             key = "n" * rng.choice((3, 90, 140)) + str(i)
             image = rng.choice(images)
-            meta = rng.choice(_TEXTS).encode() if rng.random() < 0.3 else json.dumps({"captions": ["a"]}).encode()
+            meta = (
+                rng.choice(_TEXTS).encode()
+                if rng.random() < 0.3
+                else json.dumps({"captions": ["a"]}).encode()
+            )
             for extension, data in (("jpg", image), ("txt", b"words"), ("json", meta)):
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 data = damage(data, rng) if rng.random() < 0.4 else data
@@ -121,7 +157,11 @@ def read(path: Path, cache: Path, tokenizer: ClipBPE, seen: Counter[str]) -> Non
     for sample in data:
         try:
             image = data.image(sample)
-            assert decode_train(image, 16, draws=[0.3, 0.6, 0.1, 0.9], max_pixels=1_000_000).shape == (3, 16, 16)
+            assert decode_train(image, 16, draws=[0.3, 0.6, 0.1, 0.9], max_pixels=1_000_000).shape == (
+                3,
+                16,
+                16,
+            )
             assert decode_eval(image, 16, max_pixels=1_000_000).shape == (3, 16, 16)
             captions = data.captions(sample)
             assert all(text.strip() for text in captions)

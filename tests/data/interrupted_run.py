@@ -1,10 +1,11 @@
 """A small training run that can be killed at any moment: the program of test_interrupted.py.
 
-    runpy.run_path("interrupted_run.py", {"ARGUMENTS": (folder, shards, epochs, workers, rank, world_size, rendezvous)})
+    runpy.run_path("interrupted_run.py", {"ARGUMENTS": (folder, shards, epochs, workers, rank, world_size,
+    rendezvous)})
 
-It trains a linear model on the stream's batches, writes each step's keys to FOLDER/keys-RANK.jsonl, and every three steps
-a checkpoint (weights and data position, written whole, then renamed). Started again it goes on from the last checkpoint.
-With two ranks the gradients meet in a gloo all-reduce.
+It trains a linear model on the stream's batches, writes each step's keys to FOLDER/keys-RANK.jsonl, and every
+three steps a checkpoint (weights and data position, written whole, then renamed). Started again it goes on
+from the last checkpoint. With two ranks the gradients meet in a gloo all-reduce.
 """
 
 from __future__ import annotations
@@ -24,15 +25,26 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor([list(text.encode()[:8].ljust(8)) for text in texts], dtype=torch.int64)
 
 
-def main(folder: Path, shards: str, epochs: int, workers: int, rank: int, world_size: int, rendezvous: str) -> None:
+def main(
+    folder: Path, shards: str, epochs: int, workers: int, rank: int, world_size: int, rendezvous: str
+) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         store = torch.distributed.FileStore(rendezvous, world_size)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
-                                             timeout=timedelta(seconds=30))
-    stream = create_stream({"train": shards, "captions": "random", "augmentation": {"crop_scale": [0.3, 1.0]}},
-                           tokenizer=tokenize, image_size=8, batch_size=10, seed=3, rank=rank, world_size=world_size,
-                           num_workers=workers, epochs=epochs)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+        )
+    stream = create_stream(
+        {"train": shards, "captions": "random", "augmentation": {"crop_scale": [0.3, 1.0]}},
+        tokenizer=tokenize,
+        image_size=8,
+        batch_size=10,
+        seed=3,
+        rank=rank,
+        world_size=world_size,
+        num_workers=workers,
+        epochs=epochs,
+    )
     weight = torch.zeros(8, 3 * 8 * 8)
     step = 0
     # One checkpoint for all ranks, so that they go on from the same step.

@@ -32,12 +32,16 @@ class Touch:
         return (open, (self.path, "w"))
 
 
-def picture(seed: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (40, 30), **options) -> bytes:
+def picture(
+    seed: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (40, 30), **options
+) -> bytes:
     rng = random.Random(seed)
     image = Image.linear_gradient("L").resize(size).convert("RGB")
     image.paste(tuple(rng.randrange(256) for _ in range(3)), (4, 4, 20, 20))
     if mode == "I;16":
-        image = Image.frombytes("I;16", size, struct.pack(f"<{size[0] * size[1]}H", *range(0, size[0] * size[1] * 50, 50)))
+        image = Image.frombytes(
+            "I;16", size, struct.pack(f"<{size[0] * size[1]}H", *range(0, size[0] * size[1] * 50, 50))
+        )
     elif mode != "RGB":
         image = image.convert(mode)
     out = io.BytesIO()
@@ -81,8 +85,14 @@ class Shard:
         self.tar.addfile(info)
         return self
 
-    def sample(self, key: str, image: bytes | None = None, text: bytes | None = b"a caption", meta: bytes | None = b"{}",
-               extension: str = "jpg") -> Shard:
+    def sample(
+        self,
+        key: str,
+        image: bytes | None = None,
+        text: bytes | None = b"a caption",
+        meta: bytes | None = b"{}",
+        extension: str = "jpg",
+    ) -> Shard:
         if image is None:
             image = picture(zlib.crc32(key.encode()))
         self.add(f"{key}.{extension}", image)
@@ -135,13 +145,21 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
     faults["unreadable_shard"] += 1
 
     good_images = {
-        "cmyk": (picture(1, mode="CMYK"), "jpg"), "grey": (picture(2, mode="L"), "jpg"),
-        "palette": (picture(3, "PNG", "P"), "png"), "sixteen": (picture(4, "PNG", "I;16"), "png"),
-        "alpha": (picture(5, "PNG", "RGBA"), "png"), "greyalpha": (picture(6, "PNG", "LA"), "png"),
-        "bits": (picture(7, "PNG", "1"), "png"), "webp": (picture(8, "WEBP"), "webp"),
+        "cmyk": (picture(1, mode="CMYK"), "jpg"),
+        "grey": (picture(2, mode="L"), "jpg"),
+        "palette": (picture(3, "PNG", "P"), "png"),
+        "sixteen": (picture(4, "PNG", "I;16"), "png"),
+        "alpha": (picture(5, "PNG", "RGBA"), "png"),
+        "greyalpha": (picture(6, "PNG", "LA"), "png"),
+        "bits": (picture(7, "PNG", "1"), "png"),
+        "webp": (picture(8, "WEBP"), "webp"),
         "gif": (picture(9, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30))] * 3), "gif"),
-        "animated": (picture(10, "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30))] * 3), "webp"),
-        "progressive": (picture(11, progressive=True), "jpg"), "capital": (picture(12), "JPG"),
+        "animated": (
+            picture(10, "WEBP", save_all=True, append_images=[Image.new("RGB", (40, 30))] * 3),
+            "webp",
+        ),
+        "progressive": (picture(11, progressive=True), "jpg"),
+        "capital": (picture(12), "JPG"),
         "misnamed": (picture(13, "PNG"), "jpg"),
     }
     shard = Shard(folder / "06-images.tar")
@@ -150,9 +168,12 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
         good += 1
     whole = picture(20, size=(200, 200))
     for key, data, cause in (
-        ("halfjpeg", whole[: len(whole) // 2], "corrupt_image"), ("noisejpeg", b"\xff\xd8" + b"noise" * 50, "corrupt_image"),
-        ("text", b"<html>404</html>", "corrupt_image"), ("halfpng", picture(21, "PNG")[:150], "corrupt_image"),
-        ("empty", b"", "empty_image"), ("hugejpeg", huge_jpeg(), "image_too_large"),
+        ("halfjpeg", whole[: len(whole) // 2], "corrupt_image"),
+        ("noisejpeg", b"\xff\xd8" + b"noise" * 50, "corrupt_image"),
+        ("text", b"<html>404</html>", "corrupt_image"),
+        ("halfpng", picture(21, "PNG")[:150], "corrupt_image"),
+        ("empty", b"", "empty_image"),
+        ("hugejpeg", huge_jpeg(), "image_too_large"),
         ("hugepng", huge_png(), "image_too_large"),
     ):
         shard.sample(key, data)
@@ -165,11 +186,16 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
     shard.sample("unicode", text="caf\u00e9 \U0001f600".encode())
     good += 2
     for key, text, meta, cause in (
-        ("nothing", None, None, "missing_caption"), ("blank", b"", None, "empty_caption"),
-        ("spaces", b" \n\t ", b"{}", "empty_caption"), ("emptylist", None, b'{"captions": []}', "empty_caption"),
-        ("latin1", b"caf\xe9", b"{}", "caption_not_utf8"), ("cutjson", b"x", b'{"caption": "a', "broken_json"),
-        ("list", b"x", b"[1, 2]", "broken_json"), ("deep", b"x", b"[" * 100_000, "broken_json"),
-        ("emptyjson", b"x", b"", "broken_json"), ("binaryjson", b"x", b"\xff\xfe\x00", "broken_json"),
+        ("nothing", None, None, "missing_caption"),
+        ("blank", b"", None, "empty_caption"),
+        ("spaces", b" \n\t ", b"{}", "empty_caption"),
+        ("emptylist", None, b'{"captions": []}', "empty_caption"),
+        ("latin1", b"caf\xe9", b"{}", "caption_not_utf8"),
+        ("cutjson", b"x", b'{"caption": "a', "broken_json"),
+        ("list", b"x", b"[1, 2]", "broken_json"),
+        ("deep", b"x", b"[" * 100_000, "broken_json"),
+        ("emptyjson", b"x", b"", "broken_json"),
+        ("binaryjson", b"x", b"\xff\xfe\x00", "broken_json"),
     ):
         shard.sample(key, text=text, meta=meta)
         faults[cause] += 1
@@ -178,7 +204,9 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
 
     shard = Shard(folder / "08-members.tar")
     shard.special("folder", tarfile.DIRTYPE).sample("folder/inside")
-    shard.special("link.jpg", tarfile.SYMTYPE, "/etc/passwd").special("hard.jpg", tarfile.LNKTYPE, "folder/inside.jpg")
+    shard.special("link.jpg", tarfile.SYMTYPE, "/etc/passwd").special(
+        "hard.jpg", tarfile.LNKTYPE, "folder/inside.jpg"
+    )
     shard.special("fifo.jpg", tarfile.FIFOTYPE).special("device.jpg", tarfile.CHRTYPE)
     faults["not_a_file"] += 5
     shard.sample("a" * 150)
@@ -222,4 +250,8 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
 
 if __name__ == "__main__":
     made = make(Path(sys.argv[1]), Path(sys.argv[1]) / "unpickled")
-    print(json.dumps({"shards": len(made[0]), "good": made[2], "faults": dict(sorted(made[1].items()))}, indent=1))
+    print(
+        json.dumps(
+            {"shards": len(made[0]), "good": made[2], "faults": dict(sorted(made[1].items()))}, indent=1
+        )
+    )

@@ -13,7 +13,9 @@ from clipkit.data.augment import POLICIES, Augment, _jitter, create_augment
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (16, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (16, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_a_flip_is_a_flip_with_its_probability(images):
@@ -25,12 +27,15 @@ def test_a_flip_is_a_flip_with_its_probability(images):
     assert abs(flipped.float().mean() - 0.3) < 0.08
 
 
-@pytest.mark.parametrize("strength, draws, reference", [
-    ((0.4, 0, 0, 0), [0.75, 0, 0, 0], lambda x: F.adjust_brightness(x, 1.2)),
-    ((0, 0.6, 0, 0), [0.5, 0.25, 0.5, 0.5], lambda x: F.adjust_contrast(x, 0.7)),
-    ((0, 0, 0.5, 0), [0.5, 0.5, 1.0, 0.5], lambda x: F.adjust_saturation(x, 1.5)),
-    ((0, 0, 0, 0.2), [0.5, 0.5, 0.5, 0.75], lambda x: F.adjust_hue(x, 0.1)),
-])
+@pytest.mark.parametrize(
+    "strength, draws, reference",
+    [
+        ((0.4, 0, 0, 0), [0.75, 0, 0, 0], lambda x: F.adjust_brightness(x, 1.2)),
+        ((0, 0.6, 0, 0), [0.5, 0.25, 0.5, 0.5], lambda x: F.adjust_contrast(x, 0.7)),
+        ((0, 0, 0.5, 0), [0.5, 0.5, 1.0, 0.5], lambda x: F.adjust_saturation(x, 1.5)),
+        ((0, 0, 0, 0.2), [0.5, 0.5, 0.5, 0.75], lambda x: F.adjust_hue(x, 0.1)),
+    ],
+)
 def test_each_colour_change_equals_torchvisions(images, strength, draws, reference):
     ours = _jitter(images, np.tile(draws, (16, 1)), strength)
     assert (ours.int() - reference(images).int()).abs().max() <= 2
@@ -58,7 +63,9 @@ def test_auto_augment_is_reproducible_and_changes_most_pictures(images):
     assert torch.equal(images, before), "the batch was changed in place"
     assert out.shape == images.shape and out.dtype == torch.uint8
     assert torch.equal(out, augment(images, draw=7))
-    assert not torch.equal(out, augment(images, draw=8)) and not torch.equal(out, augment(images, draw=7, view=1))
+    assert not torch.equal(out, augment(images, draw=8)) and not torch.equal(
+        out, augment(images, draw=7, view=1)
+    )
     assert sum(not torch.equal(a, b) for a, b in zip(out, images)) > 12
 
 

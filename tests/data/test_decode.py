@@ -52,7 +52,14 @@ def test_exif_orientation_is_applied(orientation, form):
 
 
 def test_greyscale_palette_cmyk_and_one_bit_become_rgb():
-    for mode, form in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("L", "PNG"), ("1", "PNG"), ("P", "GIF")):
+    for mode, form in (
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("P", "GIF"),
+    ):
         data = save(smooth().convert(mode), form)
         assert far(decode(data), Image.open(io.BytesIO(data)).convert("RGB")) <= 1, (mode, form)
 
@@ -76,7 +83,13 @@ def test_transparency_is_laid_on_white():
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     for form in ("GIF", "WEBP"):
-        data = save(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+        data = save(
+            frames[0],
+            form,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if form == "WEBP" else {}),
+        )
         assert far(decode(data), frames[0]) <= 2
 
 
@@ -86,7 +99,8 @@ def test_evaluation_equals_torchvisions_resize_and_centre_crop(size):
 
     data = save(smooth(*size), "PNG")
     pillow = v2.Compose([v2.Resize(128, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(128)])(
-        Image.open(io.BytesIO(data)).convert("RGB"))
+        Image.open(io.BytesIO(data)).convert("RGB")
+    )
     ours = decode_eval(data, 128)
     assert ours.shape == (3, 128, 128) and ours.dtype == torch.uint8
     assert far(ours.permute(1, 2, 0), pillow) <= 2
@@ -109,7 +123,12 @@ def test_a_training_crop_is_never_decoded_below_its_size(side):
     # The detail of this two-pixel noise would be gone if the JPEG were decoded smaller than the crop needs.
     blocks = np.random.default_rng(0).integers(0, 256, (224 // 2, 224 // 2, 3), dtype=np.uint8)
     whole = Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST)
-    ours = decode_train(save(whole), 224, draws=[0.5] * 4, scale=(1.0, 1.0), ratio=(1.0, 1.0)).permute(1, 2, 0).numpy().astype(float)
+    ours = (
+        decode_train(save(whole), 224, draws=[0.5] * 4, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+        .permute(1, 2, 0)
+        .numpy()
+        .astype(float)
+    )
     expected = np.asarray(whole.resize((224, 224), Image.Resampling.BILINEAR)).astype(float)
     assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.97
 
@@ -124,7 +143,9 @@ def test_crops_have_the_asked_areas_and_shapes():
         places.append((top / (300 - h), left / (300 - w)))
         ratios.append(math.log(w / h))
     assert 0.2 <= min(areas) and max(areas) <= 0.5 + 1e-9 and abs(np.mean(areas) - 0.35) < 0.01
-    assert np.abs(np.mean(places, axis=0) - 0.5).max() < 0.03 and np.min(places) < 0.01 and np.max(places) > 0.99
+    assert (
+        np.abs(np.mean(places, axis=0) - 0.5).max() < 0.03 and np.min(places) < 0.01 and np.max(places) > 0.99
+    )
     assert abs(np.corrcoef(np.transpose(places))[0, 1]) < 0.1
     assert abs(np.mean(ratios)) < 0.02 and max(ratios) <= math.log(4 / 3) + 1e-9
 
@@ -133,15 +154,28 @@ def test_a_huge_header_is_refused_before_decoding():
     data = bytearray(save(smooth()))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", 65_000, 65_000)
-    for read in (lambda d: decode_train(d, 32, draws=[0.5] * 4), lambda d: decode_eval(d, 32), decode, lambda d: decode_squashed(d, 8)):
+    for read in (
+        lambda d: decode_train(d, 32, draws=[0.5] * 4),
+        lambda d: decode_eval(d, 32),
+        decode,
+        lambda d: decode_squashed(d, 8),
+    ):
         with pytest.raises(DataError, match="65000 x 65000"):
             read(bytes(data))
     with pytest.raises(DataError, match="max_pixels = 1000"):
         decode(save(smooth(), "PNG"), max_pixels=1000)
 
 
-@pytest.mark.parametrize("data, cause", [(b"", "empty_image"), (b"\xff\xd8", "corrupt_image"), (b"hello", "corrupt_image"),
-                                         (b"\x89PNG\r\n\x1a\n", "corrupt_image"), (b"GIF89a", "corrupt_image")])
+@pytest.mark.parametrize(
+    "data, cause",
+    [
+        (b"", "empty_image"),
+        (b"\xff\xd8", "corrupt_image"),
+        (b"hello", "corrupt_image"),
+        (b"\x89PNG\r\n\x1a\n", "corrupt_image"),
+        (b"GIF89a", "corrupt_image"),
+    ],
+)
 def test_what_is_no_picture_is_named(data, cause):
     with pytest.raises(DataError) as raised:
         decode(data)

@@ -14,8 +14,15 @@ from clipkit.data.faults import DataError
 
 @pytest.fixture
 def shards(tmp_path, write_tar, sample):
-    return [str(write_tar(tmp_path / f"{s}.tar", [m for i in range(5) for m in sample(f"{s}{i}", i, [f"one {s}{i}", f"two {s}{i}"])]))
-            for s in range(3)]
+    return [
+        str(
+            write_tar(
+                tmp_path / f"{s}.tar",
+                [m for i in range(5) for m in sample(f"{s}{i}", i, [f"one {s}{i}", f"two {s}{i}"])],
+            )
+        )
+        for s in range(3)
+    ]
 
 
 def keys(batches):
@@ -33,7 +40,10 @@ def test_every_sample_comes_once_in_file_order(shards, keys_in):
 
 @pytest.mark.parametrize("world_size", [2, 4, 7])
 def test_ranks_read_disjoint_pieces_in_order(shards, keys_in, world_size):
-    pieces = [keys(iter_eval(shards, image_size=16, batch_size=4, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    pieces = [
+        keys(iter_eval(shards, image_size=16, batch_size=4, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
     assert [key for piece in pieces for key in piece] == keys_in(shards)
 
 
@@ -53,7 +63,10 @@ def test_a_bad_sample_is_an_error_that_names_it_unless_skipped(tmp_path, write_t
 
 def test_captions_and_counts(shards):
     assert count_samples(shards) == 15
-    assert list(iter_captions(shards))[:3] == ["one 00", "two 00", "one 01"] and len(list(iter_captions(shards))) == 30
+    assert (
+        list(iter_captions(shards))[:3] == ["one 00", "two 00", "one 01"]
+        and len(list(iter_captions(shards))) == 30
+    )
 
 
 def test_real_photographs_are_the_files_in_the_shard(test_data):

@@ -1,4 +1,6 @@
-"""The fault corpus: training finishes, the counts are the script's, nothing is executed, limits stop the run."""
+"""The fault corpus: training finishes, the counts are the script's, nothing is executed, limits stop the
+run.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,19 @@ def corpus(tmp_path_factory):
 
 
 def stream_of(shards, tokenizer, **spec):
-    settings = {"batch_size": 1, "epochs": 1, "num_workers": 0, **{k: spec.pop(k) for k in ("num_workers",) if k in spec}}
-    return create_stream({"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0, **spec},
-                         tokenizer=tokenizer, image_size=32, seed=0, **settings)
+    settings = {
+        "batch_size": 1,
+        "epochs": 1,
+        "num_workers": 0,
+        **{k: spec.pop(k) for k in ("num_workers",) if k in spec},
+    }
+    return create_stream(
+        {"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0, **spec},
+        tokenizer=tokenizer,
+        image_size=32,
+        seed=0,
+        **settings,
+    )
 
 
 @pytest.mark.parametrize("num_workers, cache", [(0, "none"), (2, "none"), (0, "ram")])
@@ -37,7 +49,10 @@ def test_training_finishes_with_the_scripts_counts(corpus, byte_tokenizer, num_w
     assert stream.report()["skipped"] == dict(sorted(faults.items()))
     assert len(set(keys)) == good
     # Every position was filled: what did not decode was replaced.
-    decoded = sum(faults[c] for c in ("corrupt_image", "image_too_large", "empty_caption", "caption_not_utf8", "broken_json"))
+    decoded = sum(
+        faults[c]
+        for c in ("corrupt_image", "image_too_large", "empty_caption", "caption_not_utf8", "broken_json")
+    )
     assert len(keys) == good + decoded == stream.samples_per_epoch
 
 
@@ -62,15 +77,21 @@ def test_the_corpus_pickle_would_have_shown_itself(corpus):
 
 def test_one_cause_over_its_limit_stops_the_run_and_names_shard_and_key(corpus, byte_tokenizer):
     shards, faults, _, _ = corpus
-    with pytest.raises(RuntimeError, match=r"2 of \d+ samples are bad by caption_not_utf8|1 of \d+ .* caption_not_utf8") as raised:
-        for _ in stream_of(shards, byte_tokenizer, max_bad_fraction={"default": 1.0, "caption_not_utf8": 0.0}):
+    with pytest.raises(
+        RuntimeError, match=r"2 of \d+ samples are bad by caption_not_utf8|1 of \d+ .* caption_not_utf8"
+    ) as raised:
+        for _ in stream_of(
+            shards, byte_tokenizer, max_bad_fraction={"default": 1.0, "caption_not_utf8": 0.0}
+        ):
             pass
     assert "key 'latin1' of shard" in str(raised.value) and "07-captions.tar" in str(raised.value)
 
 
 def test_the_limit_holds_with_workers_and_for_shards(corpus, byte_tokenizer):
     with pytest.raises(RuntimeError, match="broken_json"):
-        for _ in stream_of(corpus[0], byte_tokenizer, num_workers=2, max_bad_fraction={"default": 1.0, "broken_json": 0.01}):
+        for _ in stream_of(
+            corpus[0], byte_tokenizer, num_workers=2, max_bad_fraction={"default": 1.0, "broken_json": 0.01}
+        ):
             pass
     with pytest.raises(RuntimeError, match="empty_shard"):
         stream_of(corpus[0], byte_tokenizer, max_bad_fraction={"default": 1.0, "empty_shard": 0.001})
@@ -112,17 +133,27 @@ def test_reports_of_ranks_add_up(corpus, byte_tokenizer):
     shards, faults, good, _ = corpus
     total: dict[str, int] = {}
     for rank in range(2):
-        stream = create_stream({"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0},
-                               tokenizer=byte_tokenizer, image_size=32, batch_size=1, seed=0, rank=rank, world_size=2,
-                               epochs=1)
+        stream = create_stream(
+            {"kind": "shards", "train": shards, "on_bad_shard": "skip", "max_bad_fraction": 1.0},
+            tokenizer=byte_tokenizer,
+            image_size=32,
+            batch_size=1,
+            seed=0,
+            rank=rank,
+            world_size=2,
+            epochs=1,
+        )
         for _ in stream:
             pass
         for cause, n in stream.report()["skipped"].items():
             total[cause] = total.get(cause, 0) + n
     # A substitute that is itself bad may be met by the other rank too, so decoding faults are a lower bound.
     for cause, n in faults.items():
-        assert total[cause] == n or (total[cause] > n and cause in ("corrupt_image", "image_too_large", "empty_caption",
-                                                                   "caption_not_utf8", "broken_json"))
+        assert total[cause] == n or (
+            total[cause] > n
+            and cause
+            in ("corrupt_image", "image_too_large", "empty_caption", "caption_not_utf8", "broken_json")
+        )
 
 
 def test_a_fifo_as_a_shard_is_refused_and_not_opened(tmp_path, byte_tokenizer):

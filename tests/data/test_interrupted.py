@@ -21,13 +21,18 @@ PROGRAM = Path(__file__).with_name("interrupted_run.py")
 def shards(tmp_path_factory, write_tar, sample) -> str:
     folder = tmp_path_factory.mktemp("interrupted")
     for s in range(12):
-        write_tar(folder / f"{s:02d}.tar", [m for i in range(50) for m in sample(f"{s:02d}{i:03d}", i, ["one", "two", "three"])])
+        write_tar(
+            folder / f"{s:02d}.tar",
+            [m for i in range(50) for m in sample(f"{s:02d}{i:03d}", i, ["one", "two", "three"])],
+        )
     return f"{folder}/*.tar"
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """A server that has imported everything once and forks from there: a start takes milliseconds, not seconds."""
+    """A server that has imported everything once and forks from there: a start takes milliseconds, not
+    seconds.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "clipkit.data.shards", "clipkit.data.evalset"])
     return context
@@ -68,7 +73,9 @@ def steps_of(folder: Path, world_size: int) -> dict[int, list[str]]:
                 step, keys = json.loads(line)
             except ValueError:
                 continue  # the kill cut this line; the step was done again
-            assert mine.setdefault(step, keys) == keys, f"step {step} of rank {rank} had other keys after a resume"
+            assert mine.setdefault(step, keys) == keys, (
+                f"step {step} of rank {rank} had other keys after a resume"
+            )
         for step, keys in mine.items():
             steps.setdefault(step, []).extend(keys)
     return steps
@@ -94,7 +101,9 @@ def test_kills_change_neither_keys_nor_weights(tmp_path, shards, processes, worl
         time.sleep(rng.random() * 0.02)
         kill(started)
         killed_at.append(len(log.read_text().splitlines()))
-        assert not (harassed / "final-0.pt").exists(), f"finished before the last kill; killed after lines {killed_at}"
+        assert not (harassed / "final-0.pt").exists(), (
+            f"finished before the last kill; killed after lines {killed_at}"
+        )
     finish(start(processes, harassed, shards, world_size, kills))
     assert steps_of(harassed, world_size) == expected
     for rank in range(world_size):

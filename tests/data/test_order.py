@@ -21,7 +21,11 @@ def splitmix64(key: int, counter: int) -> int:
 
 def test_random_bits_are_splitmix64():
     # The first outputs for seed 0 are published with the generator's reference code.
-    assert [int(x) for x in random_bits(0, np.arange(3))] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(x) for x in random_bits(0, np.arange(3))] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
     key = number("any", 7)
     assert [int(x) for x in random_bits(key, np.arange(50))] == [splitmix64(key, i) for i in range(50)]
 

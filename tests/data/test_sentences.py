@@ -13,10 +13,19 @@ from clipkit.data import create_sentences
 @pytest.fixture
 def files(tmp_path):
     triplets = tmp_path / "triplets.jsonl"
-    triplets.write_text("".join(json.dumps({"sent0": f"p{i}", "sent1": f"e{i}", "hard_neg": f"c{i}"}) + "\n" for i in range(12)))
+    triplets.write_text(
+        "".join(
+            json.dumps({"sent0": f"p{i}", "sent1": f"e{i}", "hard_neg": f"c{i}"}) + "\n" for i in range(12)
+        )
+    )
     pairs = tmp_path / "pairs.jsonl"
     labels = ["entailment", "neutral", "contradiction", 0, 1, 2, "-"]
-    pairs.write_text("".join(json.dumps({"premise": f"p{i}", "hypothesis": f"h{i}", "label": labels[i % 7]}) + "\n" for i in range(14)))
+    pairs.write_text(
+        "".join(
+            json.dumps({"premise": f"p{i}", "hypothesis": f"h{i}", "label": labels[i % 7]}) + "\n"
+            for i in range(14)
+        )
+    )
     return {"triplets": str(triplets), "pairs": str(pairs)}
 
 
@@ -30,8 +39,14 @@ def words(rows):
 
 
 def test_triplets_stay_together_and_come_once_an_epoch(files, byte_tokenizer):
-    batches = take(create_sentences({"triplets": files["triplets"]}, tokenizer=byte_tokenizer, batch_size=4, seed=0), 6)
-    rows = [row for b in batches for row in zip(words(b["premise"]), words(b["entailment"]), words(b["contradiction"]))]
+    batches = take(
+        create_sentences({"triplets": files["triplets"]}, tokenizer=byte_tokenizer, batch_size=4, seed=0), 6
+    )
+    rows = [
+        row
+        for b in batches
+        for row in zip(words(b["premise"]), words(b["entailment"]), words(b["contradiction"]))
+    ]
     assert all((p[1:], e[0], c[0]) == (e[1:], "e", "c") and p[1:] == c[1:] for p, e, c in rows)
     expected = sorted(f"p{i}" for i in range(12))
     assert sorted(p for p, _, _ in rows[:12]) == expected and sorted(p for p, _, _ in rows[12:]) == expected
@@ -50,7 +65,10 @@ def test_labels_are_numbers_and_unlabelled_pairs_are_left_out(files, byte_tokeni
 
 def test_ranks_split_the_batch_of_one_process(files, byte_tokenizer):
     one = take(create_sentences(files, tokenizer=byte_tokenizer, batch_size=4, seed=1), 5)
-    two = [take(create_sentences(files, tokenizer=byte_tokenizer, batch_size=2, seed=1, rank=r, world_size=2), 5) for r in range(2)]
+    two = [
+        take(create_sentences(files, tokenizer=byte_tokenizer, batch_size=2, seed=1, rank=r, world_size=2), 5)
+        for r in range(2)
+    ]
     for step in range(5):
         for name in one[step]:
             assert torch.equal(one[step][name], torch.cat([rank[step][name] for rank in two])), name
@@ -70,7 +88,9 @@ def test_a_resume_continues(files, byte_tokenizer):
 
 def test_simcse_csv_equals_the_jsonl(test_data, byte_tokenizer):
     folder = test_data("nli-mini")
-    make = lambda name: create_sentences({"triplets": str(folder / name)}, tokenizer=byte_tokenizer, batch_size=64, seed=0)  # noqa: E731
+    make = lambda name: create_sentences(
+        {"triplets": str(folder / name)}, tokenizer=byte_tokenizer, batch_size=64, seed=0
+    )  # noqa: E731
     csv, jsonl = make("nli_for_simcse.csv"), make("triplets.jsonl")
     assert csv.triplets == jsonl.triplets == 4096
     for one, other in zip(take(csv, 3), take(jsonl, 3)):
@@ -78,14 +98,24 @@ def test_simcse_csv_equals_the_jsonl(test_data, byte_tokenizer):
 
 
 def test_the_real_pairs_are_read(test_data, byte_tokenizer):
-    assert create_sentences({"pairs": str(test_data("nli-mini/pairs.jsonl"))}, tokenizer=byte_tokenizer, batch_size=8,
-                            seed=0).pairs == 6890
+    assert (
+        create_sentences(
+            {"pairs": str(test_data("nli-mini/pairs.jsonl"))}, tokenizer=byte_tokenizer, batch_size=8, seed=0
+        ).pairs
+        == 6890
+    )
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{broken", "line 2: not JSON"), ("[1]", "line 2: expected an object"), ('{"sent0": "a", "sent1": "b"}', "line 2: hard_neg is missing"),
-    ('{"sent0": " ", "sent1": "b", "hard_neg": "c"}', "line 2: sent0 is ' '"), ('{"sent0": 1, "sent1": "b", "hard_neg": "c"}', "line 2: sent0 is 1"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+        ('{"sent0": "a", "sent1": "b"}', "line 2: hard_neg is missing"),
+        ('{"sent0": " ", "sent1": "b", "hard_neg": "c"}', "line 2: sent0 is ' '"),
+        ('{"sent0": 1, "sent1": "b", "hard_neg": "c"}', "line 2: sent0 is 1"),
+    ],
+)
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, byte_tokenizer, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"sent0": "a", "sent1": "b", "hard_neg": "c"}\n' + line + "\n")

@@ -16,31 +16,71 @@ from clipkit.data import create_stream
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-def stream_of(shards, tokenizer, *, batch_size, rank=0, world_size=1, num_workers=0, epochs=None, seed=0, image_size=16,
-              **spec):
+def stream_of(
+    shards,
+    tokenizer,
+    *,
+    batch_size,
+    rank=0,
+    world_size=1,
+    num_workers=0,
+    epochs=None,
+    seed=0,
+    image_size=16,
+    **spec,
+):
     train = [one if isinstance(one, dict) else str(one) for one in shards]
     spec = {"kind": "shards", "train": train, **spec}
-    return create_stream(spec, tokenizer=tokenizer, image_size=image_size, batch_size=batch_size, seed=seed, rank=rank,
-                         world_size=world_size, num_workers=num_workers, epochs=epochs)
+    return create_stream(
+        spec,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        epochs=epochs,
+    )
 
 
 def global_batches(shards, tokenizer, *, global_batch, world_size, num_workers, epochs, **spec):
     """Per step, the keys of all ranks in rank order."""
     ranks = [
-        [batch["key"] for batch in stream_of(shards, tokenizer, batch_size=global_batch // world_size, rank=rank,
-                                             world_size=world_size, num_workers=num_workers, epochs=epochs, **spec)]
+        [
+            batch["key"]
+            for batch in stream_of(
+                shards,
+                tokenizer,
+                batch_size=global_batch // world_size,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+                epochs=epochs,
+                **spec,
+            )
+        ]
         for rank in range(world_size)
     ]
     return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
 
 
-def test_a_thousand_shards_come_in_one_order_for_any_workers_and_ranks(thousand_shards, byte_tokenizer, keys_in):
+def test_a_thousand_shards_come_in_one_order_for_any_workers_and_ranks(
+    thousand_shards, byte_tokenizer, keys_in
+):
     everything = keys_in(thousand_shards)
     assert len(everything) == 1500
     expected = None
     for world_size, num_workers in ((1, 0), (1, 1), (1, 2), (1, 4), (2, 0), (2, 2), (4, 0), (4, 1)):
-        steps = global_batches(thousand_shards, byte_tokenizer, global_batch=100, world_size=world_size,
-                               num_workers=num_workers, epochs=2, image_size=8)
+        steps = global_batches(
+            thousand_shards,
+            byte_tokenizer,
+            global_batch=100,
+            world_size=world_size,
+            num_workers=num_workers,
+            epochs=2,
+            image_size=8,
+        )
         line = [key for step in steps for key in step]
         expected = expected or line
         assert line == expected, f"{world_size} ranks with {num_workers} workers"
@@ -54,8 +94,16 @@ def test_real_photographs_come_once_an_epoch_for_any_workers_and_ranks(test_data
     everything = keys_in(shards)
     lines = []
     for world_size, num_workers in ((1, 0), (1, 2), (2, 0), (4, 1)):
-        steps = global_batches(shards, byte_tokenizer, global_batch=100, world_size=world_size, num_workers=num_workers,
-                               epochs=2, image_size=32, cache="ram" if num_workers else "none")
+        steps = global_batches(
+            shards,
+            byte_tokenizer,
+            global_batch=100,
+            world_size=world_size,
+            num_workers=num_workers,
+            epochs=2,
+            image_size=32,
+            cache="ram" if num_workers else "none",
+        )
         lines.append([key for step in steps for key in step])
     assert all(line == lines[0] for line in lines)
     for epoch in range(2):
@@ -64,7 +112,14 @@ def test_real_photographs_come_once_an_epoch_for_any_workers_and_ranks(test_data
 
 def test_batches_are_equal_to_the_byte_with_and_without_workers(thousand_shards, byte_tokenizer):
     def digest(num_workers, cache):
-        stream = stream_of(thousand_shards[:100], byte_tokenizer, batch_size=30, num_workers=num_workers, epochs=2, cache=cache)
+        stream = stream_of(
+            thousand_shards[:100],
+            byte_tokenizer,
+            batch_size=30,
+            num_workers=num_workers,
+            epochs=2,
+            cache=cache,
+        )
         return [(batch["image"].clone(), batch["text"], batch["sample_index"]) for batch in stream]
 
     for cache in ("none", "ram"):
@@ -74,7 +129,9 @@ def test_batches_are_equal_to_the_byte_with_and_without_workers(thousand_shards,
             assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-def test_epochs_join_without_a_gap_when_the_batch_does_not_divide_them(thousand_shards, byte_tokenizer, keys_in):
+def test_epochs_join_without_a_gap_when_the_batch_does_not_divide_them(
+    thousand_shards, byte_tokenizer, keys_in
+):
     shards = thousand_shards[:66]
     everything = keys_in(shards)
     stream = stream_of(shards, byte_tokenizer, batch_size=35, epochs=5)
@@ -87,7 +144,9 @@ def test_epochs_join_without_a_gap_when_the_batch_does_not_divide_them(thousand_
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resume_continues_with_the_next_sample(thousand_shards, byte_tokenizer, num_workers):
-    make = lambda: stream_of(thousand_shards[:100], byte_tokenizer, batch_size=20, num_workers=num_workers, epochs=3)  # noqa: E731
+    make = lambda: stream_of(
+        thousand_shards[:100], byte_tokenizer, batch_size=20, num_workers=num_workers, epochs=3
+    )  # noqa: E731
     whole = [(batch["key"], batch["image"]) for batch in make()]
     for stop in (1, 7, 11):
         first = make()
@@ -105,15 +164,23 @@ def test_a_resume_continues_with_the_next_sample(thousand_shards, byte_tokenizer
 def test_a_resume_on_another_world_size_keeps_the_order(thousand_shards, byte_tokenizer):
     shards = thousand_shards[:80]
     whole = global_batches(shards, byte_tokenizer, global_batch=40, world_size=1, num_workers=0, epochs=2)
-    two = [stream_of(shards, byte_tokenizer, batch_size=20, rank=rank, world_size=2, epochs=2) for rank in range(2)]
+    two = [
+        stream_of(shards, byte_tokenizer, batch_size=20, rank=rank, world_size=2, epochs=2)
+        for rank in range(2)
+    ]
     iterators = [iter(stream) for stream in two]
     for step in range(3):
         assert [key for it in iterators for key in next(it)["key"]] == whole[step]
-    four = [stream_of(shards, byte_tokenizer, batch_size=10, rank=rank, world_size=4, epochs=2) for rank in range(4)]
+    four = [
+        stream_of(shards, byte_tokenizer, batch_size=10, rank=rank, world_size=4, epochs=2)
+        for rank in range(4)
+    ]
     for stream in four:
         stream.load_state_dict(two[0].state_dict())
-    rest = [[key for keys in step for key in keys]
-            for step in zip(*([batch["key"] for batch in stream] for stream in four), strict=True)]
+    rest = [
+        [key for keys in step for key in keys]
+        for step in zip(*([batch["key"] for batch in stream] for stream in four), strict=True)
+    ]
     assert rest == whole[3:]
 
 
@@ -131,13 +198,18 @@ def test_the_state_is_small(thousand_shards, byte_tokenizer):
     assert len(repr(stream.state_dict())) < 300
 
 
-def test_weighted_sources_get_their_shares_and_each_stays_exactly_once(thousand_shards, byte_tokenizer, keys_in):
-    train = [{"name": "a", "shards": [str(p) for p in thousand_shards[:66]], "weight": 3},
-             {"name": "b", "shards": [str(p) for p in thousand_shards[66:132]], "weight": 1}]
+def test_weighted_sources_get_their_shares_and_each_stays_exactly_once(
+    thousand_shards, byte_tokenizer, keys_in
+):
+    train = [
+        {"name": "a", "shards": [str(p) for p in thousand_shards[:66]], "weight": 3},
+        {"name": "b", "shards": [str(p) for p in thousand_shards[66:132]], "weight": 1},
+    ]
     lines = []
     for world_size, num_workers in ((1, 0), (2, 2)):
-        steps = global_batches(train, byte_tokenizer, global_batch=66, world_size=world_size, num_workers=num_workers,
-                               epochs=2)
+        steps = global_batches(
+            train, byte_tokenizer, global_batch=66, world_size=world_size, num_workers=num_workers, epochs=2
+        )
         lines.append([key for step in steps for key in step])
     assert lines[0] == lines[1]
     of_a = [key for key in lines[0] if key < "00066"]
@@ -146,15 +218,21 @@ def test_weighted_sources_get_their_shares_and_each_stays_exactly_once(thousand_
 
 
 def test_unweighted_sources_are_joined(thousand_shards, byte_tokenizer, keys_in):
-    train = [{"name": "a", "shards": [str(p) for p in thousand_shards[:4]]},
-             {"name": "b", "shards": [str(p) for p in thousand_shards[4:8]]}]
+    train = [
+        {"name": "a", "shards": [str(p) for p in thousand_shards[:4]]},
+        {"name": "b", "shards": [str(p) for p in thousand_shards[4:8]]},
+    ]
     stream = stream_of(train, byte_tokenizer, batch_size=12, epochs=1)
     assert sorted(key for batch in stream for key in batch["key"]) == sorted(keys_in(thousand_shards[:8]))
 
 
 def test_resampling_is_reproducible_and_allows_batches_larger_than_the_data(thousand_shards, byte_tokenizer):
-    runs = [next(iter(stream_of(thousand_shards[:4], byte_tokenizer, batch_size=64, resample=True, num_workers=n)))["key"]
-            for n in (0, 1)]
+    runs = [
+        next(
+            iter(stream_of(thousand_shards[:4], byte_tokenizer, batch_size=64, resample=True, num_workers=n))
+        )["key"]
+        for n in (0, 1)
+    ]
     assert runs[0] == runs[1] and len(set(runs[0])) <= 6
     with pytest.raises(ValueError, match="larger than the 6 training samples"):
         stream_of(thousand_shards[:4], byte_tokenizer, batch_size=64)
@@ -166,9 +244,11 @@ def test_captions_are_chosen_by_rule(tmp_path, write_tar, sample, byte_tokenizer
     shard = write_tar(tmp_path / "a.tar", members)
 
     def epochs(rule):
-        line = [(key, bytes(row).rstrip(b"\0").decode()) for batch in
-                stream_of([shard], byte_tokenizer, batch_size=30, epochs=6, captions=rule)
-                for key, row in zip(batch["key"], batch["text"].tolist())]
+        line = [
+            (key, bytes(row).rstrip(b"\0").decode())
+            for batch in stream_of([shard], byte_tokenizer, batch_size=30, epochs=6, captions=rule)
+            for key, row in zip(batch["key"], batch["text"].tolist())
+        ]
         return [dict(line[30 * e : 30 * e + 30]) for e in range(6)]
 
     assert {text for epoch in epochs("first") for text in epoch.values()} == {"one"}
@@ -182,8 +262,13 @@ def test_captions_are_chosen_by_rule(tmp_path, write_tar, sample, byte_tokenizer
 
 def test_the_crop_of_a_sample_changes_with_the_epoch_and_not_with_the_run(thousand_shards, byte_tokenizer):
     def images():
-        stream = stream_of(thousand_shards[:16], byte_tokenizer, batch_size=24, epochs=2,
-                           augmentation={"crop_scale": [0.2, 0.6]})
+        stream = stream_of(
+            thousand_shards[:16],
+            byte_tokenizer,
+            batch_size=24,
+            epochs=2,
+            augmentation={"crop_scale": [0.2, 0.6]},
+        )
         return [dict(zip(batch["key"], batch["image"])) for batch in stream]
 
     first, again = images(), images()
@@ -198,7 +283,9 @@ def test_what_a_batch_holds(thousand_shards, byte_tokenizer, keys_in):
         assert batch["image"].shape == (10, 3, 16, 16) and batch["image"].dtype == torch.uint8
         assert batch["text"].shape == (10, 24) and batch["text"].dtype == torch.int64
         assert [everything[i] for i in batch["sample_index"].tolist()] == batch["key"]
-        assert [bytes(row).rstrip(b"\0").decode() for row in batch["text"].tolist()] == [f"picture {k}" for k in batch["key"]]
+        assert [bytes(row).rstrip(b"\0").decode() for row in batch["text"].tolist()] == [
+            f"picture {k}" for k in batch["key"]
+        ]
 
 
 def test_random_state_of_the_process_is_left_alone(thousand_shards, byte_tokenizer):
@@ -211,7 +298,9 @@ def test_random_state_of_the_process_is_left_alone(thousand_shards, byte_tokeniz
     assert torch.equal(before, torch.get_rng_state()) and (numbers == np.random.get_state()[1]).all()
 
 
-def test_a_stalled_batch_is_announced_with_the_shard_it_reads(thousand_shards, byte_tokenizer, monkeypatch, capfd):
+def test_a_stalled_batch_is_announced_with_the_shard_it_reads(
+    thousand_shards, byte_tokenizer, monkeypatch, capfd
+):
     import clipkit.data.shards
 
     monkeypatch.setattr(clipkit.data.shards, "_FIRST_WARNING_S", 0.1)
@@ -224,14 +313,18 @@ def test_a_stalled_batch_is_announced_with_the_shard_it_reads(thousand_shards, b
     next(iterator)
     iterator.close()
     said = capfd.readouterr().err
-    assert f"waiting 0.1 s for the first batch: reading {thousand_shards[0]}" in said and "waiting 0.2 s" in said
+    assert (
+        f"waiting 0.1 s for the first batch: reading {thousand_shards[0]}" in said and "waiting 0.2 s" in said
+    )
 
 
 def test_a_batch_that_never_comes_is_an_error_that_names_the_shard(thousand_shards):
     def stuck(texts):
         time.sleep(4)
 
-    with pytest.raises(RuntimeError, match=rf"no batch for timeout_s = 1 s; waiting for {thousand_shards[0]}"):
+    with pytest.raises(
+        RuntimeError, match=rf"no batch for timeout_s = 1 s; waiting for {thousand_shards[0]}"
+    ):
         next(iter(stream_of(thousand_shards[:1], stuck, batch_size=1, num_workers=1, timeout_s=1)))
 
 
@@ -243,18 +336,21 @@ def test_a_worker_that_dies_ends_the_stream(thousand_shards):
         next(iter(stream_of(thousand_shards[:1], die, batch_size=1, num_workers=1)))
 
 
-@pytest.mark.parametrize("spec, message", [
-    ({"train": "nowhere/*.tar"}, "no file matches 'nowhere"),
-    ({"train": None}, "data.train is not set"),
-    ({"windw": 3}, "'window'"),
-    ({"captions": "randm"}, "'random'"),
-    ({"augmentation": {"crop_scael": [1, 1]}}, "'crop_scale'"),
-    ({"augmentation": {"crop_scale": [0.5, 2.0]}}, "at most 1"),
-    ({"max_bad_fraction": {"corupt_image": 0.1}}, "'corrupt_image'"),
-    ({"max_bad_fraction": 7}, "fraction from 0 to 1"),
-    ({"train": [{"shards": "x.tar", "weight": 0}]}, "above 0"),
-    ({"train": [{"shards": "x.tar", "weight": 1}, {"shards": "y.tar"}]}, "give all a weight"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"train": "nowhere/*.tar"}, "no file matches 'nowhere"),
+        ({"train": None}, "data.train is not set"),
+        ({"windw": 3}, "'window'"),
+        ({"captions": "randm"}, "'random'"),
+        ({"augmentation": {"crop_scael": [1, 1]}}, "'crop_scale'"),
+        ({"augmentation": {"crop_scale": [0.5, 2.0]}}, "at most 1"),
+        ({"max_bad_fraction": {"corupt_image": 0.1}}, "'corrupt_image'"),
+        ({"max_bad_fraction": 7}, "fraction from 0 to 1"),
+        ({"train": [{"shards": "x.tar", "weight": 0}]}, "above 0"),
+        ({"train": [{"shards": "x.tar", "weight": 1}, {"shards": "y.tar"}]}, "give all a weight"),
+    ],
+)
 def test_wrong_settings_say_what_is_right(spec, message, thousand_shards, byte_tokenizer):
     spec = {"kind": "shards", "train": str(thousand_shards[0]), **spec}
     with pytest.raises(ValueError, match=message):

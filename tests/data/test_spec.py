@@ -36,7 +36,9 @@ def test_sources_take_every_way_of_writing_them():
     assert sources("a.tar") == [{"name": "train", "shards": "a.tar", "weight": None}]
     assert sources(["a.tar", "b.tar"]) == [{"name": "train", "shards": ["a.tar", "b.tar"], "weight": None}]
     assert sources([{"shards": "a.tar", "weight": 2}, {"name": "b", "shards": "b.tar", "weight": 1}]) == [
-        {"name": "source0", "shards": "a.tar", "weight": 2}, {"name": "b", "shards": "b.tar", "weight": 1}]
+        {"name": "source0", "shards": "a.tar", "weight": 2},
+        {"name": "b", "shards": "b.tar", "weight": 1},
+    ]
     with pytest.raises(ValueError, match="names of data.train's sources repeat"):
         sources([{"name": "a", "shards": "a.tar"}, {"name": "a", "shards": "b.tar"}])
 

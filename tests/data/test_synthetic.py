@@ -1,4 +1,6 @@
-"""Generated shapes: the same bytes from the same seed, a gallery of distinct scenes that training never saw."""
+"""Generated shapes: the same bytes from the same seed, a gallery of distinct scenes that training never
+saw.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,12 @@ def test_the_gallery_is_distinct_and_held_out(shapes):
     assert len(scenes) == 120 and not scenes & {scene(caption) for caption in training}
     short = sum(scene(caption) == caption for caption in training) / len(training)
     assert 0.55 < short < 0.65
-    images = next(iter_eval(shapes["val"], image_size=32, batch_size=120))["image"].reshape(120, -1).numpy().astype(float)
+    images = (
+        next(iter_eval(shapes["val"], image_size=32, batch_size=120))["image"]
+        .reshape(120, -1)
+        .numpy()
+        .astype(float)
+    )
     distances = np.abs(images[:, None] - images[None]).mean(-1) + np.eye(120) * 255
     assert distances.min() > 2, "two pictures of the gallery look the same at 32 pixels"
 
@@ -64,7 +71,11 @@ def test_the_gallery_is_distinct_and_held_out(shapes):
 def test_the_zero_shot_set_has_every_class_equally_often(shapes):
     batches = list(iter_eval(shapes["zeroshot"], image_size=32, batch_size=50))
     classes = Counter(meta["cls"] for batch in batches for meta in batch["meta"])
-    assert len(SHAPE_CLASSES) == len(set(SHAPE_CLASSES)) == 64 and set(classes) == set(range(64)) and set(classes.values()) == {2}
+    assert (
+        len(SHAPE_CLASSES) == len(set(SHAPE_CLASSES)) == 64
+        and set(classes) == set(range(64))
+        and set(classes.values()) == {2}
+    )
     for batch in batches:
         for captions, meta in zip(batch["captions"], batch["meta"]):
             assert SHAPE_CLASSES[meta["cls"]] in captions[0]
@@ -77,14 +88,21 @@ def test_shards_are_laid_out_as_img2datasets(shapes):
         meta = json.loads(tar.extractfile(names[2]).read())
         image = tar.extractfile(names[0]).read()
     assert names[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"] and len(names) == 3000
-    assert meta["sha256"] == hashlib.sha256(image).hexdigest() and meta["key"] == "000000000" and meta["captions"]
+    assert (
+        meta["sha256"] == hashlib.sha256(image).hexdigest()
+        and meta["key"] == "000000000"
+        and meta["captions"]
+    )
 
 
 def test_an_interrupted_write_is_done_again_and_a_finished_one_is_left(shapes, tmp_path):
     folder = tmp_path / "s"
     first = write_shapes(folder, train=70, val=10, seed=0)
     stamp = os.stat(first["train"][0]).st_mtime_ns
-    assert write_shapes(folder, train=70, val=10, seed=0) == first and os.stat(first["train"][0]).st_mtime_ns == stamp
+    assert (
+        write_shapes(folder, train=70, val=10, seed=0) == first
+        and os.stat(first["train"][0]).st_mtime_ns == stamp
+    )
     (folder / "finished.json").unlink()
     Path(first["train"][0]).write_bytes(b"half")
     whole = digest(first["val"])

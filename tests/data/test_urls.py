@@ -15,19 +15,34 @@ from clipkit.data import create_stream, expand_shards, iter_eval
 from clipkit.data.faults import DataError
 from clipkit.data.urls import Spool
 
-needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http: with curl, which is not here")
+needs_curl = pytest.mark.skipif(
+    shutil.which("curl") is None, reason="webdataset opens http: with curl, which is not here"
+)
 
 
 @pytest.fixture
 def shards(tmp_path, write_tar, sample) -> list[Path]:
-    return [write_tar(tmp_path / "set" / f"{s:03d}.tar", [m for i in range(6) for m in sample(f"{s:03d}{i}", s * 6 + i)])
-            for s in range(4)]
+    return [
+        write_tar(
+            tmp_path / "set" / f"{s:03d}.tar", [m for i in range(6) for m in sample(f"{s:03d}{i}", s * 6 + i)]
+        )
+        for s in range(4)
+    ]
 
 
 class Server:
-    """Serves files; the first `drops` answers of each file break off half-way; files in `hang` never answer."""
+    """Serves files; the first `drops` answers of each file break off half-way; files in `hang` never
+    answer.
+    """
 
-    def __init__(self, folder: Path, *, drops: int = 0, hang: tuple[str, ...] = (), status: dict[str, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        drops: int = 0,
+        hang: tuple[str, ...] = (),
+        status: dict[str, int] | None = None,
+    ):
         self.asked: dict[str, int] = {}
         self.release = threading.Event()
         server = self
@@ -74,7 +89,9 @@ def direct(monkeypatch):
 
 def keys_of(train, tokenizer, **options):
     spec = {"kind": "shards", "train": train, **options.pop("spec", {})}
-    stream = create_stream(spec, tokenizer=tokenizer, image_size=16, batch_size=8, seed=0, epochs=2, **options)
+    stream = create_stream(
+        spec, tokenizer=tokenizer, image_size=16, batch_size=8, seed=0, epochs=2, **options
+    )
     return [key for batch in stream for key in batch["key"]]
 
 
@@ -86,9 +103,14 @@ def test_files_http_and_pipe_give_the_same_keys(shards, byte_tokenizer, keys_in)
     assert keys_of(f"pipe:cat {folder}/{{000..003}}.tar", byte_tokenizer) == local
     with Server(folder) as server:
         assert keys_of(f"{server.url}/{{000..003}}.tar", byte_tokenizer, num_workers=2) == local
-        assert server.asked == {f"{i:03d}.tar": 1 for i in range(4)}, "each shard was fetched once, by whichever process"
-        evaluated = [key for batch in iter_eval(f"{server.url}/{{000..003}}.tar", image_size=16, batch_size=10)
-                     for key in batch["key"]]
+        assert server.asked == {f"{i:03d}.tar": 1 for i in range(4)}, (
+            "each shard was fetched once, by whichever process"
+        )
+        evaluated = [
+            key
+            for batch in iter_eval(f"{server.url}/{{000..003}}.tar", image_size=16, batch_size=10)
+            for key in batch["key"]
+        ]
         assert evaluated == keys_in(shards)
 
 
@@ -100,7 +122,9 @@ def test_a_server_that_drops_connections_is_asked_again(shards, tmp_path):
         assert server.asked["001.tar"] == 3
         with pytest.raises(DataError, match=r"002.tar.*2 tries"):
             Spool(tmp_path / "spool", retries=1, backoff_s=0.01).path(f"{server.url}/002.tar")
-    assert [path.suffix for path in (tmp_path / "spool").glob("*.tar")] == [".tar"], "a broken copy is never kept as a shard"
+    assert [path.suffix for path in (tmp_path / "spool").glob("*.tar")] == [".tar"], (
+        "a broken copy is never kept as a shard"
+    )
 
 
 @needs_curl
@@ -111,9 +135,19 @@ def test_a_shard_that_never_comes_is_named_after_its_deadline(shards, byte_token
         with pytest.raises(DataError, match=r"001\.tar.*no byte for 0.5 s|001\.tar.*deadline"):
             keys_of(f"{server.url}/{{000..003}}.tar", byte_tokenizer, spec=spec)
         assert time.monotonic() - start < 20
-        skipped = create_stream({"train": f"{server.url}/{{000..003}}.tar", "on_bad_shard": "skip",
-                                 "max_bad_fraction": {"unreadable_shard": 0.25}, **spec},
-                                tokenizer=byte_tokenizer, image_size=16, batch_size=6, seed=0, epochs=1)
+        skipped = create_stream(
+            {
+                "train": f"{server.url}/{{000..003}}.tar",
+                "on_bad_shard": "skip",
+                "max_bad_fraction": {"unreadable_shard": 0.25},
+                **spec,
+            },
+            tokenizer=byte_tokenizer,
+            image_size=16,
+            batch_size=6,
+            seed=0,
+            epochs=1,
+        )
         assert skipped.samples_per_epoch == 18 and skipped.report()["skipped"] == {"unreadable_shard": 1}
 
 
@@ -147,13 +181,17 @@ def test_fetched_shards_stay_within_their_limit(shards, tmp_path):
     assert Path(spool.path(f"pipe:cat {shards[0]}")).read_bytes() == shards[0].read_bytes()
 
 
-def test_a_remote_index_is_kept_so_that_a_second_run_fetches_what_it_reads(shards, tmp_path, own_cache, byte_tokenizer):
+def test_a_remote_index_is_kept_so_that_a_second_run_fetches_what_it_reads(
+    shards, tmp_path, own_cache, byte_tokenizer
+):
     log = tmp_path / "log"
     source = f"pipe:echo x >> {log}; cat {shards[0]}"
     keys_of(source, byte_tokenizer, spec={"resample": True})
     for file in (own_cache / "shards").glob("*.tar"):
         file.unlink()
-    create_stream({"train": source, "resample": True}, tokenizer=byte_tokenizer, image_size=16, batch_size=4, seed=0)
+    create_stream(
+        {"train": source, "resample": True}, tokenizer=byte_tokenizer, image_size=16, batch_size=4, seed=0
+    )
     assert log.read_text().count("x") == 1
 
 
@@ -161,8 +199,13 @@ def test_a_shard_that_goes_away_during_the_run_stops_it_by_name(shards, tmp_path
     copies = [tmp_path / f"gone{i}.tar" for i in range(2)]
     for copy, shard in zip(copies, shards):
         shutil.copy(shard, copy)
-    stream = create_stream({"train": [f"pipe:cat {copy}" for copy in copies], "shard_retries": 0}, tokenizer=byte_tokenizer,
-                           image_size=16, batch_size=6, seed=0)
+    stream = create_stream(
+        {"train": [f"pipe:cat {copy}" for copy in copies], "shard_retries": 0},
+        tokenizer=byte_tokenizer,
+        image_size=16,
+        batch_size=6,
+        seed=0,
+    )
     copies[1].unlink()
     for file in (own_cache / "shards").glob("*.tar"):
         file.unlink()

@@ -28,15 +28,21 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def run(*arguments, program=("recipes/data.py",), **environment):
-    return subprocess.run([sys.executable, str(ROOT / program[0]), *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    return subprocess.run(
+        [sys.executable, str(ROOT / program[0]), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
 
 
 def picture(seed, size=(40, 30), form="JPEG"):
     """Different shapes for different seeds, so that difference hashes differ."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(out, form, **({"quality": 95} if form == "JPEG" else {}))
+    Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(
+        out, form, **({"quality": 95} if form == "JPEG" else {})
+    )
     return out.getvalue()
 
 
@@ -47,7 +53,13 @@ def table(tmp_path):
     rows = []
     for i in range(25):
         (tmp_path / "pictures" / f"{i}.jpg").write_bytes(b"broken" if i == 7 else picture(i))
-        rows.append({"file": f"pictures/{i}.jpg", "text": " " if i == 3 else f"caption, number {i}", "more": f"second {i}"})
+        rows.append(
+            {
+                "file": f"pictures/{i}.jpg",
+                "text": " " if i == 3 else f"caption, number {i}",
+                "more": f"second {i}",
+            }
+        )
     (tmp_path / "pictures" / "5.jpg").unlink()
     with open(tmp_path / "table.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["file", "text", "more"])
@@ -57,17 +69,37 @@ def table(tmp_path):
 
 
 def read(folder):
-    return {key: (captions, image) for batch in iter_eval(f"{folder}/*.tar", image_size=16, batch_size=8)
-            for key, captions, image in zip(batch["key"], batch["captions"], batch["image"])}
+    return {
+        key: (captions, image)
+        for batch in iter_eval(f"{folder}/*.tar", image_size=16, batch_size=8)
+        for key, captions, image in zip(batch["key"], batch["captions"], batch["image"])
+    }
 
 
 def test_pack_writes_what_the_table_says_and_counts_the_rest(table, tmp_path):
-    result = run("pack", table, tmp_path / "shards", "--image", "file", "--caption", "text", "--samples-per-shard", 10,
-                 "--workers", 2, "--json", tmp_path / "report.json")
+    result = run(
+        "pack",
+        table,
+        tmp_path / "shards",
+        "--image",
+        "file",
+        "--caption",
+        "text",
+        "--samples-per-shard",
+        10,
+        "--workers",
+        2,
+        "--json",
+        tmp_path / "report.json",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report == {"rows": 25, "samples": 22, "shards": 3,
-                      "skipped": {"corrupt_image": 1, "empty_caption": 1, "missing_image": 1}}
+    assert report == {
+        "rows": 25,
+        "samples": 22,
+        "shards": 3,
+        "skipped": {"corrupt_image": 1, "empty_caption": 1, "missing_image": 1},
+    }
     found = read(tmp_path / "shards")
     assert sorted(found) == [f"{i:09d}" for i in range(25) if i not in (3, 5, 7)]
     assert all(captions == [f"caption, number {int(key)}"] for key, (captions, _) in found.items())
@@ -78,7 +110,10 @@ def test_pack_writes_what_the_table_says_and_counts_the_rest(table, tmp_path):
 def test_packing_again_does_only_what_is_missing(table, tmp_path):
     options = {"image": "file", "caption": ["text", "more"], "samples_per_shard": 10}
     first = pack(table, tmp_path / "shards", **options)
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "shards").glob("*.tar")}
+    before = {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "shards").glob("*.tar")
+    }
     (tmp_path / "shards/000001.tar").unlink()
     (tmp_path / "shards/000002_stats.json").unlink()
     assert pack(table, tmp_path / "shards", **options) == first
@@ -93,7 +128,9 @@ def test_packing_again_does_only_what_is_missing(table, tmp_path):
 def test_pack_takes_tsv_jsonl_and_folders(table, tmp_path):
     rows = list(csv.DictReader(open(table)))
     (tmp_path / "t.tsv").write_text("file\ttext\n" + "".join(f"{r['file']}\t{r['text']}\n" for r in rows))
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"file": r["file"], "text": [r["text"], r["more"]]}) + "\n" for r in rows))
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"file": r["file"], "text": [r["text"], r["more"]]}) + "\n" for r in rows)
+    )
     for i, row in enumerate(rows):
         (tmp_path / "pictures" / f"{i}.txt").write_text(row["text"])
     expected = read_packed(table, tmp_path / "csv", image="file", caption="text")
@@ -113,9 +150,14 @@ def test_pack_takes_bytes_from_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
-    table = pyarrow.table({"image": [{"bytes": picture(1)}, {"bytes": picture(2, form="PNG")}], "caption": ["a", "b"]})
+    table = pyarrow.table(
+        {"image": [{"bytes": picture(1)}, {"bytes": picture(2, form="PNG")}], "caption": ["a", "b"]}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    assert read_packed(tmp_path / "t.parquet", tmp_path / "shards") == {"000000000": ["a"], "000000001": ["b"]}
+    assert read_packed(tmp_path / "t.parquet", tmp_path / "shards") == {
+        "000000000": ["a"],
+        "000000001": ["b"],
+    }
 
 
 def test_resize_reduces_the_shorter_side(tmp_path):
@@ -125,15 +167,22 @@ def test_resize_reduces_the_shorter_side(tmp_path):
         (tmp_path / "p" / f"{name}.txt").write_text(name)
     pack(tmp_path / "p", tmp_path / "shards", resize=50)
     with tarfile.open(tmp_path / "shards/000000.tar") as tar:
-        sizes = {json.loads(tar.extractfile(m).read())["caption"]: Image.open(io.BytesIO(tar.extractfile(m.name[:-4] + "jpg").read())).size
-                 for m in tar if m.name.endswith(".json")}
+        sizes = {
+            json.loads(tar.extractfile(m).read())["caption"]: Image.open(
+                io.BytesIO(tar.extractfile(m.name[:-4] + "jpg").read())
+            ).size
+            for m in tar
+            if m.name.endswith(".json")
+        }
     assert sizes == {"wide": (200, 50), "small": (20, 16)}
 
 
 def test_pack_says_what_is_wrong(table, tmp_path, capsys):
-    for arguments, message in ((("pack", tmp_path / "none.csv", tmp_path / "s"), "there is no"),
-                               (("pack", table, tmp_path / "s"), "no column 'image'; its columns are file, text, more"),
-                               (("check", tmp_path / "*.tar"), "no file matches")):
+    for arguments, message in (
+        (("pack", tmp_path / "none.csv", tmp_path / "s"), "there is no"),
+        (("pack", table, tmp_path / "s"), "no column 'image'; its columns are file, text, more"),
+        (("check", tmp_path / "*.tar"), "no file matches"),
+    ):
         assert main([str(argument) for argument in arguments]) == 2
         assert message in capsys.readouterr().err
 
@@ -150,10 +199,23 @@ def write(path, samples):
 def test_check_counts_faults_duplicates_and_overlap(tmp_path):
     again = io.BytesIO()
     Image.open(io.BytesIO(picture(0))).save(again, "JPEG", quality=85)
-    write(tmp_path / "a.tar", [(f"k{i}", picture(i), f"caption {i}") for i in range(10)] + [("bad", b"x", "y"), ("blank", picture(50), " ")])
-    write(tmp_path / "b.tar", [("k0", picture(60), "other"), ("copy", picture(1), "caption 1"), ("similar", again.getvalue(), "z z z")])
+    write(
+        tmp_path / "a.tar",
+        [(f"k{i}", picture(i), f"caption {i}") for i in range(10)]
+        + [("bad", b"x", "y"), ("blank", picture(50), " ")],
+    )
+    write(
+        tmp_path / "b.tar",
+        [
+            ("k0", picture(60), "other"),
+            ("copy", picture(1), "caption 1"),
+            ("similar", again.getvalue(), "z z z"),
+        ],
+    )
     write(tmp_path / "val.tar", [("v", picture(2), "Caption 9"), ("w", picture(70), "new")])
-    report = check([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], overlap_with=str(tmp_path / "val.tar"), workers=2)
+    report = check(
+        [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], overlap_with=str(tmp_path / "val.tar"), workers=2
+    )
     assert report["faults"] == {"corrupt_image": 1, "empty_caption": 1}
     assert (report["samples"], report["good"]) == (15, 13)
     assert (report["duplicate_keys"], report["duplicate_images"], report["similar_images"]) == (1, 1, 1)
@@ -174,21 +236,36 @@ def test_check_ends_with_a_status(tmp_path, capsys):
 
 
 def test_stats_equal_a_count_by_hand(tmp_path, capsys):
-    write(tmp_path / "a.tar", [("k", picture(0, (40, 30)), "one two three"), ("l", picture(1, (60, 30)), "one")])
+    write(
+        tmp_path / "a.tar", [("k", picture(0, (40, 30)), "one two three"), ("l", picture(1, (60, 30)), "one")]
+    )
     write(tmp_path / "b.tar", [("m", picture(2, (50, 20)), "two")])
     report = stats(str(tmp_path / "*.tar"))
     size = (tmp_path / "a.tar").stat().st_size + (tmp_path / "b.tar").stat().st_size
-    assert report == {"shards": 2, "samples": 3, "bytes": size, "samples_per_shard": {"min": 1, "median": 1.5, "max": 2},
-                      "width": {"min": 40, "median": 50.0, "max": 60}, "height": {"min": 20, "median": 30.0, "max": 30},
-                      "captions": {"captions": 3, "distinct": 3, "per_sample": {"min": 1, "median": 1.0, "max": 1},
-                                   "words": {"min": 1, "median": 1.0, "max": 3}, "vocabulary": 3}}
+    assert report == {
+        "shards": 2,
+        "samples": 3,
+        "bytes": size,
+        "samples_per_shard": {"min": 1, "median": 1.5, "max": 2},
+        "width": {"min": 40, "median": 50.0, "max": 60},
+        "height": {"min": 20, "median": 30.0, "max": 30},
+        "captions": {
+            "captions": 3,
+            "distinct": 3,
+            "per_sample": {"min": 1, "median": 1.0, "max": 1},
+            "words": {"min": 1, "median": 1.0, "max": 3},
+            "vocabulary": 3,
+        },
+    }
     assert main(["stats", str(tmp_path / "*.tar")]) == 0
     assert "samples_per_shard  min 1, median 1.5, max 2" in capsys.readouterr().out
 
 
 def test_stats_of_real_photographs(test_data):
     report = stats(str(test_data("flickr8k-mini/val") / "*.tar"))
-    assert report["samples"] == 1000 and report["captions"]["captions"] == 5000 and report["width"]["max"] == 192
+    assert (
+        report["samples"] == 1000 and report["captions"]["captions"] == 5000 and report["width"]["max"] == 192
+    )
 
 
 @pytest.fixture
@@ -197,7 +274,9 @@ def img2dataset(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "img2dataset"
-    program.write_text(f"#!{sys.executable}\n" + '''
+    program.write_text(
+        f"#!{sys.executable}\n"
+        + """
 import csv, io, sys, tarfile
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert options["--output_format"] == "webdataset" and options["--url_col"] == "url"
@@ -210,7 +289,8 @@ with tarfile.open(options["--output_folder"] + "/00000.tar", "w") as tar:
             info = tarfile.TarInfo(f"{i:09d}.{ext}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-''')
+"""
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return folder
 
@@ -218,14 +298,27 @@ with tarfile.open(options["--output_folder"] + "/00000.tar", "w") as tar:
 def test_prepare_cc3m_downloads_checks_and_says_how_many_survived(tmp_path, img2dataset):
     (tmp_path / "a.jpg").write_bytes(picture(1))
     (tmp_path / "b.jpg").write_bytes(picture(2))
-    lines = [("a \"quoted\" caption", f"http://{tmp_path}/a.jpg"), ("second", f"http://{tmp_path}/b.jpg"), ("third", "http://gone")]
+    lines = [
+        ('a "quoted" caption', f"http://{tmp_path}/a.jpg"),
+        ("second", f"http://{tmp_path}/b.jpg"),
+        ("third", "http://gone"),
+    ]
     (tmp_path / "cc.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in lines))
-    result = run(tmp_path / "cc.tsv", tmp_path / "out", "--check-workers", 1, program=("recipes/prepare_cc3m.py",),
-                 PATH=f"{img2dataset}:{os.environ['PATH']}")
+    result = run(
+        tmp_path / "cc.tsv",
+        tmp_path / "out",
+        "--check-workers",
+        1,
+        program=("recipes/prepare_cc3m.py",),
+        PATH=f"{img2dataset}:{os.environ['PATH']}",
+    )
     assert result.returncode == 0, result.stderr
     assert "3 pairs in" in result.stdout and "2 of 3 pairs (66.7 %) are whole" in result.stdout
     assert json.loads((tmp_path / "out/check.json").read_text())["good"] == 2
-    assert {captions[0] for captions, _ in read(tmp_path / "out").values()} == {"a \"quoted\" caption", "second"}
+    assert {captions[0] for captions, _ in read(tmp_path / "out").values()} == {
+        'a "quoted" caption',
+        "second",
+    }
 
 
 def test_prepare_cc3m_says_what_is_wrong(tmp_path):
@@ -233,5 +326,7 @@ def test_prepare_cc3m_says_what_is_wrong(tmp_path):
     result = run(tmp_path / "cc.tsv", tmp_path / "out", program=("recipes/prepare_cc3m.py",))
     assert result.returncode == 2 and "line 2: expected a caption, a tab and a URL" in result.stderr
     (tmp_path / "cc.tsv").write_text("caption\thttp://x/1\n")
-    result = run(tmp_path / "cc.tsv", tmp_path / "out", program=("recipes/prepare_cc3m.py",), PATH=str(tmp_path))
+    result = run(
+        tmp_path / "cc.tsv", tmp_path / "out", program=("recipes/prepare_cc3m.py",), PATH=str(tmp_path)
+    )
     assert result.returncode == 2 and "pip install img2dataset" in result.stderr

@@ -1,0 +1,216 @@
+"""One batch of the training stream, from its number: read, decode, crop, tokenise.
+
+Nothing here remembers what came before. A worker is a copy of `Batches` and makes any batch it is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
+from clipkit.data.faults import SHARD_CAUSES, DataError
+from clipkit.data.order import EpochOrder, Mixture, number, uniforms
+from clipkit.data.shardset import ShardSet
+
+_DRAWS = 5  # area, shape, left, top of the crop; the caption
+_ATTEMPTS = 100
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number -> batch. Holds everything a worker needs; workers are copies of it."""
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        sets: list[ShardSet],
+        orders: list[EpochOrder],
+        mixture: Mixture | None,
+        *,
+        tokenizer: Any,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.sets, self.orders, self.mixture = sets, orders, mixture
+        self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.captions, self.max_pixels = spec["captions"], spec["max_pixels"]
+        self.scale = tuple(spec["augmentation"]["crop_scale"])
+        self.ratio = tuple(spec["augmentation"]["crop_ratio"])
+        self.offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
+        self.cache = (
+            _Cache(spec["cache_size"] or _cache_side(image_size, self.scale), sets)
+            if spec["cache"] == "ram"
+            else None
+        )
+
+    def plan(self, start: int) -> list[tuple[int, int, int, int]]:
+        """(source, epoch, place in the epoch, sample) of this rank's rows of the global batch at position
+        `start`.
+        """
+        first = start + self.rank * self.batch_size
+        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        if self.mixture is None:
+            which, places = np.zeros(len(positions), np.int64), positions
+        else:
+            which, places = self.mixture.at(positions)
+        rows: list[Any] = [None] * len(positions)
+        for source in np.unique(which):
+            total = self.orders[source].total
+            epochs, inside = np.divmod(places, total)
+            for epoch in np.unique(epochs[which == source]):
+                at = np.flatnonzero((which == source) & (epochs == epoch))
+                for row, sample in zip(at, self.orders[source].at(int(epoch), inside[at])):
+                    rows[row] = (int(source), int(epoch), int(inside[row]), int(sample))
+        return rows
+
+    def __getitem__(self, start: int) -> dict[str, Any]:
+        """The batch at `start`; an error travels as a value, so that it arrives whole from a worker."""
+        try:
+            return self._batch(start)
+        except DataError as error:
+            return {"error": error}
+
+    def _batch(self, start: int) -> dict[str, Any]:
+        faults: list[tuple[str, str, str, str]] = []
+        texts, keys, index = [], [], []
+        # Pixel by pixel in memory (channels_last), as decoders write and convolutions like it.
+        images = torch.empty(self.batch_size, self.image_size, self.image_size, 3, dtype=torch.uint8).permute(
+            0, 3, 1, 2
+        )
+        rows = self.plan(start)
+        draws = self._draws([(source, epoch, sample) for source, epoch, _, sample in rows])
+        for row, (source, epoch, place, sample) in enumerate(rows):
+            images[row], text, sample = self._sample(source, epoch, place, sample, draws[row], faults)
+            texts.append(text)
+            keys.append(self.sets[source].key(sample))
+            index.append(int(self.offsets[source]) + sample)
+        return {
+            "image": images,
+            "text": self.tokenizer(texts),
+            "key": keys,
+            "sample_index": torch.tensor(index, dtype=torch.int64),
+            "faults": faults,
+        }
+
+    def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
+        """Each row's random numbers, a function of (seed, epoch, key): (n, 5) float64."""
+        ids = [
+            number(self.seed, epoch, "sample", self.sets[source].key(sample))
+            for source, epoch, sample in rows
+        ]
+        return uniforms(0, np.array(ids, dtype=np.uint64), _DRAWS)
+
+    def _sample(
+        self,
+        source: int,
+        epoch: int,
+        place: int,
+        sample: int,
+        draws: np.ndarray,
+        faults: list[tuple[str, str, str, str]],
+    ) -> tuple[torch.Tensor, str, int]:
+        """Image, caption and number of a sample, or of the first readable substitute."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return *self._read(source, epoch, sample, draws.tolist()), sample
+            except DataError as error:
+                shard, key = self.sets[source].where(sample)
+                if error.cause in SHARD_CAUSES:
+                    # A shard that was there when the run began: no sample of it will come, so substitutes are
+                    # no help.
+                    raise DataError(error.cause, error.detail, shard=shard, key=key) from None
+                faults.append((error.cause, shard, key, error.detail))
+            sample = self.orders[source].substitute(epoch, place, attempt)
+            draws = self._draws([(source, epoch, sample)])[0]
+        shard, key = self.sets[source].where(sample)
+        raise DataError(
+            faults[-1][0], f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
+        )
+
+    def _read(self, source: int, epoch: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, str]:
+        data = self.sets[source]
+        if self.cache is not None:
+            captions, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
+            image = self._crop(pixels, aspect, draws)
+        else:
+            captions = data.captions(sample)
+            image = decode_train(
+                data.image(sample),
+                self.image_size,
+                draws=draws,
+                scale=self.scale,
+                ratio=self.ratio,
+                max_pixels=self.max_pixels,
+            )
+        return image, captions[self._pick(len(captions), draws[4], epoch, data.key(sample))]
+
+    def _crop(self, pixels: torch.Tensor, aspect: float, draws: list[float]) -> torch.Tensor:
+        """A random resized crop of a squashed picture (3, S, S), of the same area and shape as of the picture
+        itself.
+        """
+        side = pixels.shape[1]
+        if self.scale[0] == 1.0 and side == self.image_size:
+            return pixels
+        top, left, h, w = crop_box(1.0, aspect, draws, self.scale, self.ratio)
+        y0, x0 = round(top * side), round(left / aspect * side)
+        y1, x1 = max(y0 + 1, round((top + h) * side)), max(x0 + 1, round((left + w) / aspect * side))
+        return resize(
+            pixels[:, y0:y1, x0:x1].permute(1, 2, 0), self.image_size, self.image_size, mode="bilinear"
+        )
+
+    def _pick(self, count: int, draw: float, epoch: int, key: str) -> int:
+        """Which caption: the first; a random one; or (all) each in turn, epoch after epoch, from a start by
+        key.
+        """
+        if self.captions == "first" or count == 1:
+            return 0
+        if self.captions == "random":
+            return min(count - 1, int(draw * count))
+        return (number(self.seed, key, "captions") + epoch) % count
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+
+def _cache_side(image_size: int, scale: tuple[float, float]) -> int:
+    """Pixels a side kept in memory: enough that the smallest usual crop (half the area) is not magnified."""
+    return (
+        image_size if scale[0] == 1.0 else min(2 * image_size, round(image_size / max(0.5, scale[0]) ** 0.5))
+    )
+
+
+class _Cache:
+    """Every picture decoded once, squashed to S x S uint8, in memory that all workers share; captions beside
+    it.
+
+    What is read back is bit for bit what decoding again would give, so the cache never changes a batch.
+    """
+
+    def __init__(self, side: int, sets: list[ShardSet]):
+        self.sets, self.side = sets, side
+        self.pixels = [
+            torch.zeros(len(one), side, side, 3, dtype=torch.uint8).share_memory_() for one in sets
+        ]
+        self.aspect = [torch.zeros(len(one), dtype=torch.float64).share_memory_() for one in sets]
+        self.texts: list[dict[int, list[str]]] = [{} for _ in sets]
+
+    def get(self, source: int, sample: int, max_pixels: int) -> tuple[list[str], torch.Tensor, float]:
+        data = self.sets[source]
+        captions = self.texts[source].get(sample)
+        if captions is None:
+            captions = self.texts[source][sample] = data.captions(sample)
+        pixels, aspect = self.pixels[source][sample].permute(2, 0, 1), float(self.aspect[source][sample])
+        if aspect == 0.0:
+            squashed, aspect = decode_squashed(data.image(sample), self.side, max_pixels=max_pixels)
+            pixels.copy_(squashed)
+            # Written last: another worker that sees it may use the pixels.
+            self.aspect[source][sample] = aspect
+        return captions, pixels, aspect
