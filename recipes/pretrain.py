@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from clipkit.recipes import batches, run_folder, session
 from clipkit.recipes.cli import run
 from clipkit.recipes.progress import Progress
+from clipkit.registry import unknown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -119,6 +120,8 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"] or {})
+    if config["best_metric"] and config["best_metric"].split("/")[0] not in (config["eval"] or {}):
+        raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"] or {}])
     total = batches.total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
@@ -169,13 +172,14 @@ def train(state: State) -> dict[str, float]:
                 features = encode(batch, wanted)
             terms = loss(features)
             terms["loss"].backward()
-        check_finite(terms, state, batch)
+        run_folder.check_finite(terms, state.run_dir, step=state.step + 1, keys=batch["key"])
         norm = torch.nn.utils.clip_grad_norm_(parameters, config["clip_grad_norm"] or math.inf)
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
         model.clamp_logit_scale(config["max_logit_scale"])
         state.step += 1
+        state.metrics = {}
 
         numbers = {name: value.item() for name, value in terms.items()}
         if loggers and (state.step % config["log_every"] == 0 or state.step == state.total):
@@ -192,7 +196,8 @@ def train(state: State) -> dict[str, float]:
                 loggers.log(state.step, {f"eval/{name}": value for name, value in state.metrics.items()})
             if not last:
                 progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")
-        if last or stop.agree(state.device) or due(state.step, config["save_every"]):
+        perhaps_best = bool(state.metrics and config["best_metric"])
+        if stop.agree(state.device) or last or perhaps_best or due(state.step, config["save_every"]):
             save(state, progress)
         if stop.signal and not last:
             progress.close()
@@ -227,7 +232,10 @@ def score(state: State) -> dict[str, float]:
         state.model, state.tokenizer, state.config["eval"] or {}, device=state.device,
         batch_size=state.config["batch_size"], group="auto")
     state.model.train()
-    return run_folder.flatten(results)
+    metrics, best = run_folder.flatten(results), state.config["best_metric"]
+    if best and best not in metrics:
+        raise unknown("best_metric", best, metrics)
+    return metrics
 
 
 def save(state: State, progress: Progress) -> None:
@@ -284,20 +292,6 @@ def resume(state: State) -> None:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def check_finite(terms: dict[str, Any], state: State, batch: dict[str, Any]) -> None:
-    """Stop before the optimizer's step when the loss is not finite, with the batch's keys on record."""
-    from clipkit.checkpoint import write_json
-
-    if math.isfinite(terms["loss"].item()):
-        return
-    values = {name: value.item() for name, value in terms.items()}
-    record = state.run_dir / f"nonfinite_step_{state.step + 1}.json"
-    write_json(record, {"terms": {k: str(v) for k, v in values.items()}, "keys": list(batch.get("key", []))})
-    raise RuntimeError(
-        f"the loss is not finite at step {state.step + 1} ({values}); the weights are unchanged and the batch's keys are in "
-        f"{record}. Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -105,6 +106,20 @@ def table(metrics: Mapping[str, float]) -> str:
         label = f"  {task} {direction.replace('_', ' ')}".rstrip()
         lines.append(f"{label:<32}" + "".join(f"{value:>16.4g}" for _, value in cells))
     return "\n".join(lines)
+
+
+def check_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: list[str]) -> None:
+    """RuntimeError when the loss is not finite, with the batch's keys on record; called before the optimizer's step."""
+    from clipkit.checkpoint import write_json
+
+    if math.isfinite(terms["loss"].item()):
+        return
+    values = {name: value.item() for name, value in terms.items()}
+    record = run_dir / f"nonfinite_step_{step}.json"
+    write_json(record, {"terms": {name: str(value) for name, value in values.items()}, "keys": list(keys)})
+    raise RuntimeError(
+        f"the loss is not finite at step {step} ({values}); the weights are unchanged and the batch's keys are in {record}. "
+        "Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint.")
 
 
 @contextmanager

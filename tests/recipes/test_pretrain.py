@@ -82,6 +82,28 @@ def test_kills_at_random_moments_change_no_bit(tmp_path, shapes):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
 
 
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
+    """Evaluated every 2 of 6 steps, the newest one kept: what is left is the last and the best, labelled by its own numbers."""
+    metric = "zero_shot/top5"
+    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=6", "eval_every=2", "save_every=3", "keep=1", f"best_metric={metric}", "logger=none")
+    folder = only_run(tmp_path)
+    scores = {line["step"]: line[f"eval/{metric}"] for line in lines(folder) if f"eval/{metric}" in line}
+    assert list(scores) == [2, 4, 6]
+    best = max(scores, key=lambda step: (scores[step], -step))
+    kept = {int(path.name[-8:]): json.loads((path / "manifest.json").read_text())["metrics"] for path in folder.glob("checkpoints/step_*")}
+    assert set(kept) == {best, 6}
+    assert all(metrics[metric] == scores[step] for step, metrics in kept.items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shapes):
+    """A learning rate that blows up: the keys of the batch are on record, and the message says what to do."""
+    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=50", "optim.lr=1e30", "clip_grad_norm=null", "eval=none", "logger=none", status=1)
+    assert "the loss is not finite at step" in output and "Lower optim.lr" in output and "Traceback" not in output
+    (record,) = tmp_path.rglob("nonfinite_step_*.json")
+    assert len(json.loads(record.read_text())["keys"]) == 32
+    assert "not finite" in next(tmp_path.rglob("error.txt")).read_text()
+
+
 def test_sigterm_saves_and_exits_with_its_own_status(tmp_path, shapes):
     process = start(*SMALL, shapes, f"output_dir={tmp_path}", "steps=100000", "save_every=0", "eval=none", "logger=none")
     while "step 2/" not in process.stdout.readline():
@@ -149,6 +171,7 @@ REFUSED = {
     "no such shards": (["steps=5", "data=shards", "data.train=/nowhere/*.tar", "eval=none"], "/nowhere/*.tar"),
     "steps and epochs": (["steps=5", "epochs=1"], "give exactly one"),
     "sigmoid without bias": (["steps=5", "loss=sigmoid"], "init_logit_bias"),
+    "best metric of no task": (["steps=5", "best_metric=retreival/text_to_image_R@1"], "retrieval/..."),
     "unknown tower": (["steps=5", "image_tower=timm", "image_tower.model=resnet5000"], "resnet5000"),
 }
 
