@@ -165,7 +165,8 @@ def cpu_ratios(results: dict, pairs: int, dim: int, sizes: list[int]) -> str:
         lines.append(
             f"- InfoNCE, N = {pairs}, D = {dim}, chunked over open_clip's dense: time "
             f"x{ratio('both', chunked, dense):.2f} (goal at most 1.2), processor time "
-            f"x{ratio('cpu', chunked, dense):.2f}, peak memory above the features x{memory:.3f} (goal at most 0.1)"
+            f"x{ratio('cpu', chunked, dense):.2f}, peak memory above the features x{memory:.3f} "
+            "(goal at most 0.1)"
         )
     for n in sizes[:-1]:
         closed, whole = ("clipkit cyclic, closed form", n), ("cyclic, dense definition", n)
@@ -177,8 +178,8 @@ def cpu_ratios(results: dict, pairs: int, dim: int, sizes: list[int]) -> str:
     last, before = ("clipkit cyclic, closed form", sizes[-1]), ("clipkit cyclic, closed form", sizes[-2])
     if ran(last, before):
         lines.append(
-            f"- Cyclic closed form, N = {sizes[-2]} -> {sizes[-1]}: x{ratio('both', last, before):.2f} in time "
-            "(2 is linear; the dense definition is quadratic)"
+            f"- Cyclic closed form, N = {sizes[-2]} -> {sizes[-1]}: x{ratio('both', last, before):.2f} in "
+            "time (2 is linear; the dense definition is quadratic)"
         )
     return "\n".join(lines) or "(nothing to compare)"
 

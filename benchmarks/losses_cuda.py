@@ -167,11 +167,12 @@ def row(
 ) -> dict[str, str]:
     forward, backward, both = (quantiles(result[key]) for key in ("forward", "backward", "both"))
     share = lambda flops, seconds: f"{flops * pairs**2 * dim / seconds / rate:.0%}"
-    milliseconds = lambda q: f"{1e3 * q[0]:.2f} ({1e3 * q[1]:.2f}-{1e3 * q[2]:.2f})"
+    milliseconds = lambda q: "{:.2f} ({:.2f}-{:.2f})".format(*(1e3 * value for value in q))
     counted = "cyclic" not in name
     against = ""
     if eager:
-        against = f"x{quantiles(eager['both'])[0] / both[0]:.1f}, memory x{eager['peak'] / result['peak']:.1f}"
+        faster, smaller = quantiles(eager["both"])[0] / both[0], eager["peak"] / result["peak"]
+        against = f"x{faster:.1f}, memory x{smaller:.1f}"
     return {
         "loss": name,
         "N": str(pairs),

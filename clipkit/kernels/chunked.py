@@ -3,13 +3,12 @@
 One pass gives the sums of the rows and of the columns. The usual running maximum would need an exponential
 for each of the two; here every exponential is taken against one fixed shift near the top of the range,
 
-    e_ij = 2^(l_ij - shift),   shift = max(0, largest possible l + log2 max(N, M) - top),   top = 100 in
-    float32,
+    e_ij = 2^(l_ij - shift),    shift = max(0, largest possible l + log2 max(N, M) - top),
 
 so that the sums of rows and of columns are plain sums of the same numbers, and nothing is shifted at all
-while the scale is below about 60. A row or column that comes out too small to be exact (all its logits about
-130 nats under the largest possible one) is computed again with its own maximum. Logits are in bits, l =
-log2(e) * logit, since exp2 is several times faster than exp on a CPU.
+while the scale is below about 60 (top = 100 in float32). A row or column that comes out too small to be exact
+(all its logits about 130 nats under the largest possible one) is computed again with its own maximum. Logits
+are in bits, l = log2(e) * logit, since exp2 is several times faster than exp on a CPU.
 
 The backward pass recomputes each block, turns it into coefficients G in place and multiplies: dX += G Y and
 dY += G^T X. The gradient of the scale is <X, dX> / scale (Euler's theorem), without a sum over the block.
@@ -57,8 +56,7 @@ def _slices(length: int, chunk: int) -> list[slice]:
 
 
 def _bits(dtype: torch.dtype) -> tuple[int, int]:
-    """(top, floor): sums lie under 2^top; a sum over n terms under n * 2^floor may have lost some to
-    underflow."""
+    """(top, floor): sums lie under 2^top; one of n terms under n 2^floor may have lost some to underflow."""
     return (900, -960) if dtype == torch.float64 else (100, -100)
 
 
@@ -80,10 +78,8 @@ def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m
     """
     bound = scale.abs() * LOG2E * norms
     if col_bits is not None and col_bits.numel():
-        bound = (
-            bound
-            + torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits).nan_to_num().amax()
-        )
+        present = torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits)
+        bound = bound + present.nan_to_num().amax()
     room = _bits(scale.dtype)[0] - math.log2(max(n, m, 1))
     return torch.where(bound > 0, (bound - room).clamp(min=0), bound)
 
@@ -96,15 +92,12 @@ def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: 
 class _Blocks:
     """Walks the blocks of logits in bits, reusing one buffer; `col_bits` (M,) is added to every row."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int
-    ):
-        self.x, self.y, self.pairs, self.col_bits = x, y, pairs, col_bits
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor, chunk: int):
+        self.x, self.y, self.col_bits = x, y, col_bits
         self.dtype = compute_dtype(x)
         self.bits_scale = scale.to(self.dtype) * LOG2E
         self.rows, self.cols = _slices(x.shape[0], chunk), _slices(y.shape[0], chunk)
         self.chunk = chunk
-        self._buffer = None
 
     def buffer(self) -> Tensor:
         return torch.empty(
@@ -123,8 +116,7 @@ class _Blocks:
                 y_rows = self.y[cols].to(self.dtype)
                 block = buffer[: scaled.shape[0] * y_rows.shape[0]].view(scaled.shape[0], y_rows.shape[0])
                 torch.mm(scaled, y_rows.T, out=block)
-                if self.col_bits is not None:
-                    block.add_(self.col_bits[cols])
+                block.add_(self.col_bits[cols])
                 yield rows, cols, x_rows, y_rows, block
 
 
@@ -170,7 +162,7 @@ def lse_forward(
     shifted = -shift if col_bits is None else col_bits - shift
     row_sum = torch.zeros(n, dtype=dtype, device=x.device)
     col_sum = torch.zeros(m, dtype=dtype, device=x.device)
-    for rows, cols, _, _, block in _Blocks(x, y, scale, shifted.expand(m), pairs, chunk):
+    for rows, cols, _, _, block in _Blocks(x, y, scale, shifted.expand(m), chunk):
         block.exp2_()
         pairs.fill_excluded(block, rows, cols, 0.0)
         row_sum[rows] += block.sum(1)
@@ -267,7 +259,7 @@ def lse_backward(
         added = -shift if col_bits is None else col_bits - shift
     else:
         added = torch.zeros_like(shift) if col_bits is None else col_bits
-    blocks = _Blocks(x, y, scale, added.expand(m), pairs, chunk)
+    blocks = _Blocks(x, y, scale, added.expand(m), chunk)
     grads = _Gradients(blocks, need_x or not need_y, need_y, need_weight)
     second = blocks.buffer()
     for rows, cols, x_rows, y_rows, block in blocks:
@@ -299,7 +291,7 @@ def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: P
     """Row sums of softplus, (N,)."""
     dtype, m = compute_dtype(x), y.shape[0]
     row_sum = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
-    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), pairs, chunk)
+    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), chunk)
     second = blocks.buffer()
     for rows, cols, _, _, block in blocks:
         # softplus(z) = max(z, 0) + log1p(exp(-|z|)), exact at every z
@@ -328,7 +320,7 @@ def softplus_backward(
     scale = scale.to(dtype)
     factor = gradient_size(grad_row).to(dtype)
     by_row = (grad_row.to(dtype) / factor)[:, None]
-    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), pairs, chunk)
+    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), chunk)
     grads = _Gradients(blocks, need_x or not need_y, need_y, need_bias)
     for rows, cols, x_rows, y_rows, block in blocks:
         block.mul_(LN2).sigmoid_().mul_(by_row[rows])

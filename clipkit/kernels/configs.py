@@ -36,7 +36,8 @@ class TileConfig:
         if self.outer % self.block_m or self.outer % self.block_n:
             # A tile across the edge of a block would be counted in both.
             raise ValueError(
-                f"outer must be a multiple of block_m and block_n, got {self.outer}, {self.block_m}, {self.block_n}"
+                f"outer must be a multiple of block_m and block_n, got {self.outer}, {self.block_m}, "
+                f"{self.block_n}"
             )
 
 

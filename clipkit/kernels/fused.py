@@ -4,9 +4,9 @@
     backward  operands -> per block: coefficients into one reused workspace, then dX += G Y and dY += G^T X by
               cuBLAS with float32 accumulators -> finished gradients
 
-    8 N^2 D operations in all. Workspace: outer^2 * 2 bytes, independent of N; nothing is read back to the
-    host, so the calls can be captured in a CUDA graph. precision "high" splits every operand in two float16
-    numbers, at 3 times the operations.
+8 N^2 D operations in all. Workspace: outer^2 * 2 bytes, independent of N; nothing is read back to the host,
+so the calls can be captured in a CUDA graph. precision "high" splits every operand in two float16 numbers, at
+3 times the operations.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from clipkit.kernels import configs, triton_tiles
 from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
 
 ROWS = 32
-# Coefficients are at most 2 in probability units: 2^14 keeps them within float16 and their tails above its
-# bottom.
+# Coefficients are at most 2 in probability units: 2^14 keeps them, and their tails, within float16.
 COEF_POWER = 2.0**14
-# Bits of a sum (relative to the shift) under which coef_kernel takes an exponential per side; sums that were
-# recomputed exactly lie below -100 + log2 N.
+# Bits of a sum (less the shift) under which exact_coef_kernel takes over, with an exponential per side; sums
+# that strip_kernel computed lie below -100 + log2 N.
 COEF_FLOOR = -70.0
 EXACT_PROGRAMS = 128
 SUM_FLOOR = 2.0**-100

@@ -36,8 +36,8 @@ def pair_lse(
     """Log-sum-exp over the negatives of every row and of every column.
 
         s_ij = scale <x_i, y_j> + col_log_weight_j
-        row_lse_i = log sum_{j not positive for i} exp(s_ij)      col_lse_j = log sum_{i: j not positive for
-        i} exp(s_ij)
+        row_lse_i = log sum_j exp(s_ij)    over the columns j that are not positives of row i
+        col_lse_j = log sum_i exp(s_ij)    over the rows i that column j is not a positive of
 
     The positive is left out and added by the loss, `loss_i = softplus(row_lse_i - s_ii)`: near convergence
     the difference of a log-sum-exp that contains the positive and the positive itself has lost its digits.

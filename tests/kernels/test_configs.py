@@ -44,13 +44,18 @@ def test_an_override_file_comes_first_and_the_nearest_bucket_wins(tmp_path, monk
     "text, message",
     [
         ("{", "cannot be read as JSON"),
-        (json.dumps([{"kind": "lse", "capability": [9, 0], "max_dim": 1, "config": {}}]), "an entry needs kind"),
+        (
+            json.dumps([{"kind": "lse", "capability": [9, 0], "max_dim": 1, "config": {}}]),
+            "an entry needs kind",
+        ),
         (
             json.dumps([{"kind": "lse_sums", "capability": [9, 0], "max_dim": 1, "config": {"warps": 4}}]),
             "config takes",
         ),
         (
-            json.dumps([{"kind": "lse_sums", "capability": [9, 0], "max_dim": 512, "config": {"outer": 200}}]),
+            json.dumps(
+                [{"kind": "lse_sums", "capability": [9, 0], "max_dim": 512, "config": {"outer": 200}}]
+            ),
             "multiple of block_m and block_n",
         ),
     ],
@@ -65,7 +70,9 @@ def test_a_wrong_override_file_is_named(text, message, tmp_path, monkeypatch):
 
 def run(*command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_tuning_command_lists_its_candidates_and_refuses_without_a_gpu(tmp_path):
@@ -73,13 +80,25 @@ def test_the_tuning_command_lists_its_candidates_and_refuses_without_a_gpu(tmp_p
     listed = run(*tune, "--dry-run", "--kinds", "lse_coef")
     assert listed.returncode == 0 and listed.stdout.count("TileConfig(") > 5
     refused = run(*tune)
-    assert refused.returncode != 0 and "CUDA device" in refused.stderr and not (tmp_path / "out.json").exists()
+    assert (
+        refused.returncode != 0 and "CUDA device" in refused.stderr and not (tmp_path / "out.json").exists()
+    )
     wrong = run(*tune, "--dry-run", "--kinds", "lse_sum")
     assert "Did you mean 'lse_sums'" in wrong.stderr
 
 
 def test_importing_the_kernels_brings_torch_alone():
-    heavy = ("triton", "hydra", "omegaconf", "wandb", "webdataset", "timm", "open_clip", "transformers", "torchvision")
+    heavy = (
+        "triton",
+        "hydra",
+        "omegaconf",
+        "wandb",
+        "webdataset",
+        "timm",
+        "open_clip",
+        "transformers",
+        "torchvision",
+    )
     code = (
         "import sys, torch; before = set(sys.modules); import clipkit.kernels, clipkit.kernels.ops\n"
         f"print([m for m in {heavy!r} if m in set(sys.modules) - before])"
