@@ -53,7 +53,7 @@ def check(
     examples: dict[str, list[str]] = defaultdict(list)
     keys: Counter[str] = Counter()
     images: Counter[bytes] = Counter()
-    hashes: dict[int, bytes] = {}
+    hashes: set[int] = set()
     similar, good, texts = 0, 0, Texts()
     other = _fingerprints(overlap_with, workers, max_pixels) if overlap_with else None
     overlap = Counter(images=0, similar_images=0, captions=0)
@@ -65,8 +65,8 @@ def check(
         for key, image, similarity, captions in found:
             good += 1
             keys[key] += 1
-            similar += similarity in hashes and hashes[similarity] != image and image not in images
-            hashes.setdefault(similarity, image)
+            similar += similarity in hashes and image not in images
+            hashes.add(similarity)
             images[image] += 1
             texts.add(captions)
             if other is not None:

@@ -69,6 +69,13 @@ def test_auto_augment_is_reproducible_and_changes_most_pictures(images):
     assert sum(not torch.equal(a, b) for a, b in zip(out, images)) > 12
 
 
+@pytest.mark.parametrize("only", [{"auto_augment": True}, {"flip": 1.0}, {"colour_jitter": [0.4] * 3 + [0.1]}])
+def test_no_change_is_made_in_place(images, only):
+    before = images.clone()
+    out = Augment(seed=5, **only)(images, draw=7)
+    assert torch.equal(images, before) and not torch.equal(out, before)
+
+
 def test_nothing_asked_is_nothing_done(images):
     augment = create_augment({"crop_scale": [0.5, 1.0], "flip": 0.0, "colour_jitter": None}, seed=0)
     assert not augment.active and augment(images, draw=0) is images

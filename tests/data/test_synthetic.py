@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES, iter_eval, resolve_data, write_shapes
+from clipkit.data.synthetic import _canonical
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,14 @@ def test_the_gallery_is_distinct_and_held_out(shapes):
     )
     distances = np.abs(images[:, None] - images[None]).mean(-1) + np.eye(120) * 255
     assert distances.min() > 2, "two pictures of the gallery look the same at 32 pixels"
+
+
+@pytest.mark.parametrize("relation, opposite", [("left of", "right of"), ("above", "below")])
+def test_a_scene_is_the_same_named_from_either_shape(relation, opposite):
+    a, b = {"cls": 3, "size": "small"}, {"cls": 9, "size": "large"}
+    one = {"shapes": [a, b], "relation": relation}
+    assert _canonical(one) == _canonical({"shapes": [b, a], "relation": opposite})
+    assert _canonical(one) != _canonical({"shapes": [a, b], "relation": opposite})
 
 
 def test_the_zero_shot_set_has_every_class_equally_often(shapes):
