@@ -57,6 +57,9 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     with open_dict(cfg):
         cfg.data = resolve_data(OmegaConf.to_container(cfg.data, resolve=True))
+        # An empty choice, such as eval=[], leaves its group out altogether.
+        for group in ("loss", "eval", "logger"):
+            cfg[group] = cfg.get(group) or {}
     try:
         return OmegaConf.to_container(cfg, resolve=True)
     except InterpolationResolutionError as error:
@@ -119,9 +122,9 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         data, tokenizer=tokenizer, image_size=model.image_tower.image_size, num_workers=data["num_workers"],
         batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
-    create_tasks(config["eval"] or {})
-    if config["best_metric"] and config["best_metric"].split("/")[0] not in (config["eval"] or {}):
-        raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"] or {}])
+    create_tasks(config["eval"])
+    if config["best_metric"] and config["best_metric"].split("/")[0] not in (config["eval"]):
+        raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]])
     total = batches.total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
@@ -144,7 +147,7 @@ def train(state: State) -> dict[str, float]:
     config, model, loss = state.config, state.model, state.loss
     loggers = None
     if state.rank == 0:
-        loggers = Loggers(state.run_dir, config["logger"] or {}, config=config, start_step=state.step)
+        loggers = Loggers(state.run_dir, config["logger"], config=config, start_step=state.step)
     progress = Progress(step=state.step, total=state.total, batch_size=config["batch_size"], every=config["log_every"],
                         enabled=state.rank == 0)
     progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
@@ -229,7 +232,7 @@ def score(state: State) -> dict[str, float]:
 
     state.model.eval()
     results = evaluate(
-        state.model, state.tokenizer, state.config["eval"] or {}, device=state.device,
+        state.model, state.tokenizer, state.config["eval"], device=state.device,
         batch_size=state.config["batch_size"], group="auto")
     state.model.train()
     metrics, best = run_folder.flatten(results), state.config["best_metric"]

@@ -171,6 +171,7 @@ REFUSED = {
     "no such shards": (["steps=5", "data=shards", "data.train=/nowhere/*.tar", "eval=none"], "/nowhere/*.tar"),
     "steps and epochs": (["steps=5", "epochs=1"], "give exactly one"),
     "sigmoid without bias": (["steps=5", "loss=sigmoid"], "init_logit_bias"),
+    "no loss": (["steps=5", "loss=[]"], "the loss is empty"),
     "best metric of no task": (["steps=5", "best_metric=retreival/text_to_image_R@1"], "retrieval/..."),
     "unknown tower": (["steps=5", "image_tower=timm", "image_tower.model=resnet5000"], "resnet5000"),
 }
