@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -291,6 +292,11 @@ def _worker(
     except BaseException:
         (Path(folder) / f"error-{index}").write_text(traceback.format_exc())
         raise SystemExit(1) from None
+    # The work is done and its result on disk; torch's threads have been seen to abort an interpreter that is
+    # taken down while they end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _join(workers: list[Any], folder: Path, timeout_s: float) -> None:
@@ -311,7 +317,10 @@ def _join(workers: list[Any], folder: Path, timeout_s: float) -> None:
         raise RuntimeError(
             f"rank {report.name.removeprefix('error-')} of {len(workers)} failed:\n{report.read_text()}"
         )
-    codes = [worker.exitcode for worker in workers]
-    raise RuntimeError(
-        f"ranks {failed} of {len(workers)} did not finish in {timeout_s:g} s; exit codes {codes}"
-    )
+    died = {index: worker.exitcode for index, worker in enumerate(workers) if worker.exitcode}
+    if died:
+        raise RuntimeError(
+            f"of {len(workers)} ranks, these died without a Python error: exit codes by rank {died} "
+            "(negative: the signal's number)"
+        )
+    raise RuntimeError(f"ranks {failed} of {len(workers)} did not finish in {timeout_s:g} s")

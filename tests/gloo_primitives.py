@@ -94,6 +94,12 @@ def fail_on_rank_1() -> None:
     dist.barrier()
 
 
+def die_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        os.abort()
+    dist.barrier()
+
+
 def never_return() -> None:
     import time
 

@@ -105,6 +105,12 @@ def test_a_failing_rank_brings_its_traceback_and_ends_the_others():
         launch(gloo_primitives.fail_on_rank_1, 2)
 
 
+def test_a_rank_that_dies_without_a_word_is_told_from_one_that_is_late():
+    # The survivor may see its connection close first, and then it is the one with a traceback.
+    with pytest.raises(RuntimeError, match=r"(?s)exit codes by rank \{1: -6\}|rank 0 of 2 failed"):
+        launch(gloo_primitives.die_on_rank_1, 2)
+
+
 def test_a_rank_that_never_returns_is_killed_in_time():
     with pytest.raises(RuntimeError, match=r"did not finish in 2 s"):
         launch(gloo_primitives.never_return, 1, timeout_s=2)
