@@ -27,6 +27,7 @@ from clipkit.registry import unknown
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+
 def main() -> None:
     """The console command."""
     run(pretrain, "pretrain")
@@ -123,7 +124,7 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"])
-    if config["best_metric"] and config["best_metric"].split("/")[0] not in (config["eval"]):
+    if config["best_metric"] and config["best_metric"].split("/")[0] not in config["eval"]:
         raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]])
     total = batches.total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
@@ -175,8 +176,8 @@ def train(state: State) -> dict[str, float]:
                 features = encode(batch, wanted)
             terms = loss(features)
             terms["loss"].backward()
-        run_folder.check_finite(terms, state.run_dir, step=state.step + 1, keys=batch["key"])
         norm = torch.nn.utils.clip_grad_norm_(parameters, config["clip_grad_norm"] or math.inf)
+        numbers = run_folder.checked_finite({**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=batch.get("key", []))
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -184,14 +185,12 @@ def train(state: State) -> dict[str, float]:
         state.step += 1
         state.metrics = {}
 
-        numbers = {name: value.item() for name, value in terms.items()}
         if loggers and (state.step % config["log_every"] == 0 or state.step == state.total):
             loggers.log(state.step, {
                 **{f"train/{name}": value for name, value in numbers.items()},
-                "train/lr": state.schedule.get_last_lr()[0], "train/grad_norm": norm.item(),
-                "train/logit_scale": model.logit_scale.item(), "train/data_seconds": waited,
-                "train/seconds": time.monotonic() - started})
-        progress.show(state.step, {**numbers, "lr": state.schedule.get_last_lr()[0]})
+                "train/lr": state.schedule.get_last_lr()[0], "train/logit_scale": model.logit_scale.item(),
+                "train/data_seconds": waited, "train/seconds": time.monotonic() - started})
+        progress.show(state.step, {**{name: numbers[name] for name in terms}, "lr": state.schedule.get_last_lr()[0]})
         last = state.step == state.total
         if last or due(state.step, config["eval_every"]):
             state.metrics = score(state)

@@ -108,17 +108,24 @@ def table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def check_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: list[str]) -> None:
-    """RuntimeError when the loss is not finite, with the batch's keys on record; called before the optimizer's step."""
+def checked_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: list[str]) -> dict[str, float]:
+    """The terms as numbers; RuntimeError when the loss or its gradient is not finite, with the batch's keys on record.
+
+    Called before the optimizer's step; every rank has the same loss and the same averaged gradient, so all stop.
+
+    Args:
+        terms: () tensors, "loss" and "grad_norm" among them.
+    """
     from clipkit.checkpoint import write_json
 
-    if math.isfinite(terms["loss"].item()):
-        return
     values = {name: value.item() for name, value in terms.items()}
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if not bad:
+        return values
     record = run_dir / f"nonfinite_step_{step}.json"
     write_json(record, {"terms": {name: str(value) for name, value in values.items()}, "keys": list(keys)})
     raise RuntimeError(
-        f"the loss is not finite at step {step} ({values}); the weights are unchanged and the batch's keys are in {record}. "
+        f"the {' and the '.join(bad)} is not finite at step {step} ({values}); the weights are unchanged and the batch's keys are in {record}. "
         "Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint.")
 
 

@@ -98,7 +98,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shapes):
     """A learning rate that blows up: the keys of the batch are on record, and the message says what to do."""
     output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=50", "optim.lr=1e30", "clip_grad_norm=null", "eval=none", "logger=none", status=1)
-    assert "the loss is not finite at step" in output and "Lower optim.lr" in output and "Traceback" not in output
+    assert "is not finite at step" in output and "Lower optim.lr" in output and "Traceback" not in output
     (record,) = tmp_path.rglob("nonfinite_step_*.json")
     assert len(json.loads(record.read_text())["keys"]) == 32
     assert "not finite" in next(tmp_path.rglob("error.txt")).read_text()
