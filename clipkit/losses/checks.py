@@ -102,6 +102,14 @@ def check_unit_norm(**features: Tensor) -> None:
             )
 
 
+def check_pairs(module: nn.Module, image_features: Tensor, text_features: Tensor) -> None:
+    """ValueError unless both are (B, D) of one shape and device and, where values may be read, of unit norm."""
+    check_matrix("text_features", text_features, like=("image_features", image_features))
+    check_matrix("image_features", image_features)
+    if reads_values(module, image_features.device):
+        check_unit_norm(image_features=image_features, text_features=text_features)
+
+
 def check_number(
     name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:

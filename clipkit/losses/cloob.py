@@ -10,14 +10,12 @@ from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
-    check_matrix,
     check_negatives,
     check_number,
+    check_pairs,
     check_rows,
-    check_unit_norm,
     constant,
     paired_logits,
-    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -74,10 +72,7 @@ class CLOOB(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group.
         """
-        check_matrix("text_features", text_features, like=("image_features", image_features))
-        check_matrix("image_features", image_features)
-        if reads_values(self, image_features.device):
-            check_unit_norm(image_features=image_features, text_features=text_features)
+        check_pairs(self, image_features, text_features)
         group = resolve_group(self.group)
         check_rows(image_features, group)
         dtype = compute_dtype(image_features)

@@ -9,12 +9,10 @@ from clipkit.distributed import Group, all_reduce_sum, resolve_group
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
-    check_matrix,
     check_number,
+    check_pairs,
     check_rows,
-    check_unit_norm,
     constant,
-    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -77,10 +75,7 @@ class CyclicGeometry(nn.Module):
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm.
         """
-        check_matrix("text_features", text_features, like=("image_features", image_features))
-        check_matrix("image_features", image_features)
-        if reads_values(self, image_features.device):
-            check_unit_norm(image_features=image_features, text_features=text_features)
+        check_pairs(self, image_features, text_features)
         group = resolve_group(self.group)
         if group is None:
             check_rows(image_features, group)

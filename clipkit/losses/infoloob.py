@@ -15,13 +15,11 @@ from clipkit.distributed import (
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
-    check_matrix,
     check_negatives,
+    check_pairs,
     check_rows,
     check_scalar,
-    check_unit_norm,
     paired_logits,
-    reads_values,
 )
 from clipkit.losses.registry import register_loss
 
@@ -65,11 +63,8 @@ class InfoLOOB(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group, which has no negative.
         """
-        check_matrix("text_features", text_features, like=("image_features", image_features))
-        check_matrix("image_features", image_features)
+        check_pairs(self, image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        if reads_values(self, image_features.device):
-            check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
         rows = len(image_features)
         check_rows(image_features, group)

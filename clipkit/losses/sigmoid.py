@@ -10,12 +10,10 @@ from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
-    check_matrix,
+    check_pairs,
     check_rows,
     check_scalar,
-    check_unit_norm,
     paired_logits,
-    reads_values,
     softplus,
 )
 from clipkit.losses.duplicates import shared_sums
@@ -79,16 +77,13 @@ class Sigmoid(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 no bias.
         """
-        check_matrix("text_features", text_features, like=("image_features", image_features))
-        check_matrix("image_features", image_features)
+        check_pairs(self, image_features, text_features)
         check_scalar("logit_scale", logit_scale)
         if logit_bias is None:
             raise ValueError(
                 f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
             )
         check_scalar("logit_bias", logit_bias)
-        if reads_values(self, image_features.device):
-            check_unit_norm(image_features=image_features, text_features=text_features)
         group = resolve_group(self.group)
         rows = len(image_features)
         check_rows(image_features, group)
