@@ -31,7 +31,7 @@ def evaluate_checkpoint(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     from omegaconf import OmegaConf
 
     from clipkit.checkpoint import find_checkpoint, load_model, write_json
-    from clipkit.evals import create_tasks, evaluate
+    from clipkit.evals import evaluate
     from clipkit.evals.models import load_any
     from clipkit.recipes.session import choose_device
 
@@ -48,7 +48,6 @@ def evaluate_checkpoint(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         default_output = path.parent.parent / "evaluations" / path.name
     if not tasks:
         raise ValueError(f"no task to score {source} by: give eval=NAME")
-    create_tasks(tasks)
     results = evaluate(model, tokenizer, tasks, device=device, batch_size=config["batch_size"])
     metrics = run_folder.flatten(results)
     output = Path(config["output"] or f"{default_output}-{'-'.join(tasks)}.json")

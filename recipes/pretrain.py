@@ -229,11 +229,9 @@ def score(state: State) -> dict[str, float]:
     """Every evaluation task of the config: {"task/metric": value}."""
     from clipkit.evals import evaluate
 
-    state.model.eval()
     results = evaluate(
         state.model, state.tokenizer, state.config["eval"], device=state.device,
         batch_size=state.config["batch_size"], group="auto")
-    state.model.train()
     metrics, best = run_folder.flatten(results), state.config["best_metric"]
     if best and best not in metrics:
         raise unknown("best_metric", best, metrics)
