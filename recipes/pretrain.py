@@ -124,6 +124,9 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"])
+    for task in config["final_eval"]:
+        if task not in config["eval"]:
+            raise unknown("task of final_eval", task, config["eval"])
     if config["best_metric"] and config["best_metric"].split("/")[0] not in config["eval"]:
         raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]])
     total = batches.total_steps(config, stream.batches_per_epoch)
@@ -226,11 +229,14 @@ def finish(state: State, reports: list[dict[str, Any]], *, seconds: float) -> No
 
 
 def score(state: State) -> dict[str, float]:
-    """Every evaluation task of the config: {"task/metric": value}."""
+    """The evaluation tasks due at this step: {"task/metric": value}."""
     from clipkit.evals import evaluate
 
+    tasks = state.config["eval"]
+    if state.step < state.total:
+        tasks = {name: task for name, task in tasks.items() if name not in state.config["final_eval"]}
     results = evaluate(
-        state.model, state.tokenizer, state.config["eval"], device=state.device,
+        state.model, state.tokenizer, tasks, device=state.device,
         batch_size=state.config["batch_size"], group="auto")
     metrics, best = run_folder.flatten(results), state.config["best_metric"]
     if best and best not in metrics:
