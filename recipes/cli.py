@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import clipkit
-from clipkit.registry import suggest
+from clipkit.recipes import jobs, run_folder, session
+from clipkit.registry import suggest, unknown
 
 # Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories check them.
 FREE_GROUPS = ("loss", "eval", "logger", "data", "hydra")
+# Errors whose text is for the user; any other is a fault of ours, and comes with its traceback.
+REPORTED = (HydraException, ValueError, RuntimeError, OSError)
 
 
 def config_path() -> str:
@@ -55,29 +63,164 @@ def run_name(overrides: str) -> str:
 
 
 def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
-    """Run `task(cfg, run_dir)` under hydra with the command line's overrides; exits with 1 and a message on an error."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    """Run `task(cfg, run_dir)` under hydra with the command line's overrides; exits with 1 and a message on an error.
+
+    With `-m` it runs every job of the sweep, and ends with their comparison and with the list of those that failed.
+    """
+    register_resolvers()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    full = "CLIPKIT_TRACEBACK" in os.environ
-
-    def job(cfg: DictConfig) -> Any:
-        check_overrides(cfg, config_name)
-        return task(cfg, Path(HydraConfig.get().runtime.output_dir))
-
+    sweep = None
     try:
-        return hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(job)()
-    except KeyboardInterrupt:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            sweep = Sweep.from_command_line(config_name)
+        function = JobFunction(task, config_name, sweep.records if sweep else None)
+        hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(function)()
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
+            sweep.end("a signal", status=session.STOPPED)
         raise
-    except (HydraException, ValueError, RuntimeError, OSError) as error:
-        if full:
+    except Exception as error:
+        if sweep and sweep.records.read():
+            sweep.end(explain(error, config_name))
+        if "CLIPKIT_TRACEBACK" in os.environ or not isinstance(error, REPORTED):
             raise
-        message = explain(error, config_name)
-        print(f"\nError: {message}", file=sys.stderr)
+        print(f"\nError: {explain(error, config_name)}", file=sys.stderr)
         if isinstance(error, RuntimeError) and not _ours(error):
             traceback.print_exc()
         print("(CLIPKIT_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         sys.exit(1)
+    if sweep:
+        sweep.end()
+
+
+def register_resolvers() -> None:
+    """What the YAML files call as `${name:...}`; each process of a launcher registers them anew."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+class JobFunction:
+    """What hydra calls with each job's config, here or, pickled, in a launcher's other processes.
+
+    Args:
+        task: called with the config and the run folder.
+        records: of a sweep, where every job leaves its state; None for a single run.
+    """
+
+    def __init__(self, task: Callable[[DictConfig, Path], Any], config_name: str, records: jobs.Records | None):
+        self.task, self.config_name, self.records, self.process = task, config_name, records, os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # In a fresh process the run folder's name is resolved before the job is called, but after it is unpickled.
+        register_resolvers()
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        context = HydraConfig.get()
+        run_dir = Path(context.runtime.output_dir)
+        overrides = list(context.overrides.task)
+        if self.records is None:
+            check_overrides(cfg, self.config_name, overrides)
+            return self.task(cfg, run_dir)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.config_name)), \
+                    run_folder.failure_recorded(run_dir):
+                check_overrides(cfg, self.config_name, overrides)
+                check_objective(cfg)
+                metrics = self.task(cfg, run_dir)
+                value = objective_value(metrics, cfg.get("objective"))
+        except jobs.Stopped:
+            # Here it is the sweep that was told to stop; in a worker it is this job alone.
+            if os.getpid() == self.process:
+                sys.exit(session.STOPPED)
+            raise
+        finally:
+            asked = session.StopRequest.received
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        if asked and os.getpid() == self.process:
+            # It came too late to stop this job; it stops the sweep.
+            sys.exit(session.STOPPED)
+        return value
+
+
+@dataclass
+class Sweep:
+    """A command line with `-m`.
+
+    Attributes:
+        planned: every job's overrides; empty where the sweeper makes them up as it goes.
+        command: what repeats one job, given its overrides.
+    """
+
+    records: jobs.Records
+    planned: list[list[str]]
+    command: list[str]
+    objective: str | None
+
+    @classmethod
+    def from_command_line(cls, config_name: str) -> Sweep:
+        """Read sys.argv; ValueError under torchrun, and for a search without an objective."""
+        from hydra._internal.utils import get_args_parser
+
+        given = get_args_parser().parse_args(sys.argv[1:])
+        refuse_torchrun(given.overrides)
+        loader = _start_hydra(given.config_dir)
+        cfg = _compose(config_name, _fixed(given.overrides), mode=RunMode.MULTIRUN)
+        sweeper = cfg.hydra.runtime.choices["hydra/sweeper"]
+        if sweeper != "basic" and "objective" in cfg and not cfg.objective:
+            raise ValueError(
+                f"hydra/sweeper={sweeper} looks for the settings with the best objective, and objective= is not given: "
+                "give objective=TASK/METRIC, such as objective=retrieval/text_to_image_R@1")
+        planned = jobs.expand(given.overrides, loader) if sweeper == "basic" else []
+        command = [f"clipkit-{config_name}"] + (["--config-dir", given.config_dir] if given.config_dir else [])
+        # hydra.main starts its own.
+        GlobalHydra.instance().clear()
+        return cls(jobs.Records.under(cfg.get("output_dir") or "."), planned, command, cfg.get("objective"))
+
+    def end(self, trouble: str = "", status: int | None = None) -> None:
+        """Report, and exit with the sweep's status unless every job is finished.
+
+        Args:
+            trouble: what ended the sweep before its jobs.
+            status: what to exit with, if not what the jobs say.
+        """
+        outcome = jobs.Outcome(self.records.read(self.planned), self.command)
+        outcome.report(self.objective)
+        if trouble and all(job.state != jobs.FAILED for job in outcome.jobs):
+            print(f"The sweep was ended by {trouble}", file=sys.stderr)
+        self.records.remove()
+        if outcome.status:
+            sys.exit(status or outcome.status)
+
+
+def refuse_torchrun(overrides: list[str]) -> None:
+    """ValueError when this process is one of a torchrun's: its second job would meet the first one's store and hang."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+        raise ValueError(
+            "-m under torchrun would run every job in one process group; let each job have its own:\n"
+            f"    {shlex.join(['clipkit-sweep', '--processes', ranks, *overrides])}")
+
+
+def check_objective(cfg: DictConfig) -> None:
+    """ValueError before training when `objective` names no task of the evaluation."""
+    wanted = cfg.get("objective")
+    if wanted and wanted.split("/")[0] not in (cfg.get("eval") or {}):
+        raise unknown("task of objective", wanted, [f"{task}/..." for task in cfg.get("eval") or {}])
+
+
+def objective_value(metrics: Any, name: str | None) -> Any:
+    """The one number a search maximises; without an objective, what the job returned."""
+    if not name:
+        return metrics
+    if name not in metrics:
+        raise unknown("objective", name, metrics)
+    if not math.isfinite(metrics[name]):
+        raise ValueError(f"the objective {name} is {metrics[name]}, which cannot be ranked")
+    return metrics[name]
 
 
 def _ours(error: BaseException) -> bool:
@@ -113,14 +256,26 @@ def _loader() -> Any:
 
 def _with_loader(config_name: str) -> Any:
     """hydra's config loader, also after a failed composition has torn hydra down."""
-    if GlobalHydra.instance().is_initialized():
-        return _loader()
-    path = config_path()
-    if path.startswith("pkg://"):
-        hydra.initialize_config_module(path[len("pkg://"):], version_base="1.3")
-    else:
-        hydra.initialize_config_dir(path, version_base="1.3")
-    return _loader()
+    return _loader() if GlobalHydra.instance().is_initialized() else _start_hydra()
+
+
+def _start_hydra(config_dir: str | None = None) -> Any:
+    """hydra's config loader over conf/, and over the user's `--config-dir` before it."""
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+
+    path = create_config_search_path(config_path())
+    if config_dir:
+        path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2(task_name="clipkit", config_search_path=path).config_loader
+
+
+def _fixed(overrides: list[str]) -> list[str]:
+    """The overrides that are the same for every job of a sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return [entry.input_line for entry in OverridesParser.create().parse_overrides(overrides) if not entry.is_sweep_override()]
 
 
 def _unknown_choice(group: str, name: str, config_name: str) -> str:
@@ -128,10 +283,9 @@ def _unknown_choice(group: str, name: str, config_name: str) -> str:
     return f"unknown {group} {name!r}.{suggest(name, options)} Valid names: {', '.join(options)}."
 
 
-def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+def _compose(config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
     # The resolvers `hydra:` and `run_name:` are not evaluated here, only keys and types are looked at.
-    return _with_loader(config_name).load_configuration(
-        config_name=config_name, overrides=overrides, run_mode=RunMode.RUN)
+    return _with_loader(config_name).load_configuration(config_name=config_name, overrides=overrides, run_mode=mode)
 
 
 def _is_group(key: str, config_name: str) -> bool:
@@ -144,14 +298,10 @@ def _group_choices(overrides: list[str], config_name: str) -> list[str]:
 
 
 def _unknown_key(key: str, config_name: str) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     given = [entry for entry in sys.argv[1:] if "=" in entry and not entry.startswith("-")]
     try:
-        parsed = OverridesParser.create().parse_overrides(_group_choices(given, config_name))
         # A sweep's comma lists are not choices; their files all hold the same keys.
-        choices = [entry.input_line for entry in parsed if not entry.is_sweep_override()]
-        reference = _compose(config_name, choices)
+        reference = _compose(config_name, _fixed(_group_choices(given, config_name)))
     except HydraException:
         reference = _compose(config_name, [])
     parts = key.split(".")
@@ -175,13 +325,15 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def check_overrides(cfg: DictConfig, config_name: str) -> None:
+def check_overrides(cfg: DictConfig, config_name: str, given: list[str]) -> None:
     """Refuse an override whose type differs from the YAML's, or that adds a key nobody reads.
 
     YAML alone takes `optim.lr=abc`, and a `+` takes any key. The reference is the same config composed from the group
     choices alone, so a key and its type stand in one place, the YAML file.
+
+    Args:
+        cfg: composed with the overrides `given`.
     """
-    given = list(HydraConfig.get().overrides.task)
     for entry in given:
         group, _, value = entry.partition("=")
         other = next((e.partition("=")[2] for e in given if e.startswith(group[1:] + "=")), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # Settings that may differ between the sessions of one run.
-FREE = ("output_dir", "resume", "device", "num_threads", "log_every", "logger", "name")
+FREE = ("output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "objective")
 
 
 def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

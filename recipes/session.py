@@ -24,6 +24,9 @@ class StopRequest:
         signal: the signal's number, or None; after `agree`, the same on every rank.
     """
 
+    # The last signal any of them received: a sweep also stops for one that came too late for its job.
+    received: int | None = None
+
     def __init__(self) -> None:
         self.signal: int | None = None
         # Signals can only be caught in the main thread; a launcher may run jobs in others.
@@ -34,7 +37,7 @@ class StopRequest:
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = StopRequest.received = number
 
     def agree(self, device: torch.device) -> int | None:
         """The signal any rank has received: ranks must stop at the same step. Called by all ranks, once a step."""
