@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,45 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
     except Exception as error:
         if sweep and sweep.records.read():
             sweep.end(explain(error, config_name))
-        if "CLIPKIT_TRACEBACK" in os.environ or not isinstance(error, REPORTED):
-            raise
-        print(f"\nError: {explain(error, config_name)}", file=sys.stderr)
-        if isinstance(error, RuntimeError) and not _ours(error):
-            traceback.print_exc()
-        print("(CLIPKIT_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
-        sys.exit(1)
+        _fail(error, config_name)
     if sweep:
         sweep.end()
+
+
+def _fail(error: Exception, config_name: str) -> None:
+    """Exit with 1 and the error's text; one that is not for the user is raised as it is."""
+    if "CLIPKIT_TRACEBACK" in os.environ or not isinstance(error, REPORTED):
+        raise error
+    print(f"\nError: {explain(error, config_name)}", file=sys.stderr)
+    if isinstance(error, RuntimeError) and not _ours(error):
+        traceback.print_exception(error)
+    print("(CLIPKIT_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+    sys.exit(1)
+
+
+@contextmanager
+def reported(config_name: str) -> Iterator[None]:
+    """For a command that is not hydra's but takes its overrides: an error inside is told as `run` tells it."""
+    register_resolvers()
+    try:
+        yield
+    except Exception as error:
+        _fail(error, config_name)
+
+
+def job_folder(config_name: str, overrides: list[str]) -> Path:
+    """The run folder that these overrides have, all of them checked.
+
+    Raises:
+        ValueError: a mistake that the command itself would refuse, or an override of hydra's own settings.
+        hydra.errors.HydraException: one that hydra refuses.
+    """
+    own = [entry for entry in overrides if entry.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    if own:
+        raise ValueError(f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m")
+    cfg = _compose(config_name, overrides)
+    check_overrides(cfg, config_name, overrides)
+    return Path(os.path.abspath(cfg.hydra.run.dir))
 
 
 def register_resolvers() -> None:
@@ -167,7 +198,7 @@ class Sweep:
 
         given = get_args_parser().parse_args(sys.argv[1:])
         refuse_torchrun(given.overrides)
-        loader = _start_hydra(given.config_dir)
+        loader = start_hydra(given.config_dir)
         cfg = _compose(config_name, _fixed(given.overrides), mode=RunMode.MULTIRUN)
         sweeper = cfg.hydra.runtime.choices["hydra/sweeper"]
         if sweeper != "basic" and "objective" in cfg and not cfg.objective:
@@ -190,7 +221,7 @@ class Sweep:
         outcome = jobs.Outcome(self.records.read(self.planned), self.command)
         outcome.report(self.objective)
         if trouble and all(job.state != jobs.FAILED for job in outcome.jobs):
-            print(f"The sweep was ended by {trouble}", file=sys.stderr)
+            print(f"The sweep was ended by {trouble.strip().splitlines()[0]}", file=sys.stderr)
         self.records.remove()
         if outcome.status:
             sys.exit(status or outcome.status)
@@ -256,10 +287,10 @@ def _loader() -> Any:
 
 def _with_loader(config_name: str) -> Any:
     """hydra's config loader, also after a failed composition has torn hydra down."""
-    return _loader() if GlobalHydra.instance().is_initialized() else _start_hydra()
+    return _loader() if GlobalHydra.instance().is_initialized() else start_hydra()
 
 
-def _start_hydra(config_dir: str | None = None) -> Any:
+def start_hydra(config_dir: str | None = None) -> Any:
     """hydra's config loader over conf/, and over the user's `--config-dir` before it."""
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path

@@ -69,6 +69,12 @@ def expand(overrides: Sequence[str], loader: Any = None) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
+def distinct(job: Job, among: Sequence[Job]) -> str:
+    """A job's overrides without those that all have in common, which tell none apart."""
+    shared = set.intersection(*[set(other.overrides) for other in among]) if len(among) > 1 else set()
+    return " ".join(entry for entry in job.overrides if entry not in shared) or " ".join(job.overrides)
+
+
 @dataclass
 class Records:
     """Where the jobs of one sweep leave their states: a folder under the sweep's, a JSON file a job."""
@@ -160,15 +166,19 @@ class Outcome:
         states = {job.state for job in self.unfinished}
         return STOPPED if STOPPED_EARLY in states and states <= {STOPPED_EARLY, WAITING} else 1
 
-    def report(self, objective: str | None = None) -> None:
+    def report(self, objective: str | None = None, *, compared: bool = True) -> None:
         """Print the comparison of the finished runs, then each job that is not finished, why, and how to repeat it."""
-        self._compare(objective)
+        if compared:
+            self._compare(objective)
         done = len(self.jobs) - len(self.unfinished)
         print(f"\n{done} of {len(self.jobs)} jobs finished" + (":" if self.unfinished else "."))
         for job in self.unfinished:
-            print(f"  {job.state}: {' '.join(job.overrides)}\n    {job.reason}")
+            print(f"  {job.state}: {distinct(job, self.jobs)}")
+            if job.state == WAITING:
+                continue
+            print(f"    {job.reason}")
             if job.state == FAILED and job.run_dir:
-                print(f"    traceback in {Path(job.run_dir) / 'error.txt'}")
+                print(f"    traceback: {Path(job.run_dir) / 'error.txt'}")
             print(f"    repeat: {shlex.join([*self.command, *job.overrides])}")
         if self.unfinished:
             print("The same sweep again does only what is missing.")

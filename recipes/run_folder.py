@@ -42,14 +42,19 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "
                 "give name=ANOTHER to start beside it, or delete the folder"
             )
-        summary = run_dir / "summary.json"
-        if summary.exists() and (found := json.loads(summary.read_text(encoding="utf-8"))).get("finished"):
+        if (found := read_summary(run_dir)).get("finished"):
             return found
     else:
         temporary = run_dir / f".config.yaml.{os.getpid()}"
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
         os.replace(temporary, record)
     return None
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json, or an empty dict where no run has ended."""
+    summary = run_dir / "summary.json"
+    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
