@@ -34,6 +34,14 @@ from clipkit.registry import suggest, unknown
 
 # Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories check them.
 FREE_GROUPS = ("loss", "eval", "logger", "data", "hydra")
+# What brings a choice of hydra/launcher or hydra/sweeper that hydra itself does not have.
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    # The sweeper asks for Optuna 2, whose storage is written for SQLAlchemy 1.
+    "optuna": "hydra-optuna-sweeper 'sqlalchemy<2'",
+}
 # Errors whose text is for the user; any other is a fault of ours, and comes with its traceback.
 REPORTED = (HydraException, ValueError, RuntimeError, OSError)
 
@@ -201,10 +209,8 @@ class Sweep:
         loader = start_hydra(given.config_dir)
         cfg = _compose(config_name, _fixed(given.overrides), mode=RunMode.MULTIRUN)
         sweeper = cfg.hydra.runtime.choices["hydra/sweeper"]
-        if sweeper != "basic" and "objective" in cfg and not cfg.objective:
-            raise ValueError(
-                f"hydra/sweeper={sweeper} looks for the settings with the best objective, and objective= is not given: "
-                "give objective=TASK/METRIC, such as objective=retrieval/text_to_image_R@1")
+        if sweeper != "basic" and "objective" in cfg:
+            check_search(sweeper, cfg, given.overrides)
         planned = jobs.expand(given.overrides, loader) if sweeper == "basic" else []
         command = [f"clipkit-{config_name}"] + (["--config-dir", given.config_dir] if given.config_dir else [])
         # hydra.main starts its own.
@@ -225,6 +231,18 @@ class Sweep:
         self.records.remove()
         if outcome.status:
             sys.exit(status or outcome.status)
+
+
+def check_search(sweeper: str, cfg: DictConfig, overrides: list[str]) -> None:
+    """ValueError for a search that has no objective, or whose direction nobody chose."""
+    if not cfg.objective:
+        raise ValueError(
+            f"hydra/sweeper={sweeper} looks for the settings with the best objective, and objective= is not given: "
+            "give objective=TASK/METRIC, such as objective=retrieval/text_to_image_R@1")
+    if sweeper == "optuna" and not any("hydra.sweeper.direction=" in entry for entry in overrides):
+        raise ValueError(
+            "hydra/sweeper=optuna minimises unless told otherwise: give hydra/sweeper=search, the same sweeper with defaults "
+            f"for training, or hydra.sweeper.direction=maximize (or minimize) for {cfg.objective}")
 
 
 def refuse_torchrun(overrides: list[str]) -> None:
@@ -311,6 +329,8 @@ def _fixed(overrides: list[str]) -> list[str]:
 
 def _unknown_choice(group: str, name: str, config_name: str) -> str:
     options = sorted(_with_loader(config_name).get_group_options(group))
+    if name in PLUGINS and name not in options:
+        return f"{group}={name} needs a plugin that is not installed: pip install 'clipkit[sweep]', or pip install {PLUGINS[name]}"
     return f"unknown {group} {name!r}.{suggest(name, options)} Valid names: {', '.join(options)}."
 
 
