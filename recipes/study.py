@@ -305,7 +305,7 @@ def html(claims: Sequence[Claim]) -> str:
             head, *body = rows_of(mine)
             cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
             lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-            parts.append(f'<div class="scroll wide"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
+            parts.append(f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
     return "".join(parts)
 
 

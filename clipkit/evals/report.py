@@ -202,11 +202,11 @@ def _dots(groups: list[Group], colours: dict[str, str]) -> str:
             DotRow(group.label, colours[group.label], [run.final[name] for run in group.runs if name in run.final])
             for group in groups
         ]
-        arrow = {1: " (more is better)", -1: " (less is better)", 0: ""}[_direction(name)]
+        arrow = {1: " ↑", -1: " ↓", 0: ""}[_direction(name)]
         charts.append(dot_chart(name + arrow, rows))
     return (
-        '<h2>Each run</h2><p class="note">A dot is a run; the line is their mean, the band one sample standard deviation to '
-        f'each side.</p><div class="grid">{"".join(charts)}</div>'
+        '<h2>Each run</h2><p class="note">A dot is a run; the line is their mean, the band one sample standard deviation to each '
+        f'side; ↑ more is better, ↓ less is better.</p><div class="grid">{"".join(charts)}</div>'
     )
 
 
