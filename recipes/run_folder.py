@@ -136,15 +136,21 @@ def checked_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: 
 
 @contextmanager
 def failure_recorded(run_dir: Path) -> Iterator[None]:
-    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; removed by the next success."""
+    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; the next session removes it.
+
+    Of several ranks' errors the first stays: the others' are that their peer has gone.
+    """
     import traceback
 
+    record = run_dir / "error.txt"
+    if os.environ.get("RANK", "0") == "0":
+        record.unlink(missing_ok=True)
     try:
         yield
     except Exception:
         try:
-            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            with open(record, "x", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
         except OSError:
             pass
         raise
-    (run_dir / "error.txt").unlink(missing_ok=True)
