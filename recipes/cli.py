@@ -87,7 +87,7 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
         hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(function)()
     except (KeyboardInterrupt, SystemExit) as stopped:
         if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
-            sweep.end("a signal", status=session.STOPPED)
+            sweep.end("a signal", signalled=True)
         raise
     except Exception as error:
         if sweep and sweep.records.read():
@@ -130,7 +130,33 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
         raise ValueError(f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m")
     cfg = _compose(config_name, overrides)
     check_overrides(cfg, config_name, overrides)
-    return Path(os.path.abspath(cfg.hydra.run.dir))
+    folder = Path(os.path.abspath(cfg.hydra.run.dir))
+    if run_folder.read_summary(folder).get("finished"):
+        check_unchanged(cfg, folder)
+    return folder
+
+
+def check_unchanged(cfg: DictConfig, folder: Path) -> None:
+    """ValueError when a finished run was made from other settings than these overrides now give: a YAML file has changed.
+
+    Settings that are null here, or read what is not known before the run, such as where generated data is, are not compared.
+    """
+    record = OmegaConf.load(folder / "config.yaml")
+    changed = []
+    for key, node in _leaves(cfg):
+        # Drawn data is read from the shards it was written to.
+        if key.split(".")[0] in ("hydra", *run_folder.FREE) or key == "data.kind" or OmegaConf.is_missing(cfg, key):
+            continue
+        new = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        new = OmegaConf.to_container(new) if OmegaConf.is_config(new) else new
+        old = OmegaConf.select(record, key)
+        old = OmegaConf.to_container(old) if OmegaConf.is_config(old) else old
+        if new is not None and new != {} and old != new:
+            changed.append(f"{key}: {old!r} -> {new!r}")
+    if changed:
+        raise ValueError(
+            f"{folder} holds a finished run of other settings ({'; '.join(changed[:5])}): give name=ANOTHER to train beside it, or "
+            "delete the folder")
 
 
 def register_resolvers() -> None:
@@ -217,20 +243,20 @@ class Sweep:
         GlobalHydra.instance().clear()
         return cls(jobs.Records.under(cfg.get("output_dir") or "."), planned, command, cfg.get("objective"))
 
-    def end(self, trouble: str = "", status: int | None = None) -> None:
+    def end(self, trouble: str = "", *, signalled: bool = False) -> None:
         """Report, and exit with the sweep's status unless every job is finished.
 
         Args:
             trouble: what ended the sweep before its jobs.
-            status: what to exit with, if not what the jobs say.
+            signalled: that was a signal.
         """
-        outcome = jobs.Outcome(self.records.read(self.planned), self.command)
+        outcome = jobs.Outcome(self.records.read(self.planned), self.command, signalled)
         outcome.report(self.objective)
         if trouble and all(job.state != jobs.FAILED for job in outcome.jobs):
             print(f"The sweep was ended by {trouble.strip().splitlines()[0]}", file=sys.stderr)
         self.records.remove()
         if outcome.status:
-            sys.exit(status or outcome.status)
+            sys.exit(outcome.status)
 
 
 def check_search(sweeper: str, cfg: DictConfig, overrides: list[str]) -> None:

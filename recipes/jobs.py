@@ -22,7 +22,7 @@ from clipkit.recipes.session import STOPPED
 
 FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "running", "not started"
 REASONS = {
-    STOPPED_EARLY: "stopped by a signal, saved",
+    STOPPED_EARLY: "stopped by a signal; it goes on from what it saved",
     RUNNING: "killed outright, or still running elsewhere: it left no result",
     WAITING: "not started",
 }
@@ -153,6 +153,8 @@ class Outcome:
     jobs: list[Job]
     # The command that repeats one job is `command` and its overrides.
     command: list[str] = field(default_factory=lambda: ["clipkit-pretrain"])
+    # Whether the sweep itself was told to stop.
+    signalled: bool = False
 
     @property
     def unfinished(self) -> list[Job]:
@@ -160,11 +162,10 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 for all finished, 75 when a signal stopped it and nothing failed, else 1."""
+        """The exit status: 0 for all finished, 75 when a signal stopped the sweep and nothing failed, else 1."""
         if not self.unfinished:
             return 0
-        states = {job.state for job in self.unfinished}
-        return STOPPED if STOPPED_EARLY in states and states <= {STOPPED_EARLY, WAITING} else 1
+        return STOPPED if self.signalled and all(job.state in (STOPPED_EARLY, WAITING) for job in self.unfinished) else 1
 
     def report(self, objective: str | None = None, *, compared: bool = True) -> None:
         """Print the comparison of the finished runs, then each job that is not finished, why, and how to repeat it."""

@@ -114,6 +114,7 @@ class Running:
     process: subprocess.Popen
     log: IO[bytes]
     began: float
+    told: bool = False
 
 
 def run_all(planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, threads: int | None = None) -> jobs.Outcome:
@@ -135,6 +136,7 @@ def run_all(planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, t
                 told = len(signals)
                 say(f"{signal.Signals(signals[-1]).name}: {len(running)} jobs are told to save and stop")
                 for one in running:
+                    one.told = True
                     one.process.send_signal(signal.SIGTERM)
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
@@ -143,7 +145,8 @@ def run_all(planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, t
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return jobs.Outcome(planned, ["clipkit-sweep", "--processes", str(processes)] if processes > 1 else ["clipkit-pretrain"])
+    command = ["clipkit-sweep", "--processes", str(processes)] if processes > 1 else ["clipkit-pretrain"]
+    return jobs.Outcome(planned, command, signalled=bool(signals))
 
 
 def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Running | None:
@@ -154,7 +157,7 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
         say(f"{label}: is finished already")
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / LOG, "ab")  # noqa: SIM115 (closed with the job)
+    log = open(folder / LOG, "ab")
     try:
         # The job inherits the lock: one whose sweep was killed still holds it.
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,8 +189,8 @@ def close(one: Running, label: str) -> None:
         one.job.state, one.job.error = jobs.FAILED, error.read_text("utf-8").strip().splitlines()[-1]
     elif status == 0 and finished(folder):
         one.job.state = jobs.FINISHED
-    elif status == STOPPED or "run the same command to go on" in last_lines(folder / LOG, 30):
-        # torchrun has a status of its own for ranks that were told to stop.
+    elif status == STOPPED or one.told:
+        # torchrun has a status of its own for ranks that were told to stop, and so has a job that had not begun to train.
         one.job.state = jobs.STOPPED_EARLY
     else:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
