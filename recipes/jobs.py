@@ -64,8 +64,7 @@ def expand(overrides: Sequence[str], loader: Any = None) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    own = [entry for entry in parsed if not entry.key_or_group.startswith(("hydra.", "hydra/"))]
-    (jobs,) = BasicSweeper.split_arguments(own, max_batch_size=None)
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(job) for job in jobs]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipkit.recipes import cli, jobs, sweep
+from clipkit.recipes.overrides import start_hydra
 
 if TYPE_CHECKING:
     from clipkit.evals.findings import Difference
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not Path(given.data).is_dir():
                 raise ValueError(f"--data: there is no folder {given.data}")
             os.environ["CLIPKIT_TEST_DATA"] = str(Path(given.data).resolve())
-        cli.start_hydra()
+        start_hydra()
         wanted = arms(SCALES[given.scale], seeds(given.seeds), given.overrides)
         planned = sweep.plan(wanted, threads=given.threads)
         outcome = sweep.run_all(planned, processes=given.processes, parallel=given.parallel, threads=given.threads)

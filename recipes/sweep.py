@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from clipkit.recipes import cli, jobs, pretrain, run_folder
+from clipkit.recipes.overrides import job_folder, start_hydra
 from clipkit.recipes.session import STOPPED
 
 LOG = "output.log"
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.table:
             write_tables(given.table, given.output, given.order)
             return
-        planned = plan(jobs.expand(given.overrides, cli.start_hydra()), threads=given.threads)
+        planned = plan(jobs.expand(given.overrides, start_hydra()), threads=given.threads)
         outcome = run_all(planned, processes=given.processes, parallel=given.parallel, threads=given.threads)
         outcome.report(given.order)
         if given.output:
@@ -96,7 +97,7 @@ def plan(overrides: Sequence[list[str]], *, threads: int | None = None) -> list[
     for entries in overrides:
         if threads:
             entries = [*entries, f"num_threads={threads}"]
-        folder = cli.job_folder("pretrain", entries)
+        folder = job_folder("pretrain", entries)
         twin = next((job for job in planned if job.run_dir == str(folder)), None)
         if twin:
             raise ValueError(

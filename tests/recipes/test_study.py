@@ -11,7 +11,7 @@ import yaml
 
 from clipkit.evals.comparison import compare
 from clipkit.evals.findings import OPPOSITE, SHOWS, UNTOLD, difference, paired, paired_gains, t_cumulative, t_quantile
-from clipkit.recipes import cli, jobs, study, sweep
+from clipkit.recipes import cli, jobs, overrides, study, sweep
 from tests.recipes.runs import lines, run
 
 TERMS = {
@@ -150,8 +150,8 @@ def test_the_study_runs_eight_arms_a_seed_and_finds_their_folders():
     assert losses[:8] == ["loss=clip", "loss=cyclip", "loss=[clip,simcse]", "loss=[cyclip,simcse]", "loss=[clip,nli_contrastive]",
                           "loss=[cyclip,nli_contrastive]", "loss=[clip,simcse,nli_contrastive]", "loss=[cyclip,simcse,nli_contrastive]"]
     assert losses[8:] == losses[:8] and all("seed=0" in job for job in planned[:8]) and all("seed=1" in job for job in planned[8:])
-    cli.register_resolvers()
-    cli.start_hydra()
+    overrides.register_resolvers()
+    overrides.start_hydra()
     found = [Path(job.run_dir) for job in sweep.plan(planned[:2], threads=1)]
     assert found == [Path.cwd() / "runs" / cli.run_name(f"experiment=study_mini,loss={loss},seed=0") for loss in ("clip", "cyclip")]
     with pytest.raises(ValueError, match="sets loss, seed and experiment itself"):
@@ -187,9 +187,9 @@ def test_every_arm_takes_two_steps(tmp_path, test_data, experiment):
 
 
 def test_the_cc3m_study_differs_from_the_published_settings_by_its_dropout_and_evaluation_alone():
-    cli.register_resolvers()
-    cli.start_hydra()
-    ours, published = (cli._compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m"))
+    overrides.register_resolvers()
+    overrides.start_hydra()
+    ours, published = (overrides.compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m"))
     changed = {key for key in published if key not in ("hydra", "eval", "loss") and ours[key] != published[key]}
     assert changed == {"text_tower", "data", "final_eval"}
     assert (ours.text_tower.dropout, published.text_tower.dropout) == (0.1, 0.0)

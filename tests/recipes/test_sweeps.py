@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from clipkit.evals.comparison import as_json, compare, csv_table, markdown_tables, text_tables, write_comparison
-from clipkit.recipes import cli, jobs, sweep
+from clipkit.recipes import cli, jobs, overrides, sweep
 from tests.recipes.runs import SMALL, lines, run, start, weights
 
 JOB = [*SMALL, "steps=3", "logger=none", "eval=shapes"]
@@ -125,8 +125,8 @@ SEARCHES = {
 
 @pytest.mark.parametrize("case", SEARCHES)
 def test_a_mistaken_search_is_refused_before_its_first_trial(case, tmp_path):
-    overrides, message = SEARCHES[case]
-    output = run("-m", *overrides, "seed=0,1", f"output_dir={tmp_path}", status=1)
+    settings, message = SEARCHES[case]
+    output = run("-m", *settings, "seed=0,1", f"output_dir={tmp_path}", status=1)
     assert message in output and "Traceback" not in output and not list(tmp_path.rglob("config.yaml"))
 
 
@@ -141,23 +141,38 @@ def test_an_objective_that_no_task_gives_is_named():
 
 
 def test_comma_lists_expand_as_hydra_expands_them():
-    assert jobs.expand(["loss=clip,[cyclip,simcse]", "seed=range(0,2)", "hydra.job.chdir=false"]) == [
+    assert jobs.expand(["loss=clip,[cyclip,simcse]", "seed=range(0,2)"]) == [
         ["loss=clip", "seed=0"], ["loss=clip", "seed=1"], ["loss=[cyclip,simcse]", "seed=0"], ["loss=[cyclip,simcse]", "seed=1"]]
 
 
 def test_every_job_is_checked_before_the_first_begins(tmp_path):
-    cli.register_resolvers()
-    cli.start_hydra()
+    overrides.register_resolvers()
+    overrides.start_hydra()
     output = f"output_dir={tmp_path}"
     with pytest.raises(ValueError, match="optim.lr='abc' is text"):
         sweep.plan([["seed=0", output], ["seed=1", "optim.lr=abc", output]])
     with pytest.raises(ValueError, match="two jobs would be one run"):
         sweep.plan([["seed=0", output], ["seed=0", "log_every=3", output]])
     with pytest.raises(ValueError, match="launchers and sweepers are for clipkit-pretrain -m"):
-        sweep.plan([["seed=0", "hydra/launcher=joblib"]])
+        sweep.plan(jobs.expand(["seed=0,1", "hydra/launcher=joblib"]))
     (job,) = sweep.plan([["seed=3", "loss=cyclip", output]], threads=2)
     assert Path(job.run_dir) == tmp_path / cli.run_name("loss=cyclip,seed=3") and "num_threads=2" in job.overrides
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path):
+    """As when a YAML file has changed since; what the run's version did not know yet is no change."""
+    overrides.register_resolvers()
+    overrides.start_hydra()
+    settings = ["seed=3", f"output_dir={tmp_path}"]
+    folder = overrides.job_folder("pretrain", settings)
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"finished": true}')
+    (folder / "config.yaml").write_text("seed: 3\nbatch_size: 256\n")
+    assert overrides.job_folder("pretrain", settings) == folder
+    (folder / "config.yaml").write_text("seed: 3\nbatch_size: 64\n")
+    with pytest.raises(ValueError, match=r"finished run of other settings \(batch_size: 64 -> 256\)"):
+        sweep.plan([settings])
 
 
 def clipkit_sweep(*arguments: str, status: int = 0) -> str:
