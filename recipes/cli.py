@@ -28,7 +28,8 @@ from omegaconf import DictConfig
 import clipkit
 from clipkit.recipes import jobs, run_folder, session
 from clipkit.recipes.overrides import (
-    check_overrides, compose, config_path, explain, fixed, is_hydras, register_resolvers, run_name, start_hydra)
+    check_overrides, compose, config_path, explain, fixed, is_hydras, register_resolvers, run_name, start_hydra,
+)
 from clipkit.registry import unknown
 
 __all__ = ["reported", "run", "run_name"]
@@ -53,7 +54,7 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
         hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(function)()
     except (KeyboardInterrupt, SystemExit) as stopped:
         if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
-            sweep.end("a signal", signalled=True)
+            sweep.end("a request to stop", signalled=True)
         raise
     except Exception as error:
         if sweep and sweep.records.read():
@@ -108,33 +109,39 @@ class JobFunction:
 
     def __call__(self, cfg: DictConfig) -> Any:
         context = HydraConfig.get()
-        run_dir = Path(context.runtime.output_dir)
-        overrides = list(context.overrides.task)
+        run_dir, overrides = Path(context.runtime.output_dir), list(context.overrides.task)
         if self.records is None:
             check_overrides(cfg, self.config_name, overrides)
             return self.task(cfg, run_dir)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        recorded = jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.config_name))
         try:
-            with jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.config_name)), \
-                    run_folder.failure_recorded(run_dir):
+            with _handlers_kept(), recorded, run_folder.failure_recorded(run_dir):
                 check_overrides(cfg, self.config_name, overrides)
                 check_objective(cfg)
-                metrics = self.task(cfg, run_dir)
-                value = objective_value(metrics, cfg.get("objective"))
+                value = objective_value(self.task(cfg, run_dir), cfg.get("objective"))
         except jobs.Stopped:
             # Here it is the sweep that was told to stop; in a worker it is this job alone.
             if os.getpid() == self.process:
                 sys.exit(session.STOPPED)
             raise
-        finally:
-            asked = session.StopRequest.received
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-        if asked and os.getpid() == self.process:
+        if session.StopRequest.received and os.getpid() == self.process:
             # It came too late to stop this job; it stops the sweep.
             sys.exit(session.STOPPED)
         return value
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put the signals' handlers back after a job, whose own would swallow a Ctrl-C between two jobs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -175,7 +182,7 @@ class Sweep:
 
         Args:
             trouble: what ended the sweep before its jobs.
-            signalled: that was a signal.
+            signalled: that was a signal, or a job's max_minutes.
         """
         outcome = jobs.Outcome(self.records.read(self.planned), self.command, signalled)
         outcome.report(self.objective)

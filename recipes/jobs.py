@@ -22,7 +22,7 @@ from clipkit.recipes.session import STOPPED
 
 FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "running", "not started"
 REASONS = {
-    STOPPED_EARLY: "stopped by a signal; it goes on from what it saved",
+    STOPPED_EARLY: "told to stop, by a signal or by max_minutes; it goes on from what it saved",
     RUNNING: "killed outright, or still running elsewhere: it left no result",
     WAITING: "not started",
 }
@@ -117,7 +117,7 @@ def recorded(records: Records, overrides: Sequence[str], run_dir: Path, message:
         message: makes an exception's text for the user.
 
     Raises:
-        Stopped: the job was told to stop by a signal and exited by itself, with everything saved.
+        Stopped: the job was told to stop and exited by itself, with everything saved.
         RuntimeError: it called sys.exit with another status.
     """
     job = Job(list(overrides), RUNNING, str(run_dir))
@@ -161,10 +161,11 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 for all finished, 75 when a signal stopped the sweep and nothing failed, else 1."""
+        """The exit status: 0 for all finished, 75 when what is missing was told to stop or not begun since, else 1."""
         if not self.unfinished:
             return 0
-        return STOPPED if self.signalled and all(job.state in (STOPPED_EARLY, WAITING) for job in self.unfinished) else 1
+        states = {job.state for job in self.unfinished}
+        return STOPPED if (self.signalled or STOPPED_EARLY in states) and states <= {STOPPED_EARLY, WAITING} else 1
 
     def report(self, objective: str | None = None, *, compared: bool = True) -> None:
         """Print the comparison of the finished runs, then each job that is not finished, why, and how to repeat it."""

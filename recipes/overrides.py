@@ -108,7 +108,8 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
     """
     own = [entry for entry in overrides if is_hydras(entry)]
     if own:
-        raise ValueError(f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m")
+        raise ValueError(
+            f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m")
     cfg = compose(config_name, overrides)
     check_overrides(cfg, config_name, overrides)
     folder = Path(os.path.abspath(cfg.hydra.run.dir))

@@ -35,11 +35,13 @@ RECALLS = [f"{direction}_R@{k}" for direction in ("image_to_text", "text_to_imag
 
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
-    parser = argparse.ArgumentParser(prog="clipkit-study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="clipkit-study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings of every run, as for clipkit-pretrain")
     parser.add_argument("--scale", choices=SCALES, default="mini", help="conf/experiment/study_*.yaml (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="as many runs of each arm (default: %(default)s)")
-    parser.add_argument("--data", metavar="FOLDER", help="the evaluation sets, and at mini scale the training data (CLIPKIT_TEST_DATA)")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="the evaluation sets, and at mini scale the training data (CLIPKIT_TEST_DATA)")
     sweep.add_job_options(parser)
     parser.add_argument("--table", nargs="+", metavar="FOLDER", help="only the table and findings of the finished runs below")
     parser.add_argument("--output", help="OUTPUT.md, .csv, .json, .html (default: study, in the folder of the runs)")
@@ -125,8 +127,8 @@ def write_study(folders: Sequence[str], output: str) -> None:
     groups = labelled(compare(folders))
     claims = ask(groups)
     print(f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups)}\n")
-    for line in told(claims):
-        print(line)
+    print("\n".join(told(claims)))
+    sweep.tell_unfinished(folders)
     written = write_comparison(
         groups, output, title="The language-encoder study", notes=markdown(groups, claims), html=html(claims),
         entries={"findings": [
@@ -161,7 +163,8 @@ def labelled(groups: Sequence[Group]) -> list[Group]:
             continue
         if name in found:
             raise ValueError(
-                f"{name} has runs of different settings, such as {found[name].runs[0].path} and {group.runs[0].path}: give one study's runs")
+                f"{name} has runs of different settings, such as {found[name].runs[0].path} and {group.runs[0].path}: "
+                "give one study's runs")
         twice = [run for i, run in enumerate(group.runs) if run.config["seed"] in [r.config["seed"] for r in group.runs[:i]]]
         if twice:
             raise ValueError(f"{name} has seed {twice[0].config['seed']} twice ({twice[0].path}): pairs go by seed")
@@ -214,9 +217,10 @@ def ask(groups: Sequence[Group]) -> list[Claim]:
     def values(arm: str, name: str) -> dict[int, float]:
         return {seed: run[name][1] for seed, run in by_arm.get(arm, {}).items() if name in run}
 
+    up, down, not_up = (1, "rises"), (-1, "falls"), (-1, "does not rise")
     expected = {
-        ("a", "L_s"): {"uniform_t": (-1, "falls"), "align_l2": (1, "rises"), "retrieval": (1, "rises"), "zero_shot": (1, "rises")},
-        ("b", "L_n"): {"sts": (1, "rises"), "senteval": (1, "rises"), "retrieval": (-1, "does not rise"), "zero_shot": (-1, "does not rise")},
+        ("a", "L_s"): {"uniform_t": down, "align_l2": up, "retrieval": up, "zero_shot": up},
+        ("b", "L_n"): {"sts": up, "senteval": up, "retrieval": not_up, "zero_shot": not_up},
     }
     claims = []
     for (finding, term), wanted in expected.items():
@@ -227,7 +231,7 @@ def ask(groups: Sequence[Group]) -> list[Claim]:
                     if found:
                         claims.append(Claim(finding, f"{name} {word}", f"{base} + {term} against {base}", sign, found))
     for term in list(SENTENCES)[1:]:
-        for name in [name for kind in ("retrieval", "zero_shot", "sts", "senteval") for name, k in kinds.items() if k == kind]:
+        for name in [name for name, kind in kinds.items() if kind in ("retrieval", "zero_shot", "sts", "senteval")]:
             found = paired_gains(
                 values(f"CyCLIP + {term}", name), values("CyCLIP", name), values(f"CLIP + {term}", name), values("CLIP", name))
             if found:
@@ -252,7 +256,8 @@ def count(parts: Sequence[Claim]) -> str:
     if not parts:
         return "not asked: the runs it compares are not there"
     verdicts = [claim.verdict for claim in parts]
-    return f"of {len(parts)} parts {verdicts.count(SHOWS)} show, {verdicts.count(OPPOSITE)} show the opposite, {verdicts.count(UNTOLD)} cannot be told"
+    shown, opposite, untold = (verdicts.count(verdict) for verdict in (SHOWS, OPPOSITE, UNTOLD))
+    return f"of {len(parts)} parts {shown} show, {opposite} show the opposite, {untold} cannot be told"
 
 
 def numbers(claim: Claim) -> str:
@@ -264,11 +269,11 @@ def numbers(claim: Claim) -> str:
 
 
 RULE = (
-    "A difference is paired by seed: d_i is the metric with the change minus without it. Over n seeds the 95 % interval of its mean is "
-    "mean d ∓ t(0.975, n - 1) · s / √n, s the sample standard deviation of the d_i. A part shows when the whole interval is on the "
-    "claimed side of zero, shows the opposite when it is on the other, and cannot be told when zero is inside. \"Does not rise\" "
-    "therefore shows only where the number falls. Nothing is corrected for the number of parts: of those whose true difference is zero, "
-    "1 in 20 falls outside its interval by chance."
+    "A difference is paired by seed: d_i is the metric with the change minus without it. Over n seeds the 95 % interval of its "
+    "mean is mean d ∓ t(0.975, n - 1) · s / √n, s the sample standard deviation of the d_i. A part shows when the whole interval is "
+    "on the claimed side of zero, shows the opposite when it is on the other, and cannot be told when zero is inside. \"Does not "
+    "rise\" therefore shows only where the number falls. Nothing is corrected for the number of parts: of those whose true "
+    "difference is zero, 1 in 20 falls outside its interval by chance."
 )
 
 

@@ -33,7 +33,8 @@ LOG = "output.log"
 
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
-    parser = argparse.ArgumentParser(prog="clipkit-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="clipkit-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for clipkit-pretrain -m; a comma makes jobs")
     add_job_options(parser)
     parser.add_argument("--table", nargs="+", metavar="FOLDER", help="compare the finished runs below; train nothing")
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     """The options about how jobs are run."""
-    parser.add_argument("--processes", type=positive, default=1, help="ranks of each job, started by torchrun (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="ranks of each job, started by torchrun (default: %(default)s)")
     parser.add_argument("--parallel", type=positive, default=1, help="jobs at a time (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads of each process (default: torch's own choice)")
 
@@ -75,16 +77,22 @@ def positive(text: str) -> int:
 def write_tables(folders: Sequence[str], output: str | None, order: str | None, *, shown: bool = True) -> None:
     """Print the comparison of the finished runs, and write it to OUTPUT.md, .csv, .json and .html."""
     from clipkit.evals.comparison import compare, text_tables, write_comparison
-    from clipkit.evals.runs import find_runs
 
     groups = compare(folders, order=order)
     if shown:
         print(f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups)}")
-        unfinished = [run.path for run in find_runs(folders) if not run.summary.get("finished")]
-        if unfinished:
-            print(f"\nNot finished, so left out: {', '.join(map(str, unfinished))}")
+        tell_unfinished(folders)
     if output:
         print("written: " + ", ".join(map(str, write_comparison(groups, output))))
+
+
+def tell_unfinished(folders: Sequence[str]) -> None:
+    """Say which runs a comparison leaves out."""
+    from clipkit.evals.runs import find_runs
+
+    unfinished = [run.path for run in find_runs(folders) if not run.summary.get("finished")]
+    if unfinished:
+        print(f"\nNot finished, so left out: {', '.join(map(str, unfinished))}")
 
 
 def plan(overrides: Sequence[list[str]], *, threads: int | None = None) -> list[jobs.Job]:
@@ -138,7 +146,8 @@ def run_all(planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, t
                 say(f"{signal.Signals(signals[-1]).name}: {len(running)} jobs are told to save and stop")
                 for one in running:
                     one.told = True
-                    one.process.send_signal(signal.SIGTERM)
+                    # A second Ctrl-C does not wait for the save; a scheduler's second SIGTERM does.
+                    one.process.send_signal(signals[-1] if told > 1 else signal.SIGTERM)
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 close(one, f"[{planned.index(one.job) + 1}/{len(planned)}]")
@@ -157,8 +166,13 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
         job.state = jobs.FINISHED
         say(f"{label}: is finished already")
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / LOG, "ab")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = open(folder / LOG, "ab")
+    except OSError as error:
+        job.state, job.error = jobs.FAILED, f"its run folder cannot be written: {error}"
+        say(f"{label}: {job.error}")
+        return None
     try:
         # The job inherits the lock: one whose sweep was killed still holds it.
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -87,7 +87,7 @@ def text_tables(groups: Sequence[Group]) -> str:
         rows = table_rows(groups, heading, names)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         tables.append("\n".join(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
             for row in rows))
     return "\n\n".join(tables)
 
