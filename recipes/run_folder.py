@@ -41,7 +41,9 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         if not config["resume"]:
             raise ValueError(f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder")
         before = OmegaConf.to_container(OmegaConf.load(record))
-        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, config) if key.split(".")[0] not in FREE]
+        # A top-level setting that the record lacks came with a later version of clipkit.
+        now = {key: value for key, value in config.items() if key in before}
+        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now) if key.split(".")[0] not in FREE]
         if changed:
             raise ValueError(
                 f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -103,3 +104,24 @@ def test_a_killed_rank_ends_the_others_and_the_job_continues(one, settings, tmp_
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     assert "resumed at step 5" in finished(torchrun(*settings, f"parallel={parallel}", f"output_dir={tmp_path}"))
     same(only_run(tmp_path), one)
+
+
+def test_sigterm_to_torchrun_saves_on_every_rank(one, settings, tmp_path):
+    process = torchrun(*settings, "parallel=fsdp", "save_every=0", f"output_dir={tmp_path}")
+    wait_for(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "stopped by SIGTERM at step" in output and "run the same command to go on" in output, output
+    assert latest_checkpoint(only_run(tmp_path) / "checkpoints") is not None
+    assert "resumed at step" in run(*settings, "parallel=fsdp", "save_every=0", f"output_dir={tmp_path}")
+    same(only_run(tmp_path), one)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_with_its_samples(settings, tmp_path):
+    process = torchrun(*settings, "optim.lr=1e30", "clip_grad_norm=null", f"output_dir={tmp_path}")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "is not finite at step" in output
+    records = sorted(only_run(tmp_path).glob("nonfinite_step_*.json"))
+    assert [("rank_1" in record.name) for record in records] == [False, True]
+    keys = [json.loads(record.read_text())["keys"] for record in records]
+    assert len(set(keys[0] + keys[1])) == 32

@@ -199,6 +199,12 @@ def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
     (folder / "config.yaml").write_text(config.replace("batch_size: 32", "batch_size: 64"))
     output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
     assert "batch_size: 64 -> 32" in output
+    # A record of an older version, which had fewer settings, is of the same run.
+    (folder / "config.yaml").write_text(config.replace("loss_spike: 3.0\n", "").replace("parallel: ddp\n", ""))
+    assert "is finished" in run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1")
+    (folder / "config.yaml").write_text(config.replace("    impl: auto\n", ""))
+    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
+    assert "loss.infonce.impl: None -> 'auto'" in output
 
 
 PAIRS = {
