@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from clipkit.recipes.progress import Progress
 
 # Settings that may differ between the sessions of one run.
-FREE = ("output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "max_minutes", "timeout_minutes", "loss_spike")
+FREE = (
+    "output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "max_minutes", "timeout_minutes", "loss_spike",
+    "objective")
 
 
 def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -49,14 +51,19 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "
                 "give name=ANOTHER to start beside it, or delete the folder"
             )
-        summary = run_dir / "summary.json"
-        if summary.exists() and (found := json.loads(summary.read_text(encoding="utf-8"))).get("finished"):
+        if (found := read_summary(run_dir)).get("finished"):
             return found
     else:
         temporary = run_dir / f".config.yaml.{os.getpid()}"
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
         os.replace(temporary, record)
     return None
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json, or an empty dict where no run has ended."""
+    summary = run_dir / "summary.json"
+    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -174,15 +181,21 @@ class SpikeRecord:
 
 @contextmanager
 def failure_recorded(run_dir: Path) -> Iterator[None]:
-    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; removed by the next success."""
+    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; the next session removes it.
+
+    Of several ranks' errors the first stays: the others' are that their peer has gone.
+    """
     import traceback
 
+    record = run_dir / "error.txt"
+    if os.environ.get("RANK", "0") == "0":
+        record.unlink(missing_ok=True)
     try:
         yield
     except Exception:
         try:
-            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            with open(record, "x", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
         except OSError:
             pass
         raise
-    (run_dir / "error.txt").unlink(missing_ok=True)

@@ -32,6 +32,9 @@ class StopRequest:
         reason: what asked for the stop, or None; after `agree`, the same on every rank.
     """
 
+    # The last signal any of them received: a sweep also stops for one that came too late for its job.
+    received: int | None = None
+
     def __init__(self, max_minutes: float | None = None) -> None:
         self.reason: str | None = None
         self._code = 0
@@ -45,7 +48,7 @@ class StopRequest:
     def _receive(self, number: int, frame: Any) -> None:
         if self._code and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._code = number
+        self._code = StopRequest.received = number
 
     def agree(self, device: torch.device) -> str | None:
         """The reason any rank has: ranks must stop at the same step. Called by all ranks, once a step."""

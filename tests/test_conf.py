@@ -35,7 +35,7 @@ def shapes(tmp_path_factory) -> list[str]:
 
 @pytest.mark.parametrize("path", CHOICES, ids=str)
 def test_composes(path, shapes):
-    group, name = path.parts[0], path.stem
+    group, name = path.parent.as_posix(), path.stem
     if group == "data" and name != "shapes":
         # The default evaluation reads the shapes' zero-shot set, which other data does not have.
         shapes = ["eval=none"]

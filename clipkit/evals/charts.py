@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -57,6 +58,68 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
             x, y = place[-1]
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{s.colour}">{tip}</circle>')
     return _figure(title, "".join(parts))
+
+
+@dataclass
+class DotRow:
+    """One row of a dot chart: a name and the values of its runs."""
+
+    label: str
+    colour: str
+    values: list[float]
+
+
+def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longest: int = 26) -> str:
+    """A row of dots a group on one axis, with a line at their mean and a band of one sample standard deviation.
+
+    Args:
+        rows: drawn from the top; values that are not finite are left out, a row without any stays empty.
+        longest: characters of a label; a longer one is cut in the middle, and whole when pointed at.
+    """
+    kept = [DotRow(row.label, row.colour, [v for v in row.values if math.isfinite(v)]) for row in rows]
+    spans = [_span(row.values) for row in kept]
+    seen = [v for row, span in zip(kept, spans, strict=True) for v in (*row.values, *span[1:]) if math.isfinite(v)]
+    if not seen:
+        return ""
+    left = 14 + 5.8 * min(longest, max(len(row.label) for row in kept))
+    foot = TOP + row_height * len(kept)
+    axis = Axis(seen, left, WIDTH - RIGHT)
+    parts = []
+    for value in axis.ticks(4):
+        x = axis(value)
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{foot}" class="tick"/>')
+        parts.append(f'<text x="{x:.1f}" y="{foot + 15}" text-anchor="middle">{value:.6g}</text>')
+    for i, (row, (mean, low, high)) in enumerate(zip(kept, spans, strict=True)):
+        y = TOP + (i + 0.5) * row_height
+        tip = f"<title>{escape(row.label)}</title>"
+        parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_cut(row.label, longest))}{tip}</text>')
+        if not row.values:
+            continue
+        parts.append(
+            f'<rect x="{axis(low):.1f}" y="{y - 6:.1f}" width="{max(axis(high) - axis(low), 0):.1f}" height="12" '
+            f'fill="{row.colour}" opacity="0.2"/>'
+            f'<line x1="{axis(mean):.1f}" y1="{y - 8:.1f}" x2="{axis(mean):.1f}" y2="{y + 8:.1f}" stroke="{row.colour}" '
+            f'stroke-width="2.5"/>'
+        )
+        dots = "".join(f'<circle cx="{axis(v):.1f}" cy="{y:.1f}" r="3.2"/>' for v in row.values)
+        parts.append(f'<g fill="{row.colour}" stroke="#fff" stroke-width="0.6">{dots}{tip}</g>')
+    return _figure(title, "".join(parts), height=foot + 24)
+
+
+def _span(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, mean - s, mean + s) with the sample standard deviation s, 0 for one value; NaN for none."""
+    if not values:
+        return (math.nan,) * 3
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return mean, mean - deviation, mean + deviation
+
+
+def _cut(label: str, longest: int) -> str:
+    if len(label) <= longest:
+        return label
+    head = (longest - 1) // 2
+    return f"{label[:head]}…{label[head + 1 - longest:]}"
 
 
 def scatter(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from clipkit.evals.charts import PALETTE, Series, line_chart
+from clipkit.evals.charts import PALETTE, DotRow, Series, dot_chart, line_chart
 from clipkit.evals.runs import Group, find_runs, flatten, group_runs
 
 # Metrics of which less is better.
@@ -70,21 +71,40 @@ def write_report(
     Raises:
         ValueError: a path that holds no run.
     """
-    groups = group_runs(find_runs(runs))
+    pictures = {"queries": queries, "device": device, "batch_size": batch_size} if models else None
+    return write_page(group_runs(find_runs(runs)), output, title=title, pictures=pictures)
+
+
+def write_page(
+    groups: Sequence[Group],
+    output: str | Path,
+    *,
+    title: str,
+    notes: str = "",
+    pictures: dict[str, Any] | None = None,
+) -> Path:
+    """Write the page about groups of runs and return its path.
+
+    Args:
+        notes: HTML set before the final numbers.
+        pictures: settings of clipkit.evals.pictures.group_pictures; None leaves out what needs a checkpoint.
+    """
+    groups = list(groups)
     colours = {group.label: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
-    parts = [_head(title, groups), _legend(colours), _table(groups), _tradeoff(groups, colours)]
+    parts = [_head(title, groups), _legend(colours), notes, _table(groups), _dots(groups, colours)]
     parts += [
+        _tradeoff(groups, colours),
         _curves(groups, colours, "Training", "train/"),
         _curves(groups, colours, "Evaluation during training", "eval/"),
     ]
-    if models:
+    if pictures:
         from clipkit.evals.pictures import group_pictures
 
         for group in groups:
             parts.append(f"<h2>{escape(group.label)}: what the model finds</h2>")
             # The first that has finished, so has a checkpoint.
             run = next((run for run in group.runs if run.summary.get("finished")), group.runs[0])
-            parts.append(group_pictures(run, queries=queries, device=device, batch_size=batch_size))
+            parts.append(group_pictures(run, **pictures))
     parts.append(_settings(groups))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -141,9 +161,9 @@ def _table(groups: list[Group]) -> str:
                 cells.append("<td>-</td>")
                 continue
             mean, deviation, count = value
-            spread = f" <small>± {_number(deviation)}</small>" if deviation is not None else ""
+            spread = f" <small>± {number(deviation)}</small>" if deviation is not None else ""
             strong = ' class="best"' if mean == best else ""
-            cells.append(f'<td{strong} title="{count} runs">{_number(mean)}{spread}</td>')
+            cells.append(f'<td{strong} title="{count} runs">{number(mean)}{spread}</td>')
         arrow = {1: "&nbsp;↑", -1: "&nbsp;↓", 0: ""}[sign]
         rows.append(f"<tr><td>{_breakable(metric)}{arrow}</td>{''.join(cells)}</tr>")
     sizes = {len(group.runs) for group in groups}
@@ -166,8 +186,28 @@ def _breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>").replace("+", "+<wbr>")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Four decimals for recalls and distances, two for per cents and ranks."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _dots(groups: list[Group], colours: dict[str, str]) -> str:
+    """Every run's final numbers as dots, where some group has several runs."""
+    if len(groups) < 2 or all(len(group.runs) == 1 for group in groups):
+        return ""
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.final)
+    charts = []
+    for name in names:
+        rows = [
+            DotRow(group.label, colours[group.label], [run.final[name] for run in group.runs if name in run.final])
+            for group in groups
+        ]
+        arrow = {1: " ↑", -1: " ↓", 0: ""}[_direction(name)]
+        charts.append(dot_chart(name + arrow, rows))
+    return (
+        '<h2>Each run</h2><p class="note">A dot is a run; the line is their mean, the band one sample standard deviation to each '
+        f'side; ↑ more is better, ↓ less is better.</p><div class="grid">{"".join(charts)}</div>'
+    )
 
 
 def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: str) -> str:

@@ -22,6 +22,7 @@ SAME = (
     "save_every",
     "keep",
     "logger",
+    "objective",
 )
 
 

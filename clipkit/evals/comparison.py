@@ -1,0 +1,166 @@
+"""Finished runs side by side: those that differ by the seed alone are one row, mean and sample standard deviation.
+
+    groups = compare(["runs/quickstart"])
+    print(text_tables(groups))
+    write_comparison(groups, "comparison")     # comparison.md, .csv, .json and .html
+
+A number over n runs is mean = sum(x) / n and s = sqrt(sum((x - mean)^2) / (n - 1)); one run alone has no s.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clipkit.evals.report import number, write_page
+from clipkit.evals.runs import Group, find_runs, flatten, group_runs
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+def compare(paths: Sequence[str | Path], *, order: str | None = None) -> list[Group]:
+    """The groups of the finished runs at or below the paths.
+
+    Args:
+        paths: run folders, or folders that hold them.
+        order: "task/metric" whose largest mean comes first; None: the order of the paths.
+
+    Raises:
+        ValueError: no such folder, no run in it, or none that is finished.
+    """
+    runs = [run for run in find_runs(paths) if run.summary.get("finished")]
+    if not runs:
+        raise ValueError(f"no run under {', '.join(map(str, paths))} is finished: summary.json says when one is")
+    groups = group_runs(runs)
+    if order:
+        groups.sort(key=lambda group: -(group.spread(order) or (float("-inf"),))[0])
+    return groups
+
+
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """Every final metric of any run, in the order of their first appearance."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
+
+
+def blocks(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """{a table's heading: its metrics}: a table a task, and of retrieval one a direction."""
+    found: dict[str, list[str]] = {}
+    for name in metric_names(groups):
+        task, _, metric = name.rpartition("/")
+        direction = next((d for d in DIRECTIONS if metric.startswith(f"{d}_")), "")
+        found.setdefault(f"{task} {direction.replace('_', ' ')}".strip(), []).append(name)
+    return found
+
+
+def table_rows(groups: Sequence[Group], heading: str, names: Sequence[str]) -> list[list[str]]:
+    """One table as text cells, its header first: the group, n, then mean ± s of every metric ("-" where it has none)."""
+    short = [name.rpartition("/")[2] for name in names]
+    for direction in DIRECTIONS:
+        short = [name.removeprefix(f"{direction}_") for name in short]
+    rows = [[heading, "n", *short]]
+    for group in groups:
+        found = [group.spread(name) for name in names]
+        counts = sorted({value[2] for value in found if value})
+        if counts:
+            # Runs of a group may have been scored on different tasks.
+            n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            rows.append([group.label, n, *map(_cell, found)])
+    return rows
+
+
+def _cell(value: tuple[float, float | None, int] | None) -> str:
+    if value is None:
+        return "-"
+    mean, deviation, _ = value
+    return number(mean) if deviation is None else f"{number(mean)} ± {number(deviation)}"
+
+
+def text_tables(groups: Sequence[Group]) -> str:
+    """The tables for a terminal; an empty string when no run was evaluated."""
+    tables = []
+    for heading, names in blocks(groups).items():
+        rows = table_rows(groups, heading, names)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        tables.append("\n".join(
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
+            for row in rows))
+    return "\n\n".join(tables)
+
+
+def markdown_tables(groups: Sequence[Group]) -> str:
+    """The tables in Markdown."""
+    return "\n\n".join(markdown_table(table_rows(groups, heading, names)) for heading, names in blocks(groups).items())
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Cells, the header first, as one Markdown table; numbers are set right."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def csv_table(groups: Sequence[Group]) -> str:
+    """A line a group and metric: group, metric, n, mean, standard_deviation (empty for one run), and each run's value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["group", "metric", "n", "mean", "standard_deviation", "values"])
+    for group in groups:
+        for name in metric_names([group]):
+            mean, deviation, n = group.spread(name)
+            values = " ".join(repr(run.final[name]) for run in group.runs if name in run.final)
+            writer.writerow([group.label, name, n, repr(mean), "" if deviation is None else repr(deviation), values])
+    return out.getvalue()
+
+
+def as_json(groups: Sequence[Group]) -> dict[str, Any]:
+    """Every number with the runs it comes from."""
+    return {"groups": [_group_json(group) for group in groups]}
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    metrics = {}
+    for name in metric_names([group]):
+        mean, deviation, n = group.spread(name)
+        metrics[name] = {
+            "n": n, "mean": mean, "standard_deviation": deviation, "values": [run.final.get(name) for run in group.runs]}
+    runs = [{"folder": str(run.path), "seed": run.config.get("seed"), "step": run.summary.get("step"),
+             "seconds": run.summary.get("seconds_this_session"), "versions": run.summary.get("versions")} for run in group.runs]
+    settings = {key: value for key, value in flatten(group.runs[0].config).items() if key != "seed"} if group.runs else {}
+    return {"label": group.label, "runs": runs, "metrics": metrics, "settings": settings}
+
+
+def write_comparison(
+    groups: Sequence[Group], output: str | Path, *, title: str = "Comparison of runs", notes: str = "", html: str = "",
+    entries: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write OUTPUT.md, OUTPUT.csv, OUTPUT.json and OUTPUT.html; returns their paths.
+
+    Args:
+        notes: Markdown set above the tables.
+        html: the same for the page.
+        entries: more for the JSON, beside "groups".
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    explained = (
+        "Mean ± sample standard deviation over n runs that differ by the seed alone. STS and SentEval are per cent, recall and "
+        "accuracy fractions of 1.")
+    texts = {
+        ".md": f"# {title}\n\n{notes}{explained}\n\n{markdown_tables(groups)}\n",
+        ".csv": csv_table(groups),
+        ".json": json.dumps({**(entries or {}), **as_json(groups)}, indent=1) + "\n",
+    }
+    paths = []
+    for suffix, text in texts.items():
+        # Not with_suffix: the name may hold a dot of its own.
+        path = output.with_name(output.name + suffix)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        paths.append(path)
+    return [*paths, write_page(groups, output.with_name(f"{output.name}.html"), title=title, notes=html)]
