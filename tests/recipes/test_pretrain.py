@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -123,6 +124,21 @@ def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
     for a, b in zip(first, second, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_and_recomputed_towers_train_the_same_model(tmp_path, shapes):
+    """torch.compile, activation checkpointing and layer-wise rates together, beside layer-wise rates alone."""
+    settings = [*SMALL, shapes, "image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0",
+                "optim.layer_decay=0.5", "optim.eps=1e-5", "steps=3", "eval=none", "logger=none"]
+    run(*settings, f"output_dir={tmp_path}/plain")
+    run(*settings, "compile=true", "image_tower.activation_checkpointing=true", "text_tower.activation_checkpointing=true",
+        f"output_dir={tmp_path}/compiled")
+    plain, compiled = only_run(tmp_path / "plain"), only_run(tmp_path / "compiled")
+    for a, b in zip(lines(plain), lines(compiled), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
+    expected = weights(plain)
+    assert all(torch.allclose(tensor, expected[name], atol=1e-4) for name, tensor in weights(compiled).items())
 
 
 def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
