@@ -150,5 +150,6 @@ def _label(index: int, flat: list[dict[str, Any]], run: Run) -> str:
         if key.startswith(("loss.", "eval.", "data.")) and len(set(losses)) > 1:
             continue
         if any(other.get(key, value) != value for other in flat):
-            parts.append(f"{key}={value}")
+            # A searched value has more digits than a table has room for.
+            parts.append(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}")
     return ", ".join(parts[:4]) or run.path.name

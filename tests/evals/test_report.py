@@ -130,8 +130,11 @@ def test_the_page_is_whole_self_contained_and_escaped(runs, tmp_path):
     text = " ".join(parsed.text)
     assert "0.5050 <small>± 0.0071" in page and "0.3050 <small>± 0.0071" in page
     assert 'class="best" title="2 runs">0.5050' in page
-    # Curves of loss and three metrics, three trade-offs with uniform_t alone present, a matrix, a plane, a confusion.
-    assert parsed.tags.count("svg") == 1 + 3 + 1 + 3
+    # Dots of three metrics, curves of loss and of those, three trade-offs with uniform_t alone present, a matrix, a plane, a
+    # confusion.
+    assert parsed.tags.count("svg") == 3 + 1 + 3 + 1 + 3
+    # Two runs of two groups, three metrics.
+    assert page.count('r="3.2"') == 2 * 2 * 3
     assert "uniform_t against alignment" in text
     assert page.count("“") == 3 + 1 and "Confusion of 64 classes" in text
     # A caption's own image is framed, or stands last.
