@@ -2,8 +2,10 @@
 
 A checkpoint is a folder `step_00000600/`:
 
-    model.safetensors   weights of the model ("model.*") and of losses that have any ("loss.*")
-    train.pt            optimizer, schedule, RNG, data position: tensors, numbers, lists and strings only
+    model.safetensors   weights of the model ("model.*"), of losses that have any ("loss.*"), and their average ("average.*")
+    optimizer.safetensors   the optimizer's state ("optimizer.N.KEY", N the parameter's number)
+    shards/             instead of these two, of a run whose weights are split over ranks: a part of every tensor a rank
+    train.pt            schedule, RNG, data position, the optimizer's settings: tensors, numbers, lists and strings only
     config.json         the resolved config the run was started with
     tokenizer.json      what turns captions into ids for this model
     manifest.json       step, metrics, versions, and the sha256 of every other file
@@ -21,13 +23,16 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MANIFEST = "manifest.json"
+SHARDS = "shards"
 
 
 def _sha256(path: Path) -> str:
@@ -90,6 +95,7 @@ def save_checkpoint(
     step: int,
     *,
     weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor] | None = None,
     train_state: Mapping[str, Any],
     config: Mapping[str, Any],
     tokenizer: Any = None,
@@ -98,7 +104,8 @@ def save_checkpoint(
     """Write `folder/step_XXXXXXXX` atomically and return it.
 
     Args:
-        weights: name to tensor, as `model.*` and `loss.*`.
+        weights: name to tensor, as `model.*`, `loss.*` and `average.*`.
+        optimizer: name to tensor, as `optimizer.N.KEY` (clipkit.sharding.optimizer_tensors).
         train_state: everything else a run needs to go on; tensors, numbers, lists, dicts and strings.
         config: the resolved config, JSON-serialisable.
         tokenizer: an object with `save(path)`, or None.
@@ -111,41 +118,135 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    final = folder / f"step_{step:08d}"
-    # Names that start with a dot are never taken for checkpoints.
-    temporary = folder / f".writing-{final.name}-{os.getpid()}"
+    temporary = _temporary(folder, step)
+    with _nothing_half_written(temporary):
+        _write_small_files(temporary, train_state, config, tokenizer)
+        save_file(_on_cpu(weights), temporary / "model.safetensors")
+        if optimizer:
+            save_file(_on_cpu(optimizer), temporary / "optimizer.safetensors")
+        return _seal(folder, temporary, step, metrics)
+
+
+def save_sharded_checkpoint(
+    folder: str | Path,
+    step: int,
+    *,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    train_state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Any = None,
+    metrics: Mapping[str, float] | None = None,
+    group: Any,
+) -> Future:
+    """The same from the ranks of a run whose tensors are split (FSDP2): each writes its parts, in the background.
+
+    Every rank calls it with the same step; rank 0's `train_state`, `config`, `tokenizer` and `metrics` are written. It returns once
+    the tensors are copied. The copies are written by torch.distributed.checkpoint as safetensors under `shards/`, and the
+    folder gets its final name when all parts are there: `load_checkpoint` reads it on any number of ranks.
+
+    Args:
+        group: a gloo process group of all ranks that nothing else uses meanwhile.
+
+    Returns:
+        A future: on rank 0 of the Path, elsewhere of None once all parts are written. Wait for it before the next call.
+
+    Raises:
+        OSError: on every rank, from the call or from the future, as in `save_checkpoint`.
+    """
+    from torch.distributed import checkpoint as distributed_checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    from clipkit.distributed import gather_objects, rank
+
+    folder, problem = Path(folder), None
+    # The ranks agree on this name; the folder is theirs alone.
+    temporary = folder / f".writing-step_{step:08d}"
+    if rank(group) == 0:
+        try:
+            with _nothing_half_written(temporary):
+                _temporary(folder, step, name=temporary.name)
+                _write_small_files(temporary, train_state, config, tokenizer)
+                (temporary / SHARDS).mkdir()
+        except OSError as error:
+            problem = str(error)
+    problem = gather_objects(problem, group)[0]
+    if problem:
+        raise OSError(problem)
+    # Training goes on while the copies are written. Tensors on a device are copied by async_save.
+    tensors = {
+        name: tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach()
+        for name, tensor in {**weights, **optimizer}.items()
+    }
+    writer = HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
+    written = distributed_checkpoint.async_save(tensors, storage_writer=writer, process_group=group)
+
+    def finish() -> Path | None:
+        with _nothing_half_written(temporary):
+            written.result()
+            return _seal(folder, temporary, step, metrics) if rank(group) == 0 else None
+
+    return _writer.submit(finish)
+
+
+# One thread: a checkpoint is finished before the next one is.
+_writer = ThreadPoolExecutor(1, thread_name_prefix="clipkit-checkpoint")
+
+
+def _temporary(folder: Path, step: int, name: str | None = None) -> Path:
+    """A new folder to write in; names that start with a dot are never taken for checkpoints."""
+    temporary = folder / (name or f".writing-step_{step:08d}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+@contextmanager
+def _nothing_half_written(temporary: Path) -> Iterator[None]:
+    """An error inside removes the folder; it reaches the caller as an OSError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".writing-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-        save_file(tensors, temporary / "model.safetensors")
-        torch.save(dict(train_state), temporary / "train.pt")
-        (temporary / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(temporary / "tokenizer.json")
-        names = sorted(path.name for path in temporary.iterdir())
-        manifest = {
-            "step": step,
-            "metrics": dict(metrics or {}),
-            "versions": {"torch": torch.__version__},
-            "sha256": {name: _sha256(temporary / name) for name in names},
-        }
-        for name in names:
-            _flush(temporary / name)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(temporary / MANIFEST)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _flush(folder)
-    except Exception as error:
+        yield
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, KeyboardInterrupt, SystemExit)):
             raise
-        # safetensors reports a full disk as an error type of its own.
-        raise OSError(f"checkpoint {final} could not be written: {error}") from error
+        # safetensors reports a full disk as a type of its own; so does torch.distributed.checkpoint, as a BaseException with
+        # the ranks' errors.
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        raise OSError(f"checkpoint {temporary.parent} could not be written: {causes[0]}") from error
+
+
+def _write_small_files(temporary: Path, train_state: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> None:
+    torch.save(dict(train_state), temporary / "train.pt")
+    (temporary / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(temporary / "tokenizer.json")
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float] | None) -> Path:
+    """Flush every file, write the manifest last, and give the folder its final name, which is returned."""
+    final = folder / f"step_{step:08d}"
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {
+        "step": step,
+        "metrics": dict(metrics or {}),
+        "versions": {"torch": torch.__version__},
+        "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
+    }
+    for path in files:
+        _flush(path)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _flush(temporary / MANIFEST)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _flush(folder)
     return final
 
 
@@ -200,23 +301,39 @@ def prune(folder: str | Path, *, keep: int, metric: str | None = None) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(path: str | Path, *, verified: bool = False) -> dict[str, Any]:
-    """Read a checkpoint folder into {"step", "weights", "train_state", "config", "metrics"}, tensors on the CPU.
+def load_checkpoint(
+    path: str | Path, *, verified: bool = False, like: Callable[[str], torch.Tensor | None] | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint folder, whole or sharded, into {"step", "weights", "optimizer", "train_state", "config", "metrics"}.
+
+    Args:
+        verified: the hashes have been checked already.
+        like: of a tensor's name, a tensor to split it as over the ranks (FSDP2), so that each rank of a sharded
+            checkpoint reads its own part. None: everything in full, on the CPU.
 
     Raises:
         ValueError: it is damaged; the message says which file and how.
     """
     from safetensors.torch import load_file
 
+    from clipkit.sharding import read_shards
+
     path = Path(path)
     problem = None if verified else verify(path)
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}. Use an older one, or one from another copy.")
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if (path / SHARDS).is_dir():
+        tensors = read_shards(path / SHARDS, like)
+    else:
+        tensors = load_file(path / "model.safetensors")
+        if (path / "optimizer.safetensors").is_file():
+            tensors |= load_file(path / "optimizer.safetensors")
     return {
         "step": manifest["step"],
         "metrics": manifest["metrics"],
-        "weights": load_file(path / "model.safetensors"),
+        "weights": {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")},
+        "optimizer": {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")},
         "train_state": torch.load(path / "train.pt", map_location="cpu", weights_only=True),
         "config": json.loads((path / "config.json").read_text(encoding="utf-8")),
     }
@@ -240,7 +357,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def split_weights(weights: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    """The entries under `part.` with that prefix removed; part is "model" or "loss"."""
+    """The entries under `part.` with that prefix removed; part is "model", "loss" or "average"."""
     return {name[len(part) + 1 :]: tensor for name, tensor in weights.items() if name.startswith(part + ".")}
 
 
@@ -258,7 +375,9 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple
     tokenizer = load_tokenizer(path / "tokenizer.json")
     model = create_model(model_config(loaded["config"], pretrained=False), tokenizer=tokenizer)
     try:
-        model.load_state_dict(split_weights(loaded["weights"], "model"))
+        # What the run itself was evaluated by.
+        weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the weights of {path} do not fit the architecture in its config.json: {error}") from error
     return model.to(device).eval(), tokenizer, loaded["config"]

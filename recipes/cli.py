@@ -54,7 +54,7 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
         hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(function)()
     except (KeyboardInterrupt, SystemExit) as stopped:
         if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
-            sweep.end("a request to stop", signalled=True)
+            sweep.end("a signal", signalled=True)
         raise
     except Exception as error:
         if sweep and sweep.records.read():
@@ -120,8 +120,8 @@ class JobFunction:
                 check_objective(cfg)
                 value = objective_value(self.task(cfg, run_dir), cfg.get("objective"))
         except jobs.Stopped:
-            # Here it is the sweep that was told to stop; in a worker it is this job alone.
-            if os.getpid() == self.process:
+            # A signal here tells the sweep to stop; in a worker, or when its minutes are up, it is this job alone.
+            if os.getpid() == self.process and session.StopRequest.received:
                 sys.exit(session.STOPPED)
             raise
         if session.StopRequest.received and os.getpid() == self.process:
@@ -182,7 +182,7 @@ class Sweep:
 
         Args:
             trouble: what ended the sweep before its jobs.
-            signalled: that was a signal, or a job's max_minutes.
+            signalled: that was a signal.
         """
         outcome = jobs.Outcome(self.records.read(self.planned), self.command, signalled)
         outcome.report(self.objective)

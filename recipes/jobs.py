@@ -22,7 +22,7 @@ from clipkit.recipes.session import STOPPED
 
 FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "running", "not started"
 REASONS = {
-    STOPPED_EARLY: "told to stop, by a signal or by max_minutes; it goes on from what it saved",
+    STOPPED_EARLY: "stopped by a signal or by max_minutes; it goes on from what it saved",
     RUNNING: "killed outright, or still running elsewhere: it left no result",
     WAITING: "not started",
 }
@@ -51,7 +51,7 @@ class Job:
 
 
 class Stopped(RuntimeError):
-    """A job of a launcher was told to stop, and saved; raised instead of SystemExit, which would end its worker."""
+    """A job of a sweep stopped before its end, and saved; raised instead of SystemExit, which would end its worker."""
 
 
 def expand(overrides: Sequence[str], loader: Any = None) -> list[list[str]]:

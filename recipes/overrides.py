@@ -5,6 +5,7 @@ Errors say what to do: hydra's own suggest nothing, and YAML alone takes what no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -154,6 +155,9 @@ def explain(error: BaseException, config_name: str) -> str:
             group, _, name = link.missing_cfg_file.rpartition("/")
             return _unknown_choice(group, name.removesuffix(".yaml"), config_name)
     text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and "output_dir=" not in text:
+        # hydra makes the run folder before anything of ours runs.
+        return f"{text}; give output_dir= a folder you can write"
     missing = re.search(r"Could not (?:find|load) '([\w/]+)/([\w\-]+)'", text)
     if missing:
         return _unknown_choice(missing.group(1), missing.group(2), config_name)

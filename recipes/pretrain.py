@@ -12,14 +12,13 @@ Nothing imported at the top imports torch, so the command line answers at once.
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.recipes import batches, run_folder, session
+from clipkit.recipes import batches, run_folder, saving, session
 from clipkit.recipes.cli import run
 from clipkit.recipes.progress import Progress
 from clipkit.registry import unknown
@@ -36,7 +35,7 @@ def main() -> None:
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """One run from its config; returns the final metrics."""
     device = session.choose_device(cfg.device)
-    with session.process_group(device) as (rank, world_size), run_folder.failure_recorded(run_dir):
+    with session.process_group(device, cfg.timeout_minutes) as (rank, world_size), run_folder.failure_recorded(run_dir):
         config = session.on_rank_0_first(lambda: resolved(cfg))
         finished = session.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
         if finished:
@@ -45,7 +44,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
                 print(run_folder.table(finished["metrics"]))
             return finished["metrics"]
         state = build(config, run_dir, device, rank, world_size)
-        resume(state)
+        saving.resume(state)
         return train(state)
 
 
@@ -86,8 +85,11 @@ class State:
     optimizer: Any
     schedule: Any
     total: int
+    average: Any = None
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    saving: Any = None
+    saving_group: Any = None
 
     @property
     def checkpoints(self) -> Path:
@@ -104,7 +106,8 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
     from clipkit.loggers import tolerate_broken_wandb
     from clipkit.losses import create_loss
     from clipkit.model import create_model
-    from clipkit.optim import create_optimizer, create_schedule
+    from clipkit.optim import WeightAverage, create_optimizer, create_schedule
+    from clipkit.sharding import shard
 
     tolerate_broken_wandb()
     if config["num_threads"]:
@@ -116,8 +119,14 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
     model = create_model(model_config(config), tokenizer=tokenizer)
     model.check_inputs(loss.inputs)
     model, loss = model.to(device), loss.to(device)
-    if config["channels_last"]:
+    sharded = session.sharded(config["parallel"])
+    if config["channels_last"] and not sharded:
+        # FSDP2 takes contiguous weights alone; the images come in channels_last all the same.
         model.image_tower.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        session.compile_towers(model, by_block=sharded)
+    if sharded:
+        model, loss = shard(model), shard(loss)
     share = {"seed": config["seed"], "rank": rank, "world_size": world_size}
     stream = create_stream(
         data, tokenizer=tokenizer, image_size=model.image_tower.image_size, num_workers=data["num_workers"],
@@ -134,9 +143,12 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
     schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
     optimizer = create_optimizer([model, loss], **optim)
     schedule = create_schedule(optimizer, total_steps=total, **schedule)
+    average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
     # Ranks start from the same weights, and go on with dropout masks of their own.
     torch.manual_seed(config["seed"] * world_size + rank)
-    return State(config, run_dir, device, rank, world_size, model, loss, tokenizer, stream, sentences, optimizer, schedule, total)
+    return State(
+        config, run_dir, device, rank, world_size, model, loss, tokenizer, stream, sentences, optimizer, schedule, total, average,
+        saving_group=torch.distributed.new_group(backend="gloo") if sharded else None)
 
 
 def train(state: State) -> dict[str, float]:
@@ -144,7 +156,7 @@ def train(state: State) -> dict[str, float]:
     import torch
 
     from clipkit.data import create_augment
-    from clipkit.distributed import gather_objects
+    from clipkit.distributed import barrier, gather_objects
     from clipkit.grad_cache import cached_backward
     from clipkit.loggers import Loggers
 
@@ -159,10 +171,10 @@ def train(state: State) -> dict[str, float]:
     wanted = (*loss.inputs, *loss.optional_inputs)
     augment = create_augment(config["data"]["augmentation"], seed=config["seed"])
     encode = session.data_parallel(model, state.device, wanted=wanted)
-    encode = torch.compile(encode) if config["compile"] else encode
     loss = session.data_parallel(loss, state.device)
     autocast = session.autocast(config["precision"], state.device)
-    stop = session.StopRequest()
+    stop = session.StopRequest(config["max_minutes"])
+    spikes = run_folder.SpikeRecord(state.run_dir, config["loss_spike"])
     source = batches.joined(state.stream, state.sentences)
     started = time.monotonic()
     model.train()
@@ -179,22 +191,28 @@ def train(state: State) -> dict[str, float]:
                 features = encode(batch, wanted)
             terms = loss(features)
             terms["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config["clip_grad_norm"] or math.inf)
-        numbers = run_folder.checked_finite({**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=batch.get("key", []))
+        norm = session.clip_grad_norm(parameters, config["clip_grad_norm"] or math.inf)
+        keys = batch.get("key", [])
+        numbers = run_folder.checked_finite({**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=keys)
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
         model.clamp_logit_scale(config["max_logit_scale"])
+        if state.average:
+            state.average.update(model)
         state.step += 1
         state.metrics = {}
 
-        if loggers and (state.step % config["log_every"] == 0 or state.step == state.total):
-            loggers.log(state.step, {
-                **{f"train/{name}": value for name, value in numbers.items()},
-                "train/lr": state.schedule.get_last_lr()[0], "train/logit_scale": model.logit_scale.item(),
-                "train/data_seconds": waited, "train/seconds": time.monotonic() - started})
-        progress.show(state.step, {**{name: numbers[name] for name in terms}, "lr": state.schedule.get_last_lr()[0]})
         last = state.step == state.total
+        lr = state.schedule.get_last_lr()[0]
+        if last or due(state.step, config["log_every"]):
+            logit_scale = model.logit_scale.item()
+            if loggers:
+                loggers.log(state.step, {
+                    **{f"train/{name}": value for name, value in numbers.items()}, "train/lr": lr, "train/logit_scale": logit_scale,
+                    "train/data_seconds": waited, "train/seconds": time.monotonic() - started})
+        progress.show(state.step, {**{name: numbers[name] for name in terms}, "lr": lr})
+        spikes.see(state.step, numbers["loss"], keys, progress)
         if last or due(state.step, config["eval_every"]):
             state.metrics = score(state)
             if loggers and state.metrics:
@@ -203,12 +221,14 @@ def train(state: State) -> dict[str, float]:
                 progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")
         perhaps_best = bool(state.metrics and config["best_metric"])
         if stop.agree(state.device) or last or perhaps_best or due(state.step, config["save_every"]):
-            save(state, progress)
-        if stop.signal and not last:
+            saving.save(state, progress, now=last or stop.reason is not None)
+        if stop.reason and not last:
             progress.close()
             if loggers:
                 loggers.close()
-                print(f"stopped by {signal.Signals(stop.signal).name} at step {state.step}, saved; run the same command to go on")
+                print(f"stopped by {stop.reason} at step {state.step}, saved; run the same command to go on", flush=True)
+            # A rank that leaves is taken for failed and the others are ended: rank 0 must have saved.
+            barrier()
             sys.exit(session.STOPPED)
     progress.close()
     reports = gather_objects(state.stream.report())
@@ -235,65 +255,12 @@ def score(state: State) -> dict[str, float]:
     tasks = state.config["eval"]
     if state.step < state.total:
         tasks = {name: task for name, task in tasks.items() if name not in state.config["final_eval"]}
-    results = evaluate(
-        state.model, state.tokenizer, tasks, device=state.device,
-        batch_size=state.config["batch_size"], group="auto")
+    with session.evaluated_model(state) as model:
+        results = evaluate(model, state.tokenizer, tasks, device=state.device, batch_size=state.config["batch_size"], group="auto")
     metrics, best = run_folder.flatten(results), state.config["best_metric"]
     if best and best not in metrics:
         raise unknown("best_metric", best, metrics)
     return metrics
-
-
-def save(state: State, progress: Progress) -> None:
-    """Write a checkpoint and drop old ones; a disk that is full leaves the last good one and a warning."""
-    from clipkit.checkpoint import latest_checkpoint, prune, rng_state, save_checkpoint
-    from clipkit.distributed import gather_objects
-
-    weights = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    weights.update({f"loss.{name}": tensor for name, tensor in state.loss.state_dict().items()})
-    ranks = gather_objects({"rng": rng_state(), "stream": state.stream.state_dict()})
-    if state.rank != 0:
-        return
-    train_state = {
-        "optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict(), "ranks": ranks,
-        "sentences": state.sentences.state_dict() if state.sentences else None}
-    try:
-        save_checkpoint(
-            state.checkpoints, state.step, weights=weights, train_state=train_state, config=state.config,
-            tokenizer=state.tokenizer, metrics=state.metrics)
-    except OSError as error:
-        kept = latest_checkpoint(state.checkpoints)
-        if state.step == state.total:
-            raise OSError(f"the final checkpoint could not be written ({error}); the last good one is {kept}") from error
-        progress.say(f"warning: no checkpoint at step {state.step}: {error}; the last good one is {kept}")
-        return
-    prune(state.checkpoints, keep=state.config["keep"], metric=state.config["best_metric"])
-
-
-def resume(state: State) -> None:
-    """Continue from the folder's newest good checkpoint, if there is one."""
-    from clipkit.checkpoint import latest_checkpoint, load_checkpoint, set_rng_state, split_weights
-
-    path = latest_checkpoint(state.checkpoints)
-    if path is None:
-        return
-    loaded = load_checkpoint(path, verified=True)
-    state.model.load_state_dict(split_weights(loaded["weights"], "model"))
-    state.loss.load_state_dict(split_weights(loaded["weights"], "loss"))
-    saved = loaded["train_state"]
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.schedule.load_state_dict(saved["schedule"])
-    if state.sentences:
-        state.sentences.load_state_dict(saved["sentences"])
-    if len(saved["ranks"]) == state.world_size:
-        mine = saved["ranks"][state.rank]
-        set_rng_state(mine["rng"])
-        state.stream.load_state_dict(mine["stream"])
-    else:
-        # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
-        faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]] if state.rank == 0 else []
-        state.stream.load_state_dict({**saved["ranks"][0]["stream"], "faults": faults})
-    state.step, state.metrics = loaded["step"], loaded["metrics"]
 
 
 def due(step: int, every: int) -> bool:

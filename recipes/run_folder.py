@@ -6,14 +6,21 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipkit.recipes.progress import Progress
 
 # Settings that may differ between the sessions of one run.
-FREE = ("output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "objective")
+FREE = (
+    "output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "max_minutes", "timeout_minutes", "loss_spike",
+    "objective")
 
 
 def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -36,7 +43,9 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         if not config["resume"]:
             raise ValueError(f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder")
         before = OmegaConf.to_container(OmegaConf.load(record))
-        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, config) if key.split(".")[0] not in FREE]
+        # A top-level setting that the record lacks came with a later version of clipkit.
+        now = {key: value for key, value in config.items() if key in before}
+        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now) if key.split(".")[0] not in FREE]
         if changed:
             raise ValueError(
                 f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "
@@ -123,15 +132,51 @@ def checked_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: 
     """
     from clipkit.checkpoint import write_json
 
-    values = {name: value.item() for name, value in terms.items()}
+    import torch
+
+    # One copy from the device for all of them.
+    values = dict(zip(terms, torch.stack([value.detach().float() for value in terms.values()]).tolist(), strict=True))
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return values
-    record = run_dir / f"nonfinite_step_{step}.json"
+    record = run_dir / f"nonfinite_step_{step}{of_rank()}.json"
     write_json(record, {"terms": {name: str(value) for name, value in values.items()}, "keys": list(keys)})
     raise RuntimeError(
         f"the {' and the '.join(bad)} is not finite at step {step} ({values}); the weights are unchanged and the batch's keys are in {record}. "
         "Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint.")
+
+
+def of_rank() -> str:
+    """What the name of a file ends in that each rank writes for its share of the batch; nothing on rank 0."""
+    from clipkit.distributed import rank
+
+    return f"_rank_{rank()}" if rank() else ""
+
+
+class SpikeRecord:
+    """Steps whose loss stands out, with the keys of their samples: RUN/loss_spikes.jsonl, a file a rank.
+
+    Args:
+        factor: a spike is a loss above `factor` times the median of the 100 steps before; None: nothing is recorded.
+    """
+
+    def __init__(self, run_dir: Path, factor: float | None):
+        self.path, self.factor = run_dir / f"loss_spikes{of_rank()}.jsonl", factor
+        self.recent: deque[float] = deque(maxlen=100)
+
+    def see(self, step: int, loss: float, keys: Any, progress: Progress) -> None:
+        """Take in a step's loss; the first 20 of a session are never spikes."""
+        usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
+        self.recent.append(loss)
+        if self.factor is None or loss <= self.factor * usual:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "loss": loss, "median": usual, "keys": list(keys)}) + "\n")
+        except OSError as error:
+            progress.say(f"warning: the loss spike at step {step} could not be recorded: {error}")
+            return
+        progress.say(f"loss spike at step {step}: {loss:.4g}, {loss / usual:.1f} times the median before; its samples' keys are in {self.path}")
 
 
 @contextmanager

@@ -6,50 +6,68 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from clipkit.registry import unknown
 
 if TYPE_CHECKING:
     import torch
+
+    from clipkit.recipes.pretrain import State
 
 # sysexits' EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on.
 STOPPED = 75
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one interrupts at once.
+    """Turns SIGTERM, Ctrl-C and the end of `max_minutes` into a flag that the loop reads between steps.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: a scheduler and torchrun each send one.
 
     Attributes:
-        signal: the signal's number, or None; after `agree`, the same on every rank.
+        reason: what asked for the stop, or None; after `agree`, the same on every rank.
     """
 
     # The last signal any of them received: a sweep also stops for one that came too late for its job.
     received: int | None = None
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.reason: str | None = None
+        self._code = 0
+        self._minutes = max_minutes
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         # Signals can only be caught in the main thread; a launcher may run jobs in others.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self._code and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = StopRequest.received = number
+        self._code = StopRequest.received = number
 
-    def agree(self, device: torch.device) -> int | None:
-        """The signal any rank has received: ranks must stop at the same step. Called by all ranks, once a step."""
+    def agree(self, device: torch.device) -> str | None:
+        """The reason any rank has: ranks must stop at the same step. Called by all ranks, once a step."""
         import torch
 
         from clipkit.distributed import is_distributed
 
+        # A signal's number, or one that no signal has.
+        code = self._code or (_TIME_IS_UP if self._deadline and time.monotonic() > self._deadline else 0)
         if is_distributed():
-            seen = torch.tensor(self.signal or 0, device=device)
+            seen = torch.tensor(code, device=device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-            self.signal = int(seen) or None
-        return self.signal
+            code = int(seen)
+        if code:
+            self.reason = f"max_minutes={self._minutes:g}" if code == _TIME_IS_UP else signal.Signals(code).name
+        return self.reason
+
+
+_TIME_IS_UP = 1000
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,8 +85,12 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(rank, world size); under torchrun the default process group is up inside, and taken down after."""
+def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tuple[int, int]]:
+    """(rank, world size); under torchrun the default process group is up inside, and taken down after.
+
+    When a rank dies, its neighbours' collectives fail (gloo: at once; NCCL: torchrun ends them, or after
+    `timeout_minutes`), which is raised as an error that says so.
+    """
     import torch
     from torch import distributed
 
@@ -78,11 +100,29 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # gloo beside NCCL: what is gathered of Python objects and checkpoints lives on the CPU.
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    mine = distributed.get_rank()
     try:
-        yield distributed.get_rank(), world
-    finally:
-        distributed.destroy_process_group()
+        yield mine, world
+    except RuntimeError as error:
+        if lost_a_rank(error):
+            raise RuntimeError(
+                f"rank {mine} of {world} lost another rank, which was killed, crashed or hung (its own output says more, if it could): "
+                f"{str(error).splitlines()[0]}. Start the same command again: the run goes on from its last checkpoint.") from error
+        raise
+    distributed.destroy_process_group()
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of its peers."""
+    from torch import distributed
+
+    if isinstance(error, distributed.DistError):
+        return True
+    # gloo raises a plain RuntimeError that names its source file.
+    return "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def autocast(name: str, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -102,7 +142,9 @@ def data_parallel(module: torch.nn.Module, device: torch.device, *, wanted: tupl
 
     from clipkit.distributed import is_distributed
 
-    if not is_distributed() or not any(p.requires_grad for p in module.parameters()):
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # FSDP2 has done it already.
+    if not is_distributed() or not trained or hasattr(trained[0], "full_tensor"):
         return module
     # DDP waits for every parameter's gradient; a loss that leaves a tower or the scale out must be said.
     all_used = {"image_features", "text_features", "logit_scale"} <= set(wanted) or not wanted
@@ -110,6 +152,58 @@ def data_parallel(module: torch.nn.Module, device: torch.device, *, wanted: tupl
         module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=not all_used,
         # A loss's buffers (FastCLIP's memory) are equal on all ranks already; a tower's BatchNorm follows rank 0.
         broadcast_buffers=bool(wanted))
+
+
+def sharded(parallel: str) -> bool:
+    """Whether `parallel=ddp|fsdp` splits the weights: with one rank there is nothing to split over."""
+    from clipkit.distributed import is_distributed
+
+    if parallel not in ("ddp", "fsdp"):
+        raise unknown("parallel", parallel, ("ddp", "fsdp"))
+    return parallel == "fsdp" and is_distributed()
+
+
+def compile_towers(model: Any, *, by_block: bool) -> None:
+    """torch.compile both towers in place, names unchanged; by block under FSDP2, which acts between the blocks."""
+    for tower in (model.image_tower, model.text_tower):
+        for module in (tower.blocks() or [tower]) if by_block else [tower]:
+            module.compile()
+
+
+def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale the gradients down to a global norm of `limit`; () the norm before, over all ranks' parts."""
+    import torch
+
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@contextlib.contextmanager
+def evaluated_model(state: State) -> Iterator[Any]:
+    """The model to score: with the averaged weights where they are kept, and whole on every rank.
+
+    Ranks encode different numbers of batches, which FSDP2's gathering would wait for in vain: split weights are put into a
+    model of their own meanwhile.
+    """
+    import torch
+
+    from clipkit.checkpoint import model_config
+    from clipkit.model import create_model
+    from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
+
+    model, average = state.model, state.average
+    if is_sharded(model.state_dict()):
+        weights = average.weights if average else model.state_dict()
+        take_unsplit_of_rank_0(weights)
+        with torch.random.fork_rng():
+            model = create_model(model_config(state.config, pretrained=False), tokenizer=state.tokenizer)
+        model.load_state_dict(whole(weights))
+        yield model.to(state.device)
+    elif average:
+        with average.applied(model):
+            yield model
+    else:
+        yield model
 
 
 def on_rank_0_first(make: Callable[[], Any]) -> Any:

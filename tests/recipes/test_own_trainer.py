@@ -194,13 +194,14 @@ def test_the_recipes_own_loop_reaches_the_same_curve(
         "logger": {}, "log_every": 1, "batch_size": BATCH, "seed": 0, "data": {"augmentation": None},
         "compile": False, "precision": "fp32", "micro_batch_size": micro_batch_size, "clip_grad_norm": None,
         "max_logit_scale": 100.0, "eval_every": 0, "save_every": 0,
+        "max_minutes": None, "loss_spike": None,
     }  # fmt: skip
     state = pretrain.State(
         config=config, run_dir=tmp_path, device=torch.device("cpu"), rank=0, world_size=1, model=model,
         loss=create_loss(pairs.LOSS), tokenizer=None, stream=Batches(pairs), sentences=None,
         optimizer=optimizer, schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), total=STEPS,
     )  # fmt: skip
-    monkeypatch.setattr(pretrain, "save", lambda state, progress: None)
+    monkeypatch.setattr(pretrain.saving, "save", lambda state, progress, now: None)
     monkeypatch.setattr(pretrain, "score", lambda state: {})
     pretrain.train(state)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -125,6 +126,21 @@ def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_and_recomputed_towers_train_the_same_model(tmp_path, shapes):
+    """torch.compile, activation checkpointing and layer-wise rates together, beside layer-wise rates alone."""
+    settings = [*SMALL, shapes, "image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0",
+                "optim.layer_decay=0.5", "optim.eps=1e-5", "steps=3", "eval=none", "logger=none"]
+    run(*settings, f"output_dir={tmp_path}/plain")
+    run(*settings, "compile=true", "image_tower.activation_checkpointing=true", "text_tower.activation_checkpointing=true",
+        f"output_dir={tmp_path}/compiled")
+    plain, compiled = only_run(tmp_path / "plain"), only_run(tmp_path / "compiled")
+    for a, b in zip(lines(plain), lines(compiled), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
+    expected = weights(plain)
+    assert all(torch.allclose(tensor, expected[name], atol=1e-4) for name, tensor in weights(compiled).items())
+
+
 def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
     run("-m", *SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "loss=clip,[cyclip,simcse]", "seed=0,1")
     summaries = list(tmp_path.rglob("summary.json"))
@@ -199,6 +215,12 @@ def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
     (folder / "config.yaml").write_text(config.replace("batch_size: 32", "batch_size: 64"))
     output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
     assert "batch_size: 64 -> 32" in output
+    # A record of an older version, which had fewer settings, is of the same run.
+    (folder / "config.yaml").write_text(config.replace("loss_spike: 3.0\n", "").replace("parallel: ddp\n", ""))
+    assert "is finished" in run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1")
+    (folder / "config.yaml").write_text(config.replace("    impl: auto\n", ""))
+    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
+    assert "loss.infonce.impl: None -> 'auto'" in output
 
 
 PAIRS = {
