@@ -279,11 +279,11 @@ RULE = (
 
 def rows_of(claims: Sequence[Claim]) -> list[list[str]]:
     """A finding's parts as a table's cells, the header first."""
-    rows = [["arms", "claim", "n", "difference", "95 % interval", "verdict"]]
+    rows = [["verdict", "claim", "arms", "difference", "95 % interval", "n"]]
     for claim in claims:
         found = claim.difference
         interval = "-" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}"
-        rows.append([claim.arm, claim.text, str(len(found.values)), f"{found.mean:+.4f}", interval, claim.verdict])
+        rows.append([claim.verdict, claim.text, claim.arm, f"{found.mean:+.4f}", interval, str(len(found.values))])
     return rows
 
 
@@ -311,7 +311,7 @@ def html(claims: Sequence[Claim]) -> str:
             head, *body = rows_of(mine)
             cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
             lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-            parts.append(f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
+            parts.append(f'<div class="scroll text"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
     return "".join(parts)
 
 

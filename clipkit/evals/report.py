@@ -35,6 +35,7 @@ th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #eaeef2;white-sp
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 thead th{white-space:normal;vertical-align:bottom;min-width:84px;overflow-wrap:break-word}
 .wide th:first-child,.wide td:first-child{white-space:normal;overflow-wrap:normal;min-width:130px;max-width:300px}
+.text td:nth-child(-n+3),.text th:nth-child(-n+3){text-align:left;white-space:normal;overflow-wrap:normal}.text td{vertical-align:top}
 td small{display:block;color:#57606a;font-weight:400;line-height:1.1}.best{font-weight:700}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 figure{margin:0;min-width:0}figcaption{font-size:.9rem;font-weight:600}
@@ -182,8 +183,12 @@ def _table(groups: list[Group]) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A metric's or group's name that may be broken after its underscores, slashes and plus signs."""
-    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>").replace("+", "+<wbr>")
+    """A metric's or group's name whose long words may be broken after underscores, slashes and plus signs."""
+    return " ".join(_long(escape(word)) if len(word) > 12 else escape(word) for word in name.split(" "))
+
+
+def _long(word: str) -> str:
+    return word.replace("_", "_<wbr>").replace("/", "/<wbr>").replace("+", "+<wbr>")
 
 
 def number(value: float) -> str:
