@@ -114,9 +114,8 @@ def in_full(plan: dict[str, Any]) -> str:
     """Every part of one plan."""
     pieces = f", {plan['micro_batches']} micro-batches of {plan['micro_batch_size']}" if plan["micro_batches"] > 1 else ""
     lines = [f"{plan['gpus']} x {plan['gpu']}, batch {plan['batch_size']}: {plan['pairs_per_gpu']} pairs a GPU{pieces}", ""]
-    lines += _section("memory a GPU, GB", plan["memory"], 1e9, plan["memory_total"])
-    if plan["micro_batches"] > 1:
-        lines[-1] += "   (the loss's workspace and the activations are not held at once)"
+    lines += _section("memory a GPU, GB", plan["memory"], 1e9)
+    lines += [f"  {'at most at once':<22}{plan['memory_total'] / 1e9:>12.2f}"]
     lines += [f"  {'of':<22}{plan['memory_limit'] / 1e9:>12.2f}   {'fits' if plan['fits'] else 'DOES NOT FIT'}", ""]
     lines += _section("loss workspace by impl, GB", plan["loss_workspace"], 1e9, mark=plan["impl"])
     lines += ["", *_section("operations a GPU, 1e12", plan["flops"], 1e12, plan["flops_total"])]

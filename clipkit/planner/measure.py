@@ -86,14 +86,15 @@ class Measured:
     """The parts of a config, measured.
 
     Args:
-        config: as clipkit-pretrain resolves it; embed_dim, image_tower, text_tower, loss, optim, precision, data.sentences and the
-            model's optional keys are read.
+        config: as clipkit-pretrain resolves it; embed_dim, image_tower, text_tower, loss, optim, precision,
+            data.sentences and the model's optional keys are read.
         tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
         fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels do.
 
     Attributes:
-        weights, buffers, trainable: bytes. units: bytes of what FSDP2 gathers at once, one entry a tower block, then the rest.
-        state: bytes of the optimizer's state after one step.
+        weights, buffers, trainable: bytes. gradients: bytes, of the image tower's weights and of all others.
+        units: bytes of what FSDP2 gathers at once, one entry a tower block, then the rest.
+        state: bytes of the optimizer's state after one step. parameters: their number.
         image, text: Pass. mlm: Pass of the masked-language head and its own run of the tower, or None.
     """
 
@@ -108,6 +109,8 @@ class Measured:
             self.weights = _bytes(self.model.parameters()) + _bytes(self.loss.parameters())
             self.buffers = _bytes(self.model.buffers())
             self.trainable = _bytes(p for p in self._parameters() if p.requires_grad)
+            in_image = _bytes(p for p in self.model.image_tower.parameters() if p.requires_grad)
+            self.gradients = {"image": in_image, "text": self.trainable - in_image}
             self.parameters = sum(p.numel() for p in self._parameters())
             self.units = _fsdp_units(self.model)
             self.state = self._optimizer_state()
@@ -133,7 +136,7 @@ class Measured:
 
     @functools.lru_cache(maxsize=None)  # noqa: B019 (lives as long as the plan)
     def loss_cost(self, pairs: int, world_size: int, impl: str, capability: tuple[int, int] = (9, 0)) -> LossCost:
-        """The losses on one of `world_size` ranks with `pairs` rows each, by the implementation "dense", "chunked" or "triton"."""
+        """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or "triton"."""
         for module in self.loss.modules():
             if hasattr(module, "impl"):
                 # What Triton computes is asked for in chunks; the meter puts its figures in their place.

@@ -38,8 +38,9 @@ IMPLEMENTATIONS = ("dense", "chunked", "triton")
 class GPU:
     """One device, by its datasheet. Gigabytes and gigabytes a second are 1e9; None: measured on this machine by `measured`.
 
-    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth); link_gbs, network_gbs (one
-    direction, a GPU, inside a node and between nodes); gpus_per_node; capability (major, minor), None without Triton.
+    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth); link_gbs and
+    network_gbs (one direction, a GPU, inside a node and between nodes); gpus_per_node; capability (major, minor), None
+    without Triton.
     """
 
     name: str
@@ -88,8 +89,8 @@ class Planner:
     """Plans for one config on one kind of GPU.
 
     Args:
-        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None), and optionally parallel
-            ("ddp" or "fsdp") and ema_decay.
+        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None), and optionally
+            parallel ("ddp" or "fsdp") and ema_decay.
     """
 
     def __init__(self, config: Mapping[str, Any], measured: Measured, gpu: GPU, assumed: Assumptions | None = None):
@@ -126,6 +127,7 @@ class Planner:
         """Bytes by part, each at its own highest point; `peak` says what of them is held at once."""
         m, shards = self.measured, world_size if self.sharded else 1
         cached, cost = pairs > micro, self._loss(pairs, world_size, self.implementation(pairs, world_size))
+        saved, working = self._activations(pairs, micro, world_size)
         average = m.weights / shards + m.buffers if self.config.get("ema_decay") else 0
         parts = {
             "weights": m.weights / shards + m.buffers,
@@ -137,17 +139,27 @@ class Planner:
             "batch": self._batch_bytes(pairs, world_size),
             # Without a cache the features are among the activations.
             "features": cost.features + cost.gradients if cached else cost.gradients,
-            "activations": self._activations(pairs, micro, world_size),
+            "activations": sum(saved.values()) + working,
             "loss workspace": cost.workspace,
             "reserve": self.assumed.reserve_gb * 1e9,
         }
         return {name: value for name, value in parts.items() if value}
 
     def peak(self, pairs: int, micro: int, world_size: int) -> float:
-        """Bytes held at once: all parts, but with micro-batches the loss runs when no activations are held."""
+        """Bytes held at once, which is less than the sum of the parts.
+
+        With micro-batches the loss runs when no activations are held. Without, gradients come as activations go: both towers'
+        activations, one's beside the other's gradients, or all gradients.
+        """
         parts = self.memory(pairs, micro, world_size)
-        apart = min(parts["activations"], parts.get("loss workspace", 0)) if pairs > micro else 0
-        return sum(parts.values()) - apart
+        workspace, gradients, activations = (parts.pop(name, 0) for name in ("loss workspace", "gradients", "activations"))
+        if pairs > micro:
+            return sum(parts.values()) + gradients + max(workspace, activations)
+        saved, working = self._activations(pairs, micro, world_size)
+        of_tower = {name: size / (world_size if self.sharded else 1) for name, size in self.measured.gradients.items()}
+        held = max(
+            saved["image"] + saved["text"], saved["image"] + of_tower["text"], saved["text"] + of_tower["image"], gradients)
+        return sum(parts.values()) + workspace + held + working
 
     def flops(self, pairs: int, micro: int, world_size: int) -> dict[str, float]:
         """Multiplications and additions of a rank's step; `again` is what checkpointing and the gradient cache recompute."""
@@ -239,8 +251,8 @@ class Planner:
         if plan["impl"] == "dense":
             lower.append("a loss's impl=chunked needs no matrix of all pairs")
         return (
-            f"batch_size={plan['batch_size']} with micro_batch_size={plan['micro_batch_size']} on {world_size} {plan['gpu']} needs "
-            f"{plan['memory_total'] / 1e9:.1f} GB a GPU, which has {plan['memory_limit'] / 1e9:.1f} GB. Most goes to {name} "
+            f"batch_size={plan['batch_size']} with micro_batch_size={plan['micro_batch_size']} on {world_size} "
+            f"{plan['gpu']} needs {plan['memory_total'] / 1e9:.1f} GB a GPU, which has {plan['memory_limit'] / 1e9:.1f} GB. Most goes to {name} "
             f"({size / 1e9:.1f} GB): " + "; ".join(lower or ["a GPU with more memory, or smaller towers"])
         )
 
@@ -273,12 +285,16 @@ class Planner:
         made = {"image": self.measured.image, "text": self.measured.text, "mlm": self.measured.mlm}
         return [(made[name], rows[name] * pairs / whole) for name in made if rows[name]]
 
-    def _activations(self, pairs: int, micro: int, world_size: int) -> float:
-        """Of one micro-batch: what each tower keeps, and the larger of their working memories."""
+    def _activations(self, pairs: int, micro: int, world_size: int) -> tuple[dict[str, float], float]:
+        """Of one micro-batch: what each tower's passes keep, and the largest of their working memories."""
         # Rows of a piece, rounded up as split_batch does.
         piece = math.ceil(pairs / math.ceil(pairs / micro))
-        sizes = [made.bytes_at(math.ceil(rows)) for made, rows in self._passes(piece, pairs, world_size)]
-        return sum(saved for saved, _ in sizes) + max(working for _, working in sizes)
+        saved, working = {"image": 0.0, "text": 0.0}, 0.0
+        for made, rows in self._passes(piece, pairs, world_size):
+            kept, more = made.bytes_at(math.ceil(rows))
+            saved["image" if made is self.measured.image else "text"] += kept
+            working = max(working, more)
+        return saved, working
 
     def _tower_flops(self, pairs: int, world_size: int, *, backward: bool) -> float:
         return sum(made.flops(rows, backward=backward) for made, rows in self._passes(pairs, pairs, world_size))
@@ -302,7 +318,8 @@ def _share(batch_size: int, world_size: int) -> int:
     if world_size < 1:
         raise ValueError(f"gpus={world_size}: give at least 1")
     if batch_size < world_size or batch_size % world_size:
-        raise ValueError(f"batch_size={batch_size} does not divide evenly over {world_size} GPUs: give a multiple of {world_size}")
+        raise ValueError(
+            f"batch_size={batch_size} does not divide evenly over {world_size} GPUs: give a multiple of {world_size}")
     return batch_size // world_size
 
 
