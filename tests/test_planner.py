@@ -11,6 +11,7 @@ from torch import nn
 
 from clipkit.distributed import launch
 from clipkit.kernels import chunked
+from clipkit.losses import list_losses
 from clipkit.model import create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner import GPU, Assumptions, Measured, Meter, Planner
@@ -259,3 +260,35 @@ def test_a_batch_that_does_not_divide_is_refused(measured):
         planner(measured).plan(5)
     with pytest.raises(ValueError, match="efficiency"):
         Assumptions(efficiency=1.5)
+
+
+def test_every_loss_can_be_planned():
+    settings = {"nli_softmax": {"embed_dim": 24}, "matryoshka": {"loss": "infonce", "dims": [8, 24]}, "slip": {"embed_dim": 24}}
+    changes = {
+        "loss": {name: settings.get(name, {}) for name in list_losses()},
+        "text_tower": {**CONFIG["text_tower"], "dropout": 0.1, "causal": False},
+        "data": {"sentences": {"batch_size": 8}}, "init_logit_bias": -10.0, "mlm_probability": 0.25}
+    everything = planner(Measured(config(**changes), TOKENIZER, fused_attention=True), **changes)
+    rows = everything.measured.rows(6, 2)
+    # SLIP's two further views; SimCSE's second pass, and five kinds of sentences, 8 over two ranks.
+    assert (rows["image"], rows["text"], rows["mlm"]) == (3 * 6, 2 * 6 + 5 * 4, 6)
+    plan = everything.plan(2)
+    # A quarter of 6 x 12 tokens, their logits over 50 words and their labels; ten features of 24; two scalars; three lists of int64.
+    features = 18 * (4 * 50 + 8) + 4 * 24 * (3 * 6 + 2 * 6 + 5 * 4) + 2 * 4 + 8 * (6 + 4)
+    assert everything.measured.loss_cost(6, 2, "dense").features == features
+    assert plan["fits"] and plan["flops"]["loss"] > 0 and plan["communication"]["losses"] > 0
+
+
+def test_attention_dropout_is_free_where_kernels_are_fused():
+    text = {**CONFIG["text_tower"], "attention_dropout": 0.1}
+    plain, fused, cpu = (
+        Measured(config(text_tower=tower), TOKENIZER, fused_attention=kept).text.bytes_at(10)[0]
+        for tower, kept in ((CONFIG["text_tower"], False), (text, True), (text, False)))
+    assert fused == plain < cpu
+
+
+def test_a_processor_is_measured_in_place_of_a_datasheet():
+    found = GPU("cpu", None, 0.5, None, None, 5.0, 1.0, 1, None).measured()
+    assert found.bf16_tflops == 0.5
+    # Between a very slow and a very fast machine: the units are right.
+    assert 0.1 < found.memory_gb < 1e5 and 1e-3 < found.fp32_tflops < 100 and 0.1 < found.memory_gbs < 1e4

@@ -15,6 +15,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,14 +190,19 @@ def triton_workspace(n: int, m: int, dim: int, kind: str, *, capability: tuple[i
     return operands + 2 * cells * (2 if high else 1) + 4 * (n + m) * padded
 
 
+# The place of dropout_p among the arguments. The second calls the first where no mode sees it.
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+
+
 class FusedAttention(TorchFunctionMode):
     """Attention without dropout of its weights: CUDA's fused kernels draw it inside and keep a seed, the CPU's keep matrices."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            args = args[:4] + (0.0,) + args[5:] if len(args) > 4 else args
-            kwargs.pop("dropout_p", None)
+        kwargs, place = dict(kwargs or {}), _ATTENTION.get(func)
+        if place is not None and len(args) > place:
+            args = (*args[:place], 0.0, *args[place + 1 :])
+        elif place is not None:
+            kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
 
 
