@@ -279,6 +279,19 @@ def test_every_loss_can_be_planned():
     assert plan["fits"] and plan["flops"]["loss"] > 0 and plan["communication"]["losses"] > 0
 
 
+def test_a_pretrained_tower_is_planned_by_its_sizes(tmp_path):
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
+    tower = {"name": "hf", "pretrained": str(tmp_path), "context_length": 12}
+    # Of the folder's config alone: it holds no weights.
+    m = Measured(config(text_tower=tower), TOKENIZER, fused_attention=False)
+    block = 4 * (32 * 32 + 32) + 2 * 32 * 40 + 40 + 32 + 4 * 32
+    embeddings = (50 + 512 + 2) * 32 + 2 * 32
+    assert sum(p.numel() for p in m.model.text_tower.parameters()) == 3 * block + embeddings
+
+
 def test_attention_dropout_is_free_where_kernels_are_fused():
     text = {**CONFIG["text_tower"], "attention_dropout": 0.1}
     plain, fused, cpu = (

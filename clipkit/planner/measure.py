@@ -102,7 +102,7 @@ class Measured:
         self.config, self.tokenizer, self.fused_attention = config, tokenizer, fused_attention
         self._fake = _fake_mode()
         with self._fake:
-            self.model = create_model(model_config(config, pretrained=False), tokenizer=tokenizer).train()
+            self.model = create_model(_random_weights(config), tokenizer=tokenizer).train()
             self.loss = create_loss(config["loss"])
             self.model.check_inputs(self.loss.inputs)
             self.inputs = tuple(self.loss.inputs)
@@ -196,6 +196,22 @@ class Measured:
                 if output.requires_grad:
                     output.backward(torch.ones_like(output))
         return saved, meter.peak - saved, meter.operators[:forward], meter.operators[forward:]
+
+
+def _random_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of a config, without weights to load: a Hugging Face name or folder gives its sizes alone."""
+    part = model_config(config, pretrained=False)
+    tower = part["text_tower"]
+    if isinstance(tower, Mapping) and tower.get("pretrained"):
+        from transformers import AutoConfig, PretrainedConfig
+
+        from clipkit.towers.hugging_face import _FROM_TOKENIZER, _pretrained_config
+
+        settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
+        own = {*AutoConfig.for_model(settings.model_type).to_dict()} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
+        sizes = {key: value for key, value in settings.to_dict().items() if key in own}
+        part["text_tower"] = {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
+    return part
 
 
 def _fake_mode() -> Any:
