@@ -1,0 +1,261 @@
+"""What a config's model, optimizer and losses take, counted on fake tensors: no memory, no data, no GPU.
+
+A tower pass is run forward and backward at two batch sizes; bytes, operations and bytes moved are affine in the rows, operator
+by operator, and so known at every size. A loss is run at the very size asked for, on rank 0 of a process group that sends
+nothing. The operators are the CPU's, whose saved tensors differ from CUDA's in dropout's masks alone (a number each there, a
+byte each here).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.checkpoint import model_config
+from clipkit.losses import create_loss
+from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, create_model
+from clipkit.optim import create_optimizer
+from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
+
+# Large enough that activations, not one layer's weights, are what the peak consists of.
+_SIZES = (32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A tower's forward and backward at the two row counts of `sizes`.
+
+    saved: bytes that live when the forward is done (what the backward needs, and the output). working: bytes beyond `saved` at
+    the highest point of either. forward, backward: their operators.
+    """
+
+    sizes: tuple[int, int]
+    saved: tuple[int, int]
+    working: tuple[int, int]
+    forward: tuple[list[Operator], list[Operator]]
+    backward: tuple[list[Operator], list[Operator]]
+
+    def bytes_at(self, rows: float) -> tuple[float, float]:
+        """(saved, working) for so many rows."""
+        return self._at(self.saved, rows), max(0.0, self._at(self.working, rows))
+
+    def operators(self, rows: float, *, backward: bool) -> list[tuple[float, float, bool]]:
+        """(operations, bytes moved, in half precision) of each operator, for so many rows."""
+        small, large = self.backward if backward else self.forward
+        return [
+            (self._at((a.flops, b.flops), rows), self._at((a.moved, b.moved), rows), a.half)
+            for a, b in zip(small, large, strict=True)
+        ]
+
+    def flops(self, rows: float, *, backward: bool) -> float:
+        """Multiplications and additions; a backward's include what checkpointing recomputes."""
+        return sum(flops for flops, _, _ in self.operators(rows, backward=backward))
+
+    def recomputed(self, rows: float) -> float:
+        """Multiplications and additions of the forward that the backward runs again."""
+        pairs = zip(self.operators(rows, backward=True), self.backward[0], strict=True)
+        return sum(flops for (flops, _, _), operator in pairs if operator.recorded)
+
+    def _at(self, values: tuple[float, float], rows: float) -> float:
+        """The line through both measurements; nothing at no rows."""
+        if rows == 0:
+            return 0.0
+        slope = (values[1] - values[0]) / (self.sizes[1] - self.sizes[0])
+        return values[0] + slope * (rows - self.sizes[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCost:
+    """A loss's forward and backward on one rank: bytes of features and of their gradients, bytes beyond those at the peak,
+    operators, collectives."""
+
+    features: int
+    gradients: int
+    workspace: int
+    operators: list[Operator]
+    collectives: list[Collective]
+
+
+class Measured:
+    """The parts of a config, measured.
+
+    Args:
+        config: as clipkit-pretrain resolves it; embed_dim, image_tower, text_tower, loss, optim, precision,
+            data.sentences and the model's optional keys are read.
+        tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
+        fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels do.
+
+    Attributes:
+        weights, buffers, trainable: bytes. gradients: bytes, of the image tower's weights and of all others.
+        units: bytes of what FSDP2 gathers at once, one entry a tower block, then the rest.
+        state: bytes of the optimizer's state after one step. parameters: their number.
+        image, text: Pass. mlm: Pass of the masked-language head and its own run of the tower, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any, *, fused_attention: bool):
+        self.config, self.tokenizer, self.fused_attention = config, tokenizer, fused_attention
+        self._fake = _fake_mode()
+        with self._fake:
+            self.model = create_model(_random_weights(config), tokenizer=tokenizer).train()
+            self.loss = create_loss(config["loss"])
+            self.model.check_inputs(self.loss.inputs)
+            self.inputs = tuple(self.loss.inputs)
+            self.weights = _bytes(self.model.parameters()) + _bytes(self.loss.parameters())
+            self.buffers = _bytes(self.model.buffers())
+            self.trainable = _bytes(p for p in self._parameters() if p.requires_grad)
+            in_image = _bytes(p for p in self.model.image_tower.parameters() if p.requires_grad)
+            self.gradients = {"image": in_image, "text": self.trainable - in_image}
+            self.parameters = sum(p.numel() for p in self._parameters())
+            self.units = _fsdp_units(self.model)
+            self.state = self._optimizer_state()
+        size, length = self.model.image_tower.image_size, tokenizer.context_length
+        self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
+        self.text = self._pass(self.model.encode_text, lambda rows: _texts(rows, length))
+        self.mlm = None
+        if "mlm_logits" in self.inputs:
+            head, tower = self.model.mlm_head, self.model.text_tower
+            self.mlm = self._pass(lambda text: head(tower, text)[0], lambda rows: _texts(rows, length))
+
+    def rows(self, pairs: int, world_size: int) -> dict[str, int]:
+        """Rows of each pass and feature on one rank, for so many pairs on it: {"image": .., "text": .., "mlm": .., NAME: ..}."""
+        sentences = ((self.config.get("data") or {}).get("sentences") or {}).get("batch_size") or 0
+        rows = {name: pairs for name in _IMAGE_PASSES}
+        rows |= {name: pairs if entry == "text" else sentences // world_size for name, (entry, _) in _TEXT_PASSES.items()}
+        return {
+            "image": sum(rows[name] for name in self.inputs if name in _IMAGE_PASSES),
+            "text": sum(rows[name] for name in self.inputs if name in _TEXT_PASSES),
+            "mlm": pairs if self.mlm else 0,
+            **{name: count for name, count in rows.items() if name in self.inputs},
+        }
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 (lives as long as the plan)
+    def loss_cost(self, pairs: int, world_size: int, impl: str, capability: tuple[int, int] = (9, 0)) -> LossCost:
+        """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or "triton"."""
+        for module in self.loss.modules():
+            if hasattr(module, "impl"):
+                # What Triton computes is asked for in chunks; the meter puts its figures in their place.
+                module.impl = "dense" if impl == "dense" else "chunked"
+        with _ranks(world_size), self._fake:
+            features = self._features(pairs, world_size)
+            meter = Meter(answer=False, kernels="triton" if impl == "triton" else "chunked", capability=capability)
+            with meter:
+                self.loss(features)["loss"].backward()
+            gradients = _bytes(f.grad for f in features.values() if f.grad is not None)
+        held = _bytes(features.values())
+        return LossCost(held, gradients, max(0, meter.peak - gradients), meter.operators, meter.collectives)
+
+    def _features(self, pairs: int, world_size: int) -> dict[str, Tensor]:
+        rows, dim = self.rows(pairs, world_size), self.model.embed_dim
+        features = {name: torch.zeros(rows[name], dim, requires_grad=True) for name in self.inputs if name in rows}
+        for name in ("logit_scale", "logit_bias"):
+            features[name] = torch.zeros((), requires_grad=True)
+        features["sample_index"] = torch.zeros(pairs, dtype=torch.int64)
+        features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
+        if self.mlm:
+            tokens = max(1, round(self.config["mlm_probability"] * pairs * self.tokenizer.context_length))
+            half = torch.bfloat16 if self.config["precision"] == "bf16" else torch.float32
+            features["mlm_logits"] = torch.zeros(tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True)
+            features["mlm_labels"] = torch.zeros(tokens, dtype=torch.int64)
+        return {name: value for name, value in features.items() if name in self.inputs}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *self.loss.parameters()]
+
+    def _optimizer_state(self) -> int:
+        """Bytes of the state that one step of the optimizer leaves; gradients are in place from here on."""
+        skipped = ("schedule", "warmup_steps", "final")
+        settings = {key: value for key, value in self.config["optim"].items() if key not in skipped}
+        optimizer = create_optimizer([self.model, self.loss], **settings)
+        for parameter in self._parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        # Counts of steps are read as 1.
+        with Meter(answer=True):
+            optimizer.step()
+        return _bytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+
+    def _pass(self, encode: Any, inputs: Any) -> Pass:
+        runs = [self._run(encode, inputs, rows) for rows in _SIZES]
+        return Pass(_SIZES, *(tuple(values) for values in zip(*runs, strict=True)))
+
+    def _run(self, encode: Any, inputs: Any, rows: int) -> tuple[int, int, list[Operator], list[Operator]]:
+        bf16 = self.config["precision"] == "bf16"
+        share = self.config.get("mlm_probability") or 0.15
+        with self._fake, FusedAttention() if self.fused_attention else contextlib.nullcontext():
+            batch = inputs(rows)
+            # Whatever a tower asks of a text's values, such as whether each has its end token, it has.
+            with Meter(answer=True, mask_share=share) as meter:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    output = encode(batch)
+                saved, forward = meter.alive, len(meter.operators)
+                if output.requires_grad:
+                    output.backward(torch.ones_like(output))
+        return saved, meter.peak - saved, meter.operators[:forward], meter.operators[forward:]
+
+
+def _random_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of a config, without weights to load: a Hugging Face name or folder gives its sizes alone."""
+    part = model_config(config, pretrained=False)
+    tower = part["text_tower"]
+    if isinstance(tower, Mapping) and tower.get("pretrained"):
+        from transformers import AutoConfig, PretrainedConfig
+
+        from clipkit.towers.hugging_face import _FROM_TOKENIZER, _pretrained_config
+
+        settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
+        own = {*AutoConfig.for_model(settings.model_type).to_dict()} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
+        sizes = {key: value for key, value in settings.to_dict().items() if key in own}
+        part["text_tower"] = {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
+    return part
+
+
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextlib.contextmanager
+def _ranks(world_size: int) -> Iterator[None]:
+    """Within it torch.distributed looks like rank 0 of so many ranks, and sends nothing.
+
+    RuntimeError where a process group runs already, whose ranks a plan must not be mistaken for.
+    """
+    import torch.distributed as dist
+
+    if world_size == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise RuntimeError("a plan is made by one process, but torch.distributed is initialised here: start it without torchrun")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _fsdp_units(model: nn.Module) -> list[int]:
+    """Bytes of each tower block's parameters, then of all others, as clipkit shards them."""
+    blocks = [block for tower in (model.image_tower, model.text_tower) for block in tower.blocks()]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    return [*(_bytes(block.parameters()) for block in blocks), _bytes(p for p in model.parameters() if id(p) not in inside)]
+
+
+def _images(rows: int, size: int) -> Tensor:
+    return torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+
+
+def _texts(rows: int, length: int) -> Tensor:
+    return torch.zeros(rows, length, dtype=torch.int64)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
