@@ -20,10 +20,10 @@ from typing import Any
 
 from clipkit.recipes.session import STOPPED
 
-FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "running", "not started"
+FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "left no result", "not started"
 REASONS = {
     STOPPED_EARLY: "stopped by a signal or by max_minutes; it goes on from what it saved",
-    RUNNING: "killed outright, or still running elsewhere: it left no result",
+    RUNNING: "killed outright, with its launcher's other jobs perhaps, or still running elsewhere",
     WAITING: "not started",
 }
 

@@ -126,7 +126,7 @@ def write_study(folders: Sequence[str], output: str) -> None:
 
     groups = labelled(compare(folders))
     claims = ask(groups)
-    print(f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups)}\n")
+    print(f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups) or 'no run was evaluated'}\n")
     print("\n".join(told(claims)))
     sweep.tell_unfinished(folders)
     written = write_comparison(
@@ -197,7 +197,7 @@ def measures(run: Run) -> dict[str, tuple[str, float]]:
         numbers = {name[len(task) + 1:]: value for name, value in run.final.items() if name.startswith(f"{task}/")}
         if kind == "retrieval" and all(name in numbers for name in RECALLS):
             # One number a task, for each further one is a further chance to be wrong.
-            found[f"{task}: mean of R@1, R@5, R@10 both ways"] = (kind, sum(numbers[name] for name in RECALLS) / len(RECALLS))
+            found[f"{task}: mean recall"] = (kind, sum(numbers[name] for name in RECALLS) / len(RECALLS))
         elif kind == "zero_shot" and "top1" in numbers:
             found[f"{task}: top-1"] = (kind, numbers["top1"])
         elif kind in ("sts", "senteval") and "average" in numbers:
@@ -235,7 +235,7 @@ def ask(groups: Sequence[Group]) -> list[Claim]:
             found = paired_gains(
                 values(f"CyCLIP + {term}", name), values("CyCLIP", name), values(f"CLIP + {term}", name), values("CLIP", name))
             if found:
-                claims.append(Claim("c", f"{name} gains more", f"CyCLIP's {term} against CLIP's {term}", 1, found))
+                claims.append(Claim("c", f"{name} gains more", f"{term}: CyCLIP against CLIP", 1, found))
     return claims
 
 
@@ -273,7 +273,7 @@ RULE = (
     "mean is mean d ∓ t(0.975, n - 1) · s / √n, s the sample standard deviation of the d_i. A part shows when the whole interval is "
     "on the claimed side of zero, shows the opposite when it is on the other, and cannot be told when zero is inside. \"Does not "
     "rise\" therefore shows only where the number falls. Nothing is corrected for the number of parts: of those whose true "
-    "difference is zero, 1 in 20 falls outside its interval by chance."
+    "difference is zero, 1 in 20 falls outside its interval by chance. Mean recall is the mean of R@1, R@5 and R@10 in both directions."
 )
 
 

@@ -80,7 +80,7 @@ def write_tables(folders: Sequence[str], output: str | None, order: str | None, 
 
     groups = compare(folders, order=order)
     if shown:
-        print(f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups)}")
+        print(f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups) or 'no run was evaluated'}")
         tell_unfinished(folders)
     if output:
         print("written: " + ", ".join(map(str, write_comparison(groups, output))))
