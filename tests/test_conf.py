@@ -100,5 +100,7 @@ def test_a_typo_is_named_with_its_nearest_match(override, tmp_path):
 
 
 def test_the_command_line_answers_without_importing_torch():
-    program = "import sys; import clipkit.recipes.pretrain, clipkit.recipes.evaluate; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    program = (
+        "import sys; import clipkit.recipes.pretrain, clipkit.recipes.evaluate, clipkit.recipes.plan; "
+        "print([m for m in ('torch', 'numpy') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"

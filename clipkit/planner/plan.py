@@ -323,17 +323,17 @@ def _share(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def _product_rate(dtype: torch.dtype, size: int = 1024) -> float:
-    """Operations a second of a square matrix product, the best of five."""
+def _product_rate(dtype: torch.dtype, size: int = 512) -> float:
+    """Operations a second of a square matrix product, the best of 20: short ones, which others may leave alone."""
     a = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(5))
+    return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(20))
 
 
 def _copy_rate(size: int = 1 << 26) -> float:
-    """Bytes a second, read and written, of a copy, the best of five."""
+    """Bytes a second, read and written, of a copy past the caches, the best of 20."""
     source = torch.zeros(size, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * size / min(_timed(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * size / min(_timed(lambda: target.copy_(source)) for _ in range(20))
 
 
 def _timed(work: Any) -> float:
