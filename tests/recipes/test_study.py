@@ -113,7 +113,7 @@ def test_findings_show_oppose_or_cannot_be_told(tmp_path, capsys):
     assert claim["difference"]["mean"] == pytest.approx(-1.0)
     assert (claim["difference"]["low"], claim["difference"]["high"]) == pytest.approx((-1.02484, -0.97516), abs=1e-5)
     text, page = (tmp_path / "study.md").read_text(), (tmp_path / "study.html").read_text()
-    assert "| CLIP + L_s against CLIP | geometry: uniform_t falls | 3 | -1.0000 | -1.0248 to -0.9752 | shows |" in text
+    assert "| shows | geometry: uniform_t falls | CLIP + L_s against CLIP | -1.0000 | -1.0248 to -0.9752 | 3 |" in text
     assert "24 finished runs of 8 arms, seeds 0, 1, 2" in text and "<td>-1.0248 to -0.9752</td>" in page
     assert text.index("| CyCLIP |") > text.index("| CLIP + L_s + L_n |") and "of 8 parts" in capsys.readouterr().out
 
