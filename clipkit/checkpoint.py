@@ -118,8 +118,9 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    temporary = _temporary(folder, step)
+    temporary = folder / f".writing-step_{step:08d}-{os.getpid()}"
     with _nothing_half_written(temporary):
+        _make_temporary(temporary)
         _write_small_files(temporary, train_state, config, tokenizer)
         save_file(_on_cpu(weights), temporary / "model.safetensors")
         if optimizer:
@@ -165,7 +166,7 @@ def save_sharded_checkpoint(
     if rank(group) == 0:
         try:
             with _nothing_half_written(temporary):
-                _temporary(folder, step, name=temporary.name)
+                _make_temporary(temporary)
                 _write_small_files(temporary, train_state, config, tokenizer)
                 (temporary / SHARDS).mkdir()
         except OSError as error:
@@ -173,12 +174,9 @@ def save_sharded_checkpoint(
     problem = gather_objects(problem, group)[0]
     if problem:
         raise OSError(problem)
-    # Training goes on while the copies are written. Tensors on a device are copied by async_save.
-    tensors = {
-        name: tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach()
-        for name, tensor in {**weights, **optimizer}.items()
-    }
+    tensors = {name: tensor.detach() for name, tensor in {**weights, **optimizer}.items()}
     writer = HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
+    # It copies every tensor before it returns, so training may go on.
     written = distributed_checkpoint.async_save(tensors, storage_writer=writer, process_group=group)
 
     def finish() -> Path | None:
@@ -193,14 +191,12 @@ def save_sharded_checkpoint(
 _writer = ThreadPoolExecutor(1, thread_name_prefix="clipkit-checkpoint")
 
 
-def _temporary(folder: Path, step: int, name: str | None = None) -> Path:
-    """A new folder to write in; names that start with a dot are never taken for checkpoints."""
-    temporary = folder / (name or f".writing-step_{step:08d}-{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".writing-*"):
+def _make_temporary(temporary: Path) -> None:
+    """Make the folder to write in, and remove others' remains; names that start with a dot are never taken for checkpoints."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for stale in temporary.parent.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
-    return temporary
 
 
 @contextmanager

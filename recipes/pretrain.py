@@ -159,6 +159,7 @@ def train(state: State) -> dict[str, float]:
     from clipkit.distributed import barrier, gather_objects
     from clipkit.grad_cache import cached_backward
     from clipkit.loggers import Loggers
+    from clipkit.sharding import optimizer_parameters
 
     config, model, loss = state.config, state.model, state.loss
     loggers = None
@@ -167,7 +168,7 @@ def train(state: State) -> dict[str, float]:
     progress = Progress(step=state.step, total=state.total, batch_size=config["batch_size"], every=config["log_every"],
                         enabled=state.rank == 0)
     progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    parameters = optimizer_parameters(state.optimizer)
     wanted = (*loss.inputs, *loss.optional_inputs)
     augment = create_augment(config["data"]["augmentation"], seed=config["seed"])
     encode = session.data_parallel(model, state.device, wanted=wanted)

@@ -103,16 +103,20 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
     # gloo beside NCCL: what is gathered of Python objects and checkpoints lives on the CPU.
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    mine = distributed.get_rank()
+    mine, lost = distributed.get_rank(), False
     try:
         yield mine, world
     except RuntimeError as error:
-        if lost_a_rank(error):
+        lost = lost_a_rank(error)
+        if lost:
             raise RuntimeError(
                 f"rank {mine} of {world} lost another rank, which was killed, crashed or hung (its own output says more, if it could): "
                 f"{str(error).splitlines()[0]}. Start the same command again: the run goes on from its last checkpoint.") from error
         raise
-    distributed.destroy_process_group()
+    finally:
+        # Taking the group down would wait for a rank that is gone.
+        if not lost:
+            distributed.destroy_process_group()
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.evals.report import number, write_page
-from clipkit.evals.runs import Group, find_runs, flatten, group_runs
+from clipkit.evals.report import number, write_page, write_whole
+from clipkit.evals.runs import Group, find_runs, flatten, group_runs, metric_names
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -40,11 +39,6 @@ def compare(paths: Sequence[str | Path], *, order: str | None = None) -> list[Gr
     if order:
         groups.sort(key=lambda group: -(group.spread(order) or (float("-inf"),))[0])
     return groups
-
-
-def metric_names(groups: Sequence[Group]) -> list[str]:
-    """Every final metric of any run, in the order of their first appearance."""
-    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
 
 
 def blocks(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -146,7 +140,6 @@ def write_comparison(
         entries: more for the JSON, beside "groups".
     """
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     explained = (
         "Mean ± sample standard deviation over n runs that differ by the seed alone. STS and SentEval are per cent, recall and "
         "accuracy fractions of 1.")
@@ -159,8 +152,6 @@ def write_comparison(
     for suffix, text in texts.items():
         # Not with_suffix: the name may hold a dot of its own.
         path = output.with_name(output.name + suffix)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
         paths.append(path)
     return [*paths, write_page(groups, output.with_name(f"{output.name}.html"), title=title, notes=html)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.evals.charts import PALETTE, DotRow, Series, dot_chart, line_chart
-from clipkit.evals.runs import Group, find_runs, flatten, group_runs
+from clipkit.evals.runs import Group, find_runs, flatten, group_runs, metric_names
 
 # Metrics of which less is better.
 LOWER = ("rank", "align_l2", "uniform_", "modality_gap", "loss")
@@ -113,11 +113,16 @@ def write_page(
         f"<body>{''.join(parts)}</body></html>"
     )
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, output)
+    write_whole(output, page)
     return output
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text, its folder made, so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _head(title: str, groups: list[Group]) -> str:
@@ -146,7 +151,7 @@ def _direction(metric: str) -> int:
 
 
 def _table(groups: list[Group]) -> str:
-    metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
+    metrics = metric_names(groups)
     if not metrics:
         return "<h2>Final numbers</h2><p>No run has been evaluated yet.</p>"
     head = "".join(f"<th>{_breakable(g.label)}</th>" for g in groups)
@@ -200,7 +205,7 @@ def _dots(groups: list[Group], colours: dict[str, str]) -> str:
     """Every run's final numbers as dots, where some group has several runs."""
     if len(groups) < 2 or all(len(group.runs) == 1 for group in groups):
         return ""
-    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.final)
+    names = metric_names(groups)
     charts = []
     for name in names:
         rows = [

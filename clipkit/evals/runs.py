@@ -114,6 +114,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """Every final metric of any run, in the order of their first appearance."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs whose settings agree but for the seed stand together; labels say what differs between groups."""
     keyed: dict[str, list[Run]] = {}
