@@ -238,7 +238,10 @@ def markdown(table: list[dict]) -> str:
 def commit() -> str:
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return found.stdout.strip() or "unknown"
 

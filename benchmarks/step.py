@@ -1,4 +1,5 @@
-"""A training step: the recipe's loop beside a bare PyTorch loop and open_clip's own, on one model, batch and optimizer.
+"""A training step: the recipe's loop beside a bare PyTorch loop and open_clip's own, on one model, batch and
+optimizer.
 
     python benchmarks/step.py --out benchmarks/results/2026-11-cpu2-step.md              # a small ResNet and a small ViT
     python benchmarks/step.py --out benchmarks/results/2026-11-h100-step.md              # with a GPU: RN50 and ViT-B/32, bf16, compile
@@ -8,10 +9,12 @@ bare       forward, InfoNCE, backward, clip, AdamW, schedule, clamp: what has to
 open_clip  open_clip_train.train.train_one_epoch, as it is, on open_clip's CLIP with the same weights
 its loop   the same loop on clipkit's model
 
-All take the same batches from memory, uint8 images for the first two and normalised floats, which open_clip's data pipeline makes,
-for the others. They take turns, a round each, in one process; a step's time is that between two draws of a batch: processor seconds on
-a CPU, which other work on the machine disturbs least, and wall-clock on a GPU. First all must have one loss at the first step. On a GPU the model's arithmetic is counted by torch's FlopCounterMode, and the largest batch is found by
-doubling it, in micro-batches, until memory is out.
+All take the same batches from memory, uint8 images for the first two and normalised floats, which open_clip's
+data pipeline makes, for the others. They take turns, a round each, in one process; a step's time is that
+between two draws of a batch: processor seconds on a CPU, which other work on the machine disturbs least, and
+wall-clock on a GPU. First all must have one loss at the first step. On a GPU the model's arithmetic is
+counted by torch's FlopCounterMode, and the largest batch is found by doubling it, in micro-batches, until
+memory is out.
 """
 
 from __future__ import annotations
@@ -46,10 +49,31 @@ TEXT = {"name": "transformer", "width": 512, "layers": 12, "heads": 8}
 SMALL_TEXT = {"name": "transformer", "width": 128, "layers": 3, "heads": 4}
 # Name: (towers and width, batch size, tokens).
 CPU = {
-    "small ResNet": ({"image_tower": {"name": "clip_resnet50", "image_size": 64, "layers": [1, 1, 1, 1], "width": 16}, "text_tower": SMALL_TEXT,
-                      "embed_dim": 128}, 64, 32),
-    "small ViT": ({"image_tower": {"name": "clip_vit", "image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "heads": 4},
-                   "text_tower": SMALL_TEXT, "embed_dim": 128}, 64, 32),
+    "small ResNet": (
+        {
+            "image_tower": {"name": "clip_resnet50", "image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
+            "text_tower": SMALL_TEXT,
+            "embed_dim": 128,
+        },
+        64,
+        32,
+    ),
+    "small ViT": (
+        {
+            "image_tower": {
+                "name": "clip_vit",
+                "image_size": 64,
+                "patch_size": 16,
+                "width": 128,
+                "layers": 4,
+                "heads": 4,
+            },
+            "text_tower": SMALL_TEXT,
+            "embed_dim": 128,
+        },
+        64,
+        32,
+    ),
 }
 GPU = {
     "ResNet-50": ({"image_tower": {"name": "clip_resnet50"}, "text_tower": TEXT, "embed_dim": 1024}, 512, 77),
@@ -62,7 +86,9 @@ PEAKS = {"H100 80GB HBM3": 989.4, "H200": 989.4, "H100 PCIe": 756.0, "A100": 312
 class Setting:
     """One model with its batches, on one device."""
 
-    def __init__(self, model: dict[str, Any], batch_size: int, tokens: int, device: torch.device, *, batches: int = 4):
+    def __init__(
+        self, model: dict[str, Any], batch_size: int, tokens: int, device: torch.device, *, batches: int = 4
+    ):
         self.config, self.batch_size, self.device = model, batch_size, device
         self.tokenizer = SimpleNamespace(**{**vars(TOKENS), "context_length": tokens})
         self.bf16 = device.type == "cuda"
@@ -79,7 +105,9 @@ class Setting:
         torch.manual_seed(0)
         return create_model(self.config, tokenizer=self.tokenizer).to(self.device).train()
 
-    def drawn(self, count: int, clock: Clock, convert: Callable[[dict], Any] = lambda batch: batch) -> Iterator[Any]:
+    def drawn(
+        self, count: int, clock: Clock, convert: Callable[[dict], Any] = lambda batch: batch
+    ) -> Iterator[Any]:
         """`count` batches, each noted as it is drawn, and the end."""
         for n in range(count):
             clock.note(n, count)
@@ -87,7 +115,9 @@ class Setting:
 
 
 class Clock:
-    """Seconds a step over one round: from the draw after the warm-up to the last draw, with the device idle at both."""
+    """Seconds a step over one round: from the draw after the warm-up to the last draw, with the device idle
+    at both.
+    """
 
     def __init__(self, device: torch.device, warm_up: int):
         self.device, self.warm_up, self.rounds, self.started = device, warm_up, [], 0.0
@@ -126,7 +156,9 @@ def optimizer_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int], float]:
-    """recipes/pretrain.py's loop; a round goes on where the last one ended. Neither checkpoint nor evaluation is timed or made."""
+    """recipes/pretrain.py's loop; a round goes on where the last one ended. Neither checkpoint nor evaluation
+    is timed or made.
+    """
     model, folder = setting.model(), Path(tempfile.mkdtemp(prefix="clipkit-step-"))
     if compiled:
         pretrain.session.compile_towers(model, by_block=False)
@@ -134,13 +166,28 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
         model.image_tower.to(memory_format=torch.channels_last)
     optimizer, schedule = optimizer_of(model)
     config = {
-        "logger": {}, "log_every": 20, "batch_size": setting.batch_size, "seed": 0, "data": {"augmentation": None}, "eval": {}, "final_eval": [],
-        "best_metric": None, "precision": "bf16" if setting.bf16 else "fp32", "micro_batch_size": None, "clip_grad_norm": 1.0,
-        "max_logit_scale": 100.0, "eval_every": 0, "save_every": 0, "max_minutes": None, "loss_spike": 3.0}
+        "logger": {},
+        "log_every": 20,
+        "batch_size": setting.batch_size,
+        "seed": 0,
+        "data": {"augmentation": None},
+        "eval": {},
+        "final_eval": [],
+        "best_metric": None,
+        "precision": "bf16" if setting.bf16 else "fp32",
+        "micro_batch_size": None,
+        "clip_grad_norm": 1.0,
+        "max_logit_scale": 100.0,
+        "eval_every": 0,
+        "save_every": 0,
+        "max_minutes": None,
+        "loss_spike": 3.0,
+    }
     loss = create_loss("infonce")
     first = first_loss(loss)
     state = pretrain.State(
-        config, folder, setting.device, 0, 1, model, loss, None, None, None, optimizer, schedule, total=0)
+        config, folder, setting.device, 0, 1, model, loss, None, None, None, optimizer, schedule, total=0
+    )
     pretrain.saving.save = lambda *_, **__: None
     pretrain.finish = lambda *_, **__: None
 
@@ -201,8 +248,12 @@ class AsOpenClip(torch.nn.Module):
         return self.model({"image": image, "text": text}, INPUTS)
 
 
-def open_clip_loop(setting: Setting, clock: Clock, *, compiled: bool, ours: bool = False) -> Callable[[int], float]:
-    """open_clip's epoch with its own loss and AdamW fused as clipkit's, on its own model with the same weights or on `ours`."""
+def open_clip_loop(
+    setting: Setting, clock: Clock, *, compiled: bool, ours: bool = False
+) -> Callable[[int], float]:
+    """open_clip's epoch with its own loss and AdamW fused as clipkit's, on its own model with the same
+    weights or on `ours`.
+    """
     import open_clip
     from open_clip_train.train import train_one_epoch
 
@@ -217,12 +268,29 @@ def open_clip_loop(setting: Setting, clock: Clock, *, compiled: bool, ours: bool
     network = torch.compile(model) if compiled else model
     flat = lambda p: p.ndim < 2
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if flat(p)], "weight_decay": 0.0},
-         {"params": [p for p in model.parameters() if not flat(p)], "weight_decay": 0.1}], lr=1e-4, fused=True)
+        [
+            {"params": [p for p in model.parameters() if flat(p)], "weight_decay": 0.0},
+            {"params": [p for p in model.parameters() if not flat(p)], "weight_decay": 0.1},
+        ],
+        lr=1e-4,
+        fused=True,
+    )
     args = SimpleNamespace(
-        device=str(setting.device), precision="amp_bfloat16" if setting.bf16 else "fp32", distill=False, accum_freq=1, skip_scheduler=False,
-        grad_clip_norm=1.0, horovod=False, rank=0, local_rank=0, log_local=False, log_every_n_steps=20, world_size=1,
-        batch_size=setting.batch_size, wandb=False)
+        device=str(setting.device),
+        precision="amp_bfloat16" if setting.bf16 else "fp32",
+        distill=False,
+        accum_freq=1,
+        skip_scheduler=False,
+        grad_clip_norm=1.0,
+        horovod=False,
+        rank=0,
+        local_rank=0,
+        log_local=False,
+        log_every_n_steps=20,
+        world_size=1,
+        batch_size=setting.batch_size,
+        wandb=False,
+    )
     mean, std = dual.image_mean.cpu(), dual.image_std.cpu()
     floats = [((batch["image"] - mean) / std, batch["text"]) for batch in setting.batches]
     done, losses = [0], []
@@ -239,7 +307,15 @@ def open_clip_loop(setting: Setting, clock: Clock, *, compiled: bool, ours: bool
             for n, _ in enumerate(setting.drawn(count, clock)):
                 yield floats[n % len(floats)]
 
-        loader = type("Loader", (), {"num_batches": count, "num_samples": count * setting.batch_size, "__iter__": lambda self: batches()})()
+        loader = type(
+            "Loader",
+            (),
+            {
+                "num_batches": count,
+                "num_samples": count * setting.batch_size,
+                "__iter__": lambda self: batches(),
+            },
+        )()
         data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
         schedule = lambda step: [group.update(lr=1e-4) for group in optimizer.param_groups]
         train_one_epoch(network, data, loss, done[0], optimizer, None, schedule, None, args)
@@ -250,7 +326,11 @@ def open_clip_loop(setting: Setting, clock: Clock, *, compiled: bool, ours: bool
 
 
 CONTESTANTS = {
-    "recipe": recipe, "bare": bare, "open_clip": open_clip_loop, "its loop": functools.partial(open_clip_loop, ours=True)}
+    "recipe": recipe,
+    "bare": bare,
+    "open_clip": open_clip_loop,
+    "its loop": functools.partial(open_clip_loop, ours=True),
+}
 
 
 def measure(setting: Setting, *, rounds: int, steps: int, compiled: bool) -> dict[str, Any]:
@@ -266,7 +346,7 @@ def measure(setting: Setting, *, rounds: int, steps: int, compiled: bool) -> dic
     names = list(runs)
     for n in range(rounds):
         # Each is first, second, third and fourth in turn.
-        for name in names[n % len(names):] + names[:n % len(names)]:
+        for name in names[n % len(names) :] + names[: n % len(names)]:
             runs[name](steps)
     return {"first_losses": firsts, "seconds": {name: clock.rounds for name, clock in clocks.items()}}
 
@@ -292,11 +372,22 @@ def largest_batch(setting: Setting, micro_batch_size: int) -> tuple[int, float]:
         try:
             text = torch.randint(1, 49000, (pairs, tokens), device=setting.device)
             text[:, -1] = TOKENS.eot_id
-            batch = {"image": torch.randint(0, 256, (pairs, 3, size, size), device=setting.device, dtype=torch.uint8), "text": text}
+            batch = {
+                "image": torch.randint(
+                    0, 256, (pairs, 3, size, size), device=setting.device, dtype=torch.uint8
+                ),
+                "text": text,
+            }
             torch.cuda.synchronize()
             started = time.perf_counter()
             cached_backward(
-                model, loss, batch, micro_batch_size=micro_batch_size, inputs=INPUTS, autocast=torch.autocast("cuda", torch.bfloat16))
+                model,
+                loss,
+                batch,
+                micro_batch_size=micro_batch_size,
+                inputs=INPUTS,
+                autocast=torch.autocast("cuda", torch.bfloat16),
+            )
             optimizer.step()
             torch.cuda.synchronize()
             best = pairs, time.perf_counter() - started
@@ -322,12 +413,16 @@ def row(name: str, setting: Setting, found: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=13, help="of a round, two of them warm-up")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--peak", type=float, help="the GPU's dense bf16 peak in TFLOP/s; known ones are looked up")
+    parser.add_argument(
+        "--peak", type=float, help="the GPU's dense bf16 peak in TFLOP/s; known ones are looked up"
+    )
     parser.add_argument("--out", help="result file to write")
     given = parser.parse_args()
     if given.threads:
@@ -336,7 +431,9 @@ def main() -> None:
     device = torch.device(given.device)
     facts, rows, gpu_rows, results = header(device), [], [], {}
     on_gpu = device.type == "cuda"
-    skipped = [] if on_gpu else ["a GPU: none was at hand; images a second, FLOP/s and the largest batch need one"]
+    skipped = (
+        [] if on_gpu else ["a GPU: none was at hand; images a second, FLOP/s and the largest batch need one"]
+    )
     for name, (model, batch_size, tokens) in (GPU if on_gpu else CPU).items():
         setting = Setting(model, batch_size, tokens, device)
         found = measure(setting, rounds=given.rounds, steps=given.steps, compiled=on_gpu)
@@ -344,18 +441,30 @@ def main() -> None:
         results[name] = found
         if not on_gpu:
             continue
-        peak = given.peak or next((value for part, value in PEAKS.items() if part in torch.cuda.get_device_name(device)), None)
+        peak = given.peak or next(
+            (value for part, value in PEAKS.items() if part in torch.cuda.get_device_name(device)), None
+        )
         flops = step_flops(setting)
         largest, seconds = largest_batch(setting, micro_batch_size=batch_size)
         line = {"model": name, "TFLOP a step": f"{flops / 1e12:.2f}"}
         for contestant, times in found["seconds"].items():
             middle = statistics.median(times)
             line[f"{contestant}, images/s"] = f"{batch_size / middle:,.0f}"
-            line[f"{contestant}, of peak"] = f"{flops / middle / peak / 1e12:.1%}" if peak else "peak unknown: give --peak"
-        line["largest batch, cached"] = f"{largest:,} ({largest / seconds:,.0f} images/s)" if largest else "none"
+            line[f"{contestant}, of peak"] = (
+                f"{flops / middle / peak / 1e12:.1%}" if peak else "peak unknown: give --peak"
+            )
+        line["largest batch, cached"] = (
+            f"{largest:,} ({largest / seconds:,.0f} images/s)" if largest else "none"
+        )
         gpu_rows.append(line)
         results[name] |= {"flops": flops, "peak_tflops": peak, "largest_batch": largest}
-    sections = [("Step time", "Median, and 20th to 80th percentile, over the rounds; a ratio is of the times within a round.\n\n" + table(rows))]
+    sections = [
+        (
+            "Step time",
+            "Median, and 20th to 80th percentile, over the rounds; a ratio is of the times within a round.\n\n"
+            + table(rows),
+        )
+    ]
     if gpu_rows:
         sections.append(("Throughput", table(gpu_rows)))
     report("A training step beside a bare loop and open_clip's", facts, sections, results, skipped, given.out)

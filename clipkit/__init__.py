@@ -3,7 +3,8 @@
     import clipkit
     loss = clipkit.create_loss(["infonce", "cyclic"])
 
-The names below are imported when first used: `import clipkit` costs nothing, and `clipkit.losses` needs torch alone.
+The names below are imported when first used: `import clipkit` costs nothing, and `clipkit.losses` needs torch
+alone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "create_loss": "losses", "list_losses": "losses", "register_loss": "losses", "check_gradient_contract": "losses",
+    "create_loss": "losses",
+    "list_losses": "losses",
+    "register_loss": "losses",
+    "check_gradient_contract": "losses",
     "cached_backward": "grad_cache",
-    "create_model": "model", "DualEncoder": "model",
-    "create_image_tower": "towers", "create_text_tower": "towers",
-    "create_stream": "data", "create_tokenizer": "data",
-    "create_optimizer": "optim", "create_schedule": "optim",
+    "create_model": "model",
+    "DualEncoder": "model",
+    "create_image_tower": "towers",
+    "create_text_tower": "towers",
+    "create_stream": "data",
+    "create_tokenizer": "data",
+    "create_optimizer": "optim",
+    "create_schedule": "optim",
     "evaluate": "evals",
     "load_model": "checkpoint",
 }

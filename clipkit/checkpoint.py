@@ -10,9 +10,9 @@ A checkpoint is a folder `step_00000600/`:
     tokenizer.json      what turns captions into ids for this model
     manifest.json       step, metrics, versions, and the sha256 of every other file
 
-It is written under a temporary name, each file flushed to the disk, the manifest last, and then renamed: a folder that has
-the final name is whole. Reading verifies the hashes, and falls back to the newest checkpoint that is good. No pickle
-is loaded: `train.pt` is read with `weights_only=True`.
+It is written under a temporary name, each file flushed to the disk, the manifest last, and then renamed: a
+folder that has the final name is whole. Reading verifies the hashes, and falls back to the newest checkpoint
+that is good. No pickle is loaded: `train.pt` is read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """This process's random state (Python, NumPy, torch, CUDA) as tensors and lists, which `weights_only` admits."""
+    """This process's random state (Python, NumPy, torch, CUDA) as tensors and lists, which `weights_only`
+    admits.
+    """
     import numpy
 
     version, internal, gauss = random.getstate()
@@ -140,17 +142,20 @@ def save_sharded_checkpoint(
     metrics: Mapping[str, float] | None = None,
     group: Any,
 ) -> Future:
-    """The same from the ranks of a run whose tensors are split (FSDP2): each writes its parts, in the background.
+    """The same from the ranks of a run whose tensors are split (FSDP2): each writes its parts, in the
+    background.
 
-    Every rank calls it with the same step; rank 0's `train_state`, `config`, `tokenizer` and `metrics` are written. It returns once
-    the tensors are copied. The copies are written by torch.distributed.checkpoint as safetensors under `shards/`, and the
-    folder gets its final name when all parts are there: `load_checkpoint` reads it on any number of ranks.
+    Every rank calls it with the same step; rank 0's `train_state`, `config`, `tokenizer` and `metrics` are
+    written. It returns once the tensors are copied. The copies are written by torch.distributed.checkpoint as
+    safetensors under `shards/`, and the folder gets its final name when all parts are there:
+    `load_checkpoint` reads it on any number of ranks.
 
     Args:
         group: a gloo process group of all ranks that nothing else uses meanwhile.
 
     Returns:
-        A future: on rank 0 of the Path, elsewhere of None once all parts are written. Wait for it before the next call.
+        A future: on rank 0 of the Path, elsewhere of None once all parts are written. Wait for it before the
+        next call.
 
     Raises:
         OSError: on every rank, from the call or from the future, as in `save_checkpoint`.
@@ -192,7 +197,9 @@ _writer = ThreadPoolExecutor(1, thread_name_prefix="clipkit-checkpoint")
 
 
 def _make_temporary(temporary: Path) -> None:
-    """Make the folder to write in, and remove others' remains; names that start with a dot are never taken for checkpoints."""
+    """Make the folder to write in, and remove others' remains; names that start with a dot are never taken
+    for checkpoints.
+    """
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for stale in temporary.parent.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -208,13 +215,15 @@ def _nothing_half_written(temporary: Path) -> Iterator[None]:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (OSError, KeyboardInterrupt, SystemExit)):
             raise
-        # safetensors reports a full disk as a type of its own; so does torch.distributed.checkpoint, as a BaseException with
-        # the ranks' errors.
+        # safetensors reports a full disk as a type of its own; so does torch.distributed.checkpoint, as a
+        # BaseException with the ranks' errors.
         causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
         raise OSError(f"checkpoint {temporary.parent} could not be written: {causes[0]}") from error
 
 
-def _write_small_files(temporary: Path, train_state: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> None:
+def _write_small_files(
+    temporary: Path, train_state: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any
+) -> None:
     torch.save(dict(train_state), temporary / "train.pt")
     (temporary / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     if tokenizer is not None:
@@ -300,12 +309,13 @@ def prune(folder: str | Path, *, keep: int, metric: str | None = None) -> None:
 def load_checkpoint(
     path: str | Path, *, verified: bool = False, like: Callable[[str], torch.Tensor | None] | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint folder, whole or sharded, into {"step", "weights", "optimizer", "train_state", "config", "metrics"}.
+    """Read a checkpoint folder, whole or sharded, into {"step", "weights", "optimizer", "train_state",
+    "config", "metrics"}.
 
     Args:
         verified: the hashes have been checked already.
-        like: of a tensor's name, a tensor to split it as over the ranks (FSDP2), so that each rank of a sharded
-            checkpoint reads its own part. None: everything in full, on the CPU.
+        like: of a tensor's name, a tensor to split it as over the ranks (FSDP2), so that each rank of a
+            sharded checkpoint reads its own part. None: everything in full, on the CPU.
 
     Raises:
         ValueError: it is damaged; the message says which file and how.
@@ -317,7 +327,9 @@ def load_checkpoint(
     path = Path(path)
     problem = None if verified else verify(path)
     if problem:
-        raise ValueError(f"checkpoint {path} is damaged: {problem}. Use an older one, or one from another copy.")
+        raise ValueError(
+            f"checkpoint {path} is damaged: {problem}. Use an older one, or one from another copy."
+        )
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if (path / SHARDS).is_dir():
         tensors = read_shards(path / SHARDS, like)
@@ -336,7 +348,8 @@ def load_checkpoint(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a checkpoint folder, or a run folder whose newest good checkpoint is taken.
+    """The checkpoint meant by `path`: a checkpoint folder, or a run folder whose newest good checkpoint is
+    taken.
 
     Raises:
         ValueError: there is none; the message says what was looked for.
@@ -375,13 +388,25 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple
         weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights of {path} do not fit the architecture in its config.json: {error}") from error
+        raise ValueError(
+            f"the weights of {path} do not fit the architecture in its config.json: {error}"
+        ) from error
     return model.to(device).eval(), tokenizer, loaded["config"]
 
 
 def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[str, Any]:
-    """The part of a run's config that `create_model` takes; `pretrained=False` skips weights that will be replaced."""
-    keys = ("embed_dim", "image_tower", "text_tower", "init_logit_scale", "init_logit_bias", "mlm_probability", "channels_last")
+    """The part of a run's config that `create_model` takes; `pretrained=False` skips weights that will be
+    replaced.
+    """
+    keys = (
+        "embed_dim",
+        "image_tower",
+        "text_tower",
+        "init_logit_scale",
+        "init_logit_bias",
+        "mlm_probability",
+        "channels_last",
+    )
     part = {key: config[key] for key in keys if key in config}
     if not pretrained:
         for tower in ("image_tower", "text_tower"):

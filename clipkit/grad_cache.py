@@ -109,7 +109,7 @@ def cached_backward(
         terms = _loss_backward(loss, whole, backward_scale)
         with step.generators.kept():
             if whole_norm:
-                outputs = lambda k: _gradients_of(step.rerun(k), whole, cached, k, shared=False)  # noqa: E731
+                outputs = lambda k: _gradients_of(step.rerun(k), whole, cached, k, shared=False)
                 whole_norm.backwards(outputs, len(cached))
             step.second_pass(whole, cached, whole_norm)
     return terms

@@ -1,7 +1,8 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb when the config asks for them.
 
-A logger that breaks never stops training: it says so once and is dropped. metrics.jsonl is the record: one line a logged
-step or evaluation, cut back on resume to the checkpoint's step so that no step stands in it twice.
+A logger that breaks never stops training: it says so once and is dropped. metrics.jsonl is the record: one
+line a logged step or evaluation, cut back on resume to the checkpoint's step so that no step stands in it
+twice.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class JSONLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line, start_step)]
+            kept = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line, start_step)
+            ]
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -66,7 +69,9 @@ class TensorBoard:
     def __init__(self, run_dir: Path, *, config: Mapping[str, Any], start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -144,16 +149,28 @@ class Loggers:
         ValueError: an unknown logger. Anything that goes wrong inside a known one is a warning, once.
     """
 
-    def __init__(self, run_dir: str | Path, chosen: Mapping[str, Mapping[str, Any]], *, config: Mapping, start_step: int):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        chosen: Mapping[str, Mapping[str, Any]],
+        *,
+        config: Mapping,
+        start_step: int,
+    ):
         self._record = JSONLines(Path(run_dir) / "metrics.jsonl", start_step=start_step)
         self._others: dict[str, Logger] = {}
         factories = {name: loggers.get(name) for name in chosen}
         for name, factory in factories.items():
-            self._guard(name, lambda name=name, factory=factory: self._others.__setitem__(
-                name, factory(Path(run_dir), config=config, start_step=start_step, **(chosen[name] or {}))))
+            self._guard(
+                name,
+                lambda name=name, factory=factory: self._others.__setitem__(
+                    name, factory(Path(run_dir), config=config, start_step=start_step, **(chosen[name] or {}))
+                ),
+            )
 
     def _guard(self, name: str, call: Any) -> None:
-        # wandb is known to leave through SystemExit-like errors of its own; KeyboardInterrupt must still pass.
+        # wandb is known to leave through SystemExit-like errors of its own; KeyboardInterrupt must still
+        # pass.
         try:
             call()
         except Exception as error:

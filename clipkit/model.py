@@ -110,7 +110,7 @@ class DualEncoder(nn.Module):
         return log.float().exp().sum()
 
     @torch.no_grad()
-    def clamp_logit_scale(self, max: float = 100.0) -> None:  # noqa: A002
+    def clamp_logit_scale(self, max: float = 100.0) -> None:
         """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, 2.5)."""
         self.log_logit_scale.clamp_(max=math.log(max))
 

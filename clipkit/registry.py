@@ -12,7 +12,7 @@ from typing import Any
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the nearest valid name, or an empty string when none is near."""
+    """ " Did you mean 'x'?" for the nearest valid name, or an empty string when none is near."""
     near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -48,7 +48,9 @@ class Registry:
 
         def add(entry: Any) -> Any:
             if name in self._entries:
-                raise ValueError(f"the {self.what} name {name!r} is taken by {self._entries[name]!r}; choose another name")
+                raise ValueError(
+                    f"the {self.what} name {name!r} is taken by {self._entries[name]!r}; choose another name"
+                )
             self._entries[name] = entry
             return entry
 

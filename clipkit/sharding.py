@@ -1,11 +1,13 @@
-"""A model whose weights, gradients and optimizer state are split over ranks (FSDP2), and tensors whole or split.
+"""A model whose weights, gradients and optimizer state are split over ranks (FSDP2), and tensors whole or
+split.
 
     shard(model)                                    # each block, then the rest; forward gathers what it needs
     optimizer = create_optimizer(model, ...)        # over the shards
     whole(model.state_dict())                       # every rank gets the full tensors
 
-Checkpoints name every tensor of a run alike, split or not: "model.*", "loss.*", "average.*" and "optimizer.N.KEY", the state
-of the N-th parameter. So a run that was saved sharded goes on whole, on another number of ranks, and the other way round.
+Checkpoints name every tensor of a run alike, split or not: "model.*", "loss.*", "average.*" and
+"optimizer.N.KEY", the state of the N-th parameter. So a run that was saved sharded goes on whole, on another
+number of ranks, and the other way round.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ _METHODS = ("encode_image", "encode_text")
 def shard(module: nn.Module) -> nn.Module:
     """Split the parameters over the default process group's ranks, in place, by FSDP2 (`fully_shard`).
 
-    Each tower block is gathered when it runs and freed after, then comes the rest of the module as one unit. A module
-    without trainable parameters stays as it is. Make the optimizer after this.
+    Each tower block is gathered when it runs and freed after, then comes the rest of the module as one unit.
+    A module without trainable parameters stays as it is. Make the optimizer after this.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -48,7 +50,9 @@ def is_sharded(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor in full, detached. Gathers where they are split: call it on every rank, in the same order of names."""
+    """Every tensor in full, detached. Gathers where they are split: call it on every rank, in the same order
+    of names.
+    """
     return {
         name: tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
         for name, tensor in tensors.items()
@@ -56,14 +60,18 @@ def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def take_unsplit_of_rank_0(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give every rank rank 0's values of what is not split, in place: BatchNorm's running statistics, which DDP broadcasts."""
+    """Give every rank rank 0's values of what is not split, in place: BatchNorm's running statistics, which
+    DDP broadcasts.
+    """
     for tensor in tensors.values():
         if not hasattr(tensor, "full_tensor"):
             torch.distributed.broadcast(tensor.detach(), 0)
 
 
 def split_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A full tensor, the same on every rank, as `like` is: this rank's part on its device, or the tensor itself."""
+    """A full tensor, the same on every rank, as `like` is: this rank's part on its device, or the tensor
+    itself.
+    """
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
@@ -95,7 +103,9 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore `optimizer_settings` and `optimizer_tensors`, whole or split; a whole one is split as its parameter is."""
+    """Restore `optimizer_settings` and `optimizer_tensors`, whole or split; a whole one is split as its
+    parameter is.
+    """
     parameters = optimizer_parameters(optimizer)
     state = {int(index): dict(entries) for index, entries in settings["state"].items()}
     for name, tensor in tensors.items():
@@ -116,8 +126,11 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def read_shards(folder: Path, like: Callable[[str], torch.Tensor | None] | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder that torch.distributed.checkpoint wrote as safetensors; no rank waits for another.
+def read_shards(
+    folder: Path, like: Callable[[str], torch.Tensor | None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder that torch.distributed.checkpoint wrote as safetensors; no rank waits for
+    another.
 
     Args:
         like: of a name, the tensor to split it as, where shapes agree; None: in full, on the CPU.

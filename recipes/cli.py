@@ -1,4 +1,5 @@
-"""What every recipe shares of the command line: one run or a sweep under hydra, and errors that say what to do.
+"""What every recipe shares of the command line: one run or a sweep under hydra, and errors that say what to
+do.
 
 Nothing here imports torch: the command line answers a TAB or a typo in a fraction of a second.
 """
@@ -28,7 +29,15 @@ from omegaconf import DictConfig
 import clipkit
 from clipkit.recipes import jobs, run_folder, session
 from clipkit.recipes.overrides import (
-    check_overrides, compose, config_path, explain, fixed, is_hydras, register_resolvers, run_name, start_hydra,
+    check_overrides,
+    compose,
+    config_path,
+    explain,
+    fixed,
+    is_hydras,
+    register_resolvers,
+    run_name,
+    start_hydra,
 )
 from clipkit.registry import unknown
 
@@ -39,9 +48,11 @@ REPORTED = (HydraException, ValueError, RuntimeError, OSError)
 
 
 def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
-    """Run `task(cfg, run_dir)` under hydra with the command line's overrides; exits with 1 and a message on an error.
+    """Run `task(cfg, run_dir)` under hydra with the command line's overrides; exits with 1 and a message on
+    an error.
 
-    With `-m` it runs every job of the sweep, and ends with their comparison and with the list of those that failed.
+    With `-m` it runs every job of the sweep, and ends with their comparison and with the list of those that
+    failed.
     """
     register_resolvers()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
@@ -88,7 +99,10 @@ def reported(config_name: str) -> Iterator[None]:
 def _ours(error: BaseException) -> bool:
     """Whether clipkit raised it, with a message written for the user; one of torch's needs its traceback."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return any(folder in raised_in.parents for folder in (Path(__file__).resolve().parent, Path(clipkit.__file__).resolve().parent))
+    return any(
+        folder in raised_in.parents
+        for folder in (Path(__file__).resolve().parent, Path(clipkit.__file__).resolve().parent)
+    )
 
 
 class JobFunction:
@@ -99,12 +113,15 @@ class JobFunction:
         records: of a sweep, where every job leaves its state; None for a single run.
     """
 
-    def __init__(self, task: Callable[[DictConfig, Path], Any], config_name: str, records: jobs.Records | None):
+    def __init__(
+        self, task: Callable[[DictConfig, Path], Any], config_name: str, records: jobs.Records | None
+    ):
         self.task, self.config_name, self.records, self.process = task, config_name, records, os.getpid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # In a fresh process the run folder's name is resolved before the job is called, but after it is unpickled.
+        # In a fresh process the run folder's name is resolved before the job is called, but after it is
+        # unpickled.
         register_resolvers()
 
     def __call__(self, cfg: DictConfig) -> Any:
@@ -113,14 +130,17 @@ class JobFunction:
         if self.records is None:
             check_overrides(cfg, self.config_name, overrides)
             return self.task(cfg, run_dir)
-        recorded = jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.config_name))
+        recorded = jobs.recorded(
+            self.records, overrides, run_dir, lambda error: explain(error, self.config_name)
+        )
         try:
             with _handlers_kept(), recorded, run_folder.failure_recorded(run_dir):
                 check_overrides(cfg, self.config_name, overrides)
                 check_objective(cfg)
                 value = objective_value(self.task(cfg, run_dir), cfg.get("objective"))
         except jobs.Stopped:
-            # A signal here tells the sweep to stop; in a worker, or when its minutes are up, it is this job alone.
+            # A signal here tells the sweep to stop; in a worker, or when its minutes are up, it is this job
+            # alone.
             if os.getpid() == self.process and session.StopRequest.received:
                 sys.exit(session.STOPPED)
             raise
@@ -172,7 +192,9 @@ class Sweep:
             check_search(sweeper, cfg, given.overrides)
         own = [entry for entry in given.overrides if not is_hydras(entry)]
         planned = jobs.expand(own, loader) if sweeper == "basic" else []
-        command = [f"clipkit-{config_name}"] + (["--config-dir", given.config_dir] if given.config_dir else [])
+        command = [f"clipkit-{config_name}"] + (
+            ["--config-dir", given.config_dir] if given.config_dir else []
+        )
         # hydra.main starts its own.
         GlobalHydra.instance().clear()
         return cls(jobs.Records.under(cfg.get("output_dir") or "."), planned, command, cfg.get("objective"))
@@ -198,20 +220,25 @@ def check_search(sweeper: str, cfg: DictConfig, overrides: list[str]) -> None:
     if not cfg.objective:
         raise ValueError(
             f"hydra/sweeper={sweeper} looks for the settings with the best objective, and objective= is not given: "
-            "give objective=TASK/METRIC, such as objective=retrieval/text_to_image_R@1")
+            "give objective=TASK/METRIC, such as objective=retrieval/text_to_image_R@1"
+        )
     if sweeper == "optuna" and not any("hydra.sweeper.direction=" in entry for entry in overrides):
         raise ValueError(
             "hydra/sweeper=optuna minimises unless told otherwise: give hydra/sweeper=search, the same sweeper with defaults "
-            f"for training, or hydra.sweeper.direction=maximize (or minimize) for {cfg.objective}")
+            f"for training, or hydra.sweeper.direction=maximize (or minimize) for {cfg.objective}"
+        )
 
 
 def refuse_torchrun(overrides: list[str]) -> None:
-    """ValueError when this process is one of a torchrun's: its second job would meet the first one's store and hang."""
+    """ValueError when this process is one of a torchrun's: its second job would meet the first one's store
+    and hang.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
         raise ValueError(
             "-m under torchrun would run every job in one process group; let each job have its own:\n"
-            f"    {shlex.join(['clipkit-sweep', '--processes', ranks, *overrides])}")
+            f"    {shlex.join(['clipkit-sweep', '--processes', ranks, *overrides])}"
+        )
 
 
 def check_objective(cfg: DictConfig) -> None:

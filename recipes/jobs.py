@@ -1,7 +1,9 @@
-"""The jobs of a sweep: which there are, what each leaves on record, and the list at the end of what is still to do.
+"""The jobs of a sweep: which there are, what each leaves on record, and the list at the end of what is still
+to do.
 
-A job of `-m` may run in another process or on another machine (hydra's launchers), die there, or take its launcher with
-it. So each writes its state to a file beside the run folders, and what it did not write it did not do. Torch is not imported.
+A job of `-m` may run in another process or on another machine (hydra's launchers), die there, or take its
+launcher with it. So each writes its state to a file beside the run folders, and what it did not write it did
+not do. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from typing import Any
 
 from clipkit.recipes.session import STOPPED
 
-FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = "finished", "failed", "stopped", "left no result", "not started"
+FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = (
+    "finished",
+    "failed",
+    "stopped",
+    "left no result",
+    "not started",
+)
 REASONS = {
     STOPPED_EARLY: "stopped by a signal or by max_minutes; it goes on from what it saved",
     RUNNING: "killed outright, with its launcher's other jobs perhaps, or still running elsewhere",
@@ -51,14 +59,18 @@ class Job:
 
 
 class Stopped(RuntimeError):
-    """A job of a sweep stopped before its end, and saved; raised instead of SystemExit, which would end its worker."""
+    """A job of a sweep stopped before its end, and saved; raised instead of SystemExit, which would end its
+    worker.
+    """
 
 
 def expand(overrides: Sequence[str], loader: Any = None) -> list[list[str]]:
-    """Every job's overrides, as hydra's basic sweeper expands comma lists, `range(...)`, `choice(...)` and `glob(...)`.
+    """Every job's overrides, as hydra's basic sweeper expands comma lists, `range(...)`, `choice(...)` and
+    `glob(...)`.
 
     Raises:
-        hydra.errors.HydraException: an override that cannot be parsed, or a search space such as `interval(...)`.
+        hydra.errors.HydraException: an override that cannot be parsed, or a search space such as
+            `interval(...)`.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -102,7 +114,9 @@ class Records:
         return [by_overrides.get(overrides, Job(list(overrides))) for overrides in wanted] + rest
 
     def remove(self) -> None:
-        """Once told, the run folders say the same; a job that may still run elsewhere keeps its file's folder."""
+        """Once told, the run folders say the same; a job that may still run elsewhere keeps its file's
+        folder.
+        """
         if all(job.state != RUNNING for job in self.read()):
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
@@ -110,8 +124,11 @@ class Records:
 
 
 @contextmanager
-def recorded(records: Records, overrides: Sequence[str], run_dir: Path, message: Callable[[Exception], str]) -> Iterator[None]:
-    """Run one job inside: its state is on record before, and after however it ends, unless it is killed outright.
+def recorded(
+    records: Records, overrides: Sequence[str], run_dir: Path, message: Callable[[Exception], str]
+) -> Iterator[None]:
+    """Run one job inside: its state is on record before, and after however it ends, unless it is killed
+    outright.
 
     Args:
         message: makes an exception's text for the user.
@@ -161,14 +178,22 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 for all finished, 75 when what is missing was told to stop or not begun since, else 1."""
+        """The exit status: 0 for all finished, 75 when what is missing was told to stop or not begun since,
+        else 1.
+        """
         if not self.unfinished:
             return 0
         states = {job.state for job in self.unfinished}
-        return STOPPED if (self.signalled or STOPPED_EARLY in states) and states <= {STOPPED_EARLY, WAITING} else 1
+        return (
+            STOPPED
+            if (self.signalled or STOPPED_EARLY in states) and states <= {STOPPED_EARLY, WAITING}
+            else 1
+        )
 
     def report(self, objective: str | None = None, *, compared: bool = True) -> None:
-        """Print the comparison of the finished runs, then each job that is not finished, why, and how to repeat it."""
+        """Print the comparison of the finished runs, then each job that is not finished, why, and how to
+        repeat it.
+        """
         if compared:
             self._compare(objective)
         done = len(self.jobs) - len(self.unfinished)
@@ -193,4 +218,6 @@ class Outcome:
 
         tables = text_tables(compare(folders, order=objective))
         if tables:
-            print(f"\nFinal numbers, mean ± sample standard deviation over n runs that differ by the seed alone:\n{tables}")
+            print(
+                f"\nFinal numbers, mean ± sample standard deviation over n runs that differ by the seed alone:\n{tables}"
+            )

@@ -1,6 +1,7 @@
 """A command line's overrides: composed with conf/ by hydra, checked, and told apart from a run folder's.
 
-Errors say what to do: hydra's own suggest nothing, and YAML alone takes what nobody reads. Nothing here imports torch.
+Errors say what to do: hydra's own suggest nothing, and YAML alone takes what nobody reads. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clipkit.recipes import run_folder
 from clipkit.registry import suggest
 
-# Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories check them.
+# Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories
+# check them.
 FREE_GROUPS = ("loss", "eval", "logger", "data", "hydra")
 # What brings a choice of hydra/launcher or hydra/sweeper that hydra itself does not have.
 PLUGINS = {
@@ -36,7 +38,9 @@ PLUGINS = {
 
 
 def config_path() -> str:
-    """hydra's name for conf/: the installed package, or the repository's folder when that shadows the package."""
+    """hydra's name for conf/: the installed package, or the repository's folder when that shadows the
+    package.
+    """
     try:
         if importlib.util.find_spec("clipkit.conf") is not None:
             return "pkg://clipkit.conf"
@@ -79,20 +83,28 @@ def start_hydra(config_dir: str | None = None) -> Any:
 
 def _with_loader(config_name: str) -> Any:
     """hydra's config loader, also after a failed composition has torn hydra down."""
-    return GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else start_hydra()
+    return (
+        GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else start_hydra()
+    )
 
 
 def compose(config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
     """The config with these overrides, and hydra's own under `hydra`."""
     # The resolvers `hydra:` and `run_name:` are not evaluated here, only keys and types are looked at.
-    return _with_loader(config_name).load_configuration(config_name=config_name, overrides=overrides, run_mode=mode)
+    return _with_loader(config_name).load_configuration(
+        config_name=config_name, overrides=overrides, run_mode=mode
+    )
 
 
 def fixed(overrides: list[str]) -> list[str]:
     """The overrides that are the same for every job of a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return [entry.input_line for entry in OverridesParser.create().parse_overrides(overrides) if not entry.is_sweep_override()]
+    return [
+        entry.input_line
+        for entry in OverridesParser.create().parse_overrides(overrides)
+        if not entry.is_sweep_override()
+    ]
 
 
 def is_hydras(override: str) -> bool:
@@ -110,7 +122,8 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
     own = [entry for entry in overrides if is_hydras(entry)]
     if own:
         raise ValueError(
-            f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m")
+            f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m"
+        )
     cfg = compose(config_name, overrides)
     check_overrides(cfg, config_name, overrides)
     folder = Path(os.path.abspath(cfg.hydra.run.dir))
@@ -120,15 +133,21 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
 
 
 def check_unchanged(cfg: DictConfig, folder: Path) -> None:
-    """ValueError when a finished run was made from other settings than these overrides now give: a YAML file has changed.
+    """ValueError when a finished run was made from other settings than these overrides now give: a YAML file
+    has changed.
 
-    Settings that are null here, or read what is not known before the run, such as where generated data is, are not compared.
+    Settings that are null here, or read what is not known before the run, such as where generated data is,
+    are not compared.
     """
     record = OmegaConf.load(folder / "config.yaml")
     changed = []
-    for key, node in _leaves(cfg):
+    for key, _ in _leaves(cfg):
         # Drawn data is read from the shards it was written to.
-        if key.split(".")[0] in ("hydra", *run_folder.FREE) or key == "data.kind" or OmegaConf.is_missing(cfg, key):
+        if (
+            key.split(".")[0] in ("hydra", *run_folder.FREE)
+            or key == "data.kind"
+            or OmegaConf.is_missing(cfg, key)
+        ):
             continue
         new = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         new = OmegaConf.to_container(new) if OmegaConf.is_config(new) else new
@@ -140,7 +159,8 @@ def check_unchanged(cfg: DictConfig, folder: Path) -> None:
     if changed:
         raise ValueError(
             f"{folder} holds a finished run of other settings ({'; '.join(changed[:5])}): give name=ANOTHER to train beside it, or "
-            "delete the folder")
+            "delete the folder"
+        )
 
 
 def explain(error: BaseException, config_name: str) -> str:
@@ -155,7 +175,11 @@ def explain(error: BaseException, config_name: str) -> str:
             group, _, name = link.missing_cfg_file.rpartition("/")
             return _unknown_choice(group, name.removesuffix(".yaml"), config_name)
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and "output_dir=" not in text:
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        and "output_dir=" not in text
+    ):
         # hydra makes the run folder before anything of ours runs.
         return f"{text}; give output_dir= a folder you can write"
     missing = re.search(r"Could not (?:find|load) '([\w/]+)/([\w\-]+)'", text)
@@ -185,7 +209,9 @@ def _unknown_key(key: str, config_name: str) -> str:
     node: Any = reference
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig) or part not in node:
-            valid = sorted(str(name) for name in node if name != "hydra") if isinstance(node, DictConfig) else []
+            valid = (
+                sorted(str(name) for name in node if name != "hydra") if isinstance(node, DictConfig) else []
+            )
             where = ".".join(parts[:depth]) or "the config"
             return f"unknown key {key!r}: {where} has no {part!r}.{suggest(part, valid)} Valid keys: {', '.join(valid)}."
         node = node[part]
@@ -197,7 +223,9 @@ def _is_group(key: str, config_name: str) -> bool:
 
 
 def _group_choices(overrides: list[str], config_name: str) -> list[str]:
-    """The overrides that choose files of a group, such as `loss=[cyclip,simcse]`: they decide which keys exist."""
+    """The overrides that choose files of a group, such as `loss=[cyclip,simcse]`: they decide which keys
+    exist.
+    """
     return [entry for entry in overrides if _is_group(entry.split("=")[0], config_name)]
 
 
@@ -214,8 +242,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def check_overrides(cfg: DictConfig, config_name: str, given: list[str]) -> None:
     """Refuse an override whose type differs from the YAML's, or that adds a key nobody reads.
 
-    YAML alone takes `optim.lr=abc`, and a `+` takes any key. The reference is the same config composed from the group
-    choices alone, so a key and its type stand in one place, the YAML file.
+    YAML alone takes `optim.lr=abc`, and a `+` takes any key. The reference is the same config composed from
+    the group choices alone, so a key and its type stand in one place, the YAML file.
 
     Args:
         cfg: composed with the overrides `given`.
@@ -226,7 +254,9 @@ def check_overrides(cfg: DictConfig, config_name: str, given: list[str]) -> None
         if group.startswith("+") and other is not None:
             # hydra would drop one of the two without a word.
             both = ",".join([other.strip("[]"), value.strip("[]")])
-            raise ValueError(f"{entry} beside {group[1:]}={other}: only one would count; give {group[1:]}=[{both}]")
+            raise ValueError(
+                f"{entry} beside {group[1:]}={other}: only one would count; give {group[1:]}=[{both}]"
+            )
     reference = dict(_leaves(compose(config_name, _group_choices(given, config_name))))
     for key, node in _leaves(cfg):
         if key.split(".")[0] in FREE_GROUPS:
@@ -240,7 +270,8 @@ def check_overrides(cfg: DictConfig, config_name: str, given: list[str]) -> None
         wanted, got = _raw(reference[key]), _raw(node)
         if not _fits(wanted, got):
             raise ValueError(
-                f"{key}={got!r} is {_kind(got)}, but {key} takes {_kind(wanted)} (its default is {wanted!r})")
+                f"{key}={got!r} is {_kind(got)}, but {key} takes {_kind(wanted)} (its default is {wanted!r})"
+            )
 
 
 def _raw(node: Any) -> Any:
@@ -261,5 +292,12 @@ def _fits(wanted: Any, got: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+    }
     return names.get(type(value), type(value).__name__)

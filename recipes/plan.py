@@ -1,10 +1,12 @@
-"""What a training config takes on a GPU: memory by part, operations, communication, time, and the largest batch that fits.
+"""What a training config takes on a GPU: memory by part, operations, communication, time, and the largest
+batch that fits.
 
     clipkit-plan experiment=cyclip_rn50_cc3m gpu=h100 gpus=8 batch_size=32768 micro_batch_size=512
     clipkit-plan experiment=cyclip_rn50_cc3m batch_size=32768 gpus=1,8,64,256,1024      # a table over numbers of GPUs
     clipkit-plan image_tower=clip_vit_b32 text_tower=transformer gpu=a100_80gb gpu.memory_gb=60 --json
 
-Groups and keys are clipkit-pretrain's; `clipkit-plan --help` lists them and the plan's own (conf/plan.yaml, conf/gpu). It reads
+Groups and keys are clipkit-pretrain's; `clipkit-plan --help` lists them and the plan's own (conf/plan.yaml,
+conf/gpu). It reads
 no data and needs no GPU: see clipkit.planner for what is counted and what is derived or assumed.
 """
 
@@ -24,8 +26,21 @@ if TYPE_CHECKING:
 ASSUMED_VOCABULARY = 10_000
 # What a plan reads of a training config; the rest, such as eval's folders, may name what is not here.
 _KEYS = (
-    "embed_dim", "image_tower", "text_tower", "loss", "optim", "init_logit_scale", "init_logit_bias", "mlm_probability",
-    "channels_last", "batch_size", "micro_batch_size", "precision", "parallel", "ema_decay")
+    "embed_dim",
+    "image_tower",
+    "text_tower",
+    "loss",
+    "optim",
+    "init_logit_scale",
+    "init_logit_bias",
+    "mlm_probability",
+    "channels_last",
+    "batch_size",
+    "micro_batch_size",
+    "precision",
+    "parallel",
+    "ema_decay",
+)
 
 
 def main() -> None:
@@ -44,7 +59,9 @@ def _argument(argument: str) -> str:
 
 
 def plan(cfg: DictConfig, run_dir: Path) -> None:
-    """Print the plan, and write it to `output`; a ValueError at the end says what to lower where nothing fits."""
+    """Print the plan, and write it to `output`; a ValueError at the end says what to lower where nothing
+    fits.
+    """
     from clipkit.planner import GPU, Assumptions, Measured, Planner
 
     config = resolved(cfg)
@@ -71,9 +88,14 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.get("loss"):
         raise ValueError("the loss is empty: name at least one term, such as loss=clip")
     values = {key: cfg[key] for key in _KEYS if key in cfg}
-    config = {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in values.items()}
+    config = {
+        key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
+        for key, v in values.items()
+    }
     data = {key: cfg.data[key] for key in ("tokenizer", "sentences")}
-    config["data"] = {key: OmegaConf.to_container(value, resolve=True) for key, value in data.items() if value is not None}
+    config["data"] = {
+        key: OmegaConf.to_container(value, resolve=True) for key, value in data.items() if value is not None
+    }
     return config
 
 
@@ -86,9 +108,16 @@ def vocabulary(spec: dict[str, Any], vocab_size: int | None) -> tuple[Any, list[
     if spec["name"] != "words" or spec.get("path"):
         return create_tokenizer(spec), []
     size = vocab_size or ASSUMED_VOCABULARY
-    assumed = [] if vocab_size else [
-        f"a vocabulary of {size:,} words: the tokenizer `words` makes its own from the captions; give vocab_size=N"]
-    return SimpleNamespace(vocab_size=size, context_length=spec["context_length"], pad_id=0, sot_id=2, eot_id=size - 1), assumed
+    assumed = (
+        []
+        if vocab_size
+        else [
+            f"a vocabulary of {size:,} words: the tokenizer `words` makes its own from the captions; give vocab_size=N"
+        ]
+    )
+    return SimpleNamespace(
+        vocab_size=size, context_length=spec["context_length"], pad_id=0, sot_id=2, eot_id=size - 1
+    ), assumed
 
 
 def largest(planner: Any, world_size: int) -> dict[str, int | None]:
@@ -105,35 +134,58 @@ def largest(planner: Any, world_size: int) -> dict[str, int | None]:
 def text(result: dict[str, Any]) -> str:
     """The plans for people: one in full, several as a table."""
     plans = result["plans"]
-    lines = [f"{result['parameters'] / 1e6:.1f} M parameters"] + [f"assumed: {line}" for line in result["assumed"]]
+    lines = [f"{result['parameters'] / 1e6:.1f} M parameters"] + [
+        f"assumed: {line}" for line in result["assumed"]
+    ]
     lines += [in_full(plans[0])] if len(plans) == 1 else [scaling(plans)]
     return "\n".join(lines)
 
 
 def in_full(plan: dict[str, Any]) -> str:
     """Every part of one plan."""
-    pieces = f", {plan['micro_batches']} micro-batches of {plan['micro_batch_size']}" if plan["micro_batches"] > 1 else ""
-    lines = [f"{plan['gpus']} x {plan['gpu']}, batch {plan['batch_size']}: {plan['pairs_per_gpu']} pairs a GPU{pieces}", ""]
+    pieces = (
+        f", {plan['micro_batches']} micro-batches of {plan['micro_batch_size']}"
+        if plan["micro_batches"] > 1
+        else ""
+    )
+    lines = [
+        f"{plan['gpus']} x {plan['gpu']}, batch {plan['batch_size']}: {plan['pairs_per_gpu']} pairs a GPU{pieces}",
+        "",
+    ]
     lines += _section("memory a GPU, GB", plan["memory"], 1e9)
     lines += [f"  {'at most at once':<22}{plan['memory_total'] / 1e9:>12.2f}"]
-    lines += [f"  {'of':<22}{plan['memory_limit'] / 1e9:>12.2f}   {'fits' if plan['fits'] else 'DOES NOT FIT'}", ""]
+    lines += [
+        f"  {'of':<22}{plan['memory_limit'] / 1e9:>12.2f}   {'fits' if plan['fits'] else 'DOES NOT FIT'}",
+        "",
+    ]
     lines += _section("loss workspace by impl, GB", plan["loss_workspace"], 1e9, mark=plan["impl"])
     lines += ["", *_section("operations a GPU, 1e12", plan["flops"], 1e12, plan["flops_total"])]
-    lines += ["", *_section("sent by a GPU, MB", plan["communication"], 1e6, sum(plan["communication"].values()))]
+    lines += [
+        "",
+        *_section("sent by a GPU, MB", plan["communication"], 1e6, sum(plan["communication"].values())),
+    ]
     lines += ["", *_section("estimated time, ms", plan["seconds"], 1e-3, plan["seconds_total"])]
     lines += [
-        f"  {plan['images_per_second']:,.0f} pairs/s over all GPUs, {plan['model_flops_fraction']:.0%} of the GPU's peak", "",
-        "largest that fits"]
+        f"  {plan['images_per_second']:,.0f} pairs/s over all GPUs, {plan['model_flops_fraction']:.0%} of the GPU's peak",
+        "",
+        "largest that fits",
+    ]
     largest = plan["largest"]
     lines += [
         f"  micro_batch_size at this batch_size: {largest['micro_batch_size'] or 'none'}",
         f"  batch_size without micro-batches (a power of two a GPU): {largest['batch_size_at_once'] or 'none'}",
-        f"  batch_size with micro-batches (a power of two a GPU): {largest['batch_size_cached'] or 'none'}"]
+        f"  batch_size with micro-batches (a power of two a GPU): {largest['batch_size_cached'] or 'none'}",
+    ]
     return "\n".join(lines)
 
 
-def _section(title: str, parts: dict[str, float], unit: float, total: float | None = None, mark: str | None = None) -> list[str]:
-    lines = [title] + [f"  {name:<22}{value / unit:>12.2f}{'   <- used' if name == mark else ''}" for name, value in parts.items()]
+def _section(
+    title: str, parts: dict[str, float], unit: float, total: float | None = None, mark: str | None = None
+) -> list[str]:
+    lines = [title] + [
+        f"  {name:<22}{value / unit:>12.2f}{'   <- used' if name == mark else ''}"
+        for name, value in parts.items()
+    ]
     return lines + ([f"  {'total':<22}{total / unit:>12.2f}"] if total is not None else [])
 
 
@@ -141,16 +193,19 @@ def scaling(plans: list[dict[str, Any]]) -> str:
     """One line a number of GPUs."""
     first = plans[0]
     lines = [
-        f"{first['gpu']}, batch {first['batch_size']}; memory and traffic are a GPU's, pairs/s are of all", "",
+        f"{first['gpu']}, batch {first['batch_size']}; memory and traffic are a GPU's, pairs/s are of all",
+        "",
         f"{'GPUs':>6}{'pairs':>8}{'micro':>7}{'memory GB':>11}{'fits':>6}{'sent MB':>9}{'step ms':>10}{'pairs/s':>12}{'scaling':>10}"
-        f"{'largest micro':>15}{'largest batch':>15}"]
+        f"{'largest micro':>15}{'largest batch':>15}",
+    ]
     for plan in plans:
         scaled = plan["images_per_second"] / plan["gpus"] / (first["images_per_second"] / first["gpus"])
         lines.append(
             f"{plan['gpus']:>6}{plan['pairs_per_gpu']:>8}{plan['micro_batch_size']:>7}{plan['memory_total'] / 1e9:>11.1f}"
             f"{'yes' if plan['fits'] else 'no':>6}{sum(plan['communication'].values()) / 1e6:>9.0f}{plan['seconds_total'] * 1e3:>10.1f}"
             f"{plan['images_per_second']:>12,.0f}{scaled:>10.0%}{plan['largest']['micro_batch_size'] or 'none':>15}"
-            f"{plan['largest']['batch_size_cached'] or 'none':>15}")
+            f"{plan['largest']['batch_size_cached'] or 'none':>15}"
+        )
     return "\n".join(lines)
 
 

@@ -6,8 +6,9 @@
     clipkit-predict search   runs/quickstart/default "a red circle" photos.npy
     clipkit-predict classify runs/quickstart/default photos/ --labels cat,dog --top 2
 
-MODEL is a run or checkpoint folder, open_clip:NAME[=WEIGHTS], or (texts alone) sentence_transformers:FOLDER. Results go to
-standard output, one JSON line a file or query; unreadable images are named on standard error and left out.
+MODEL is a run or checkpoint folder, open_clip:NAME[=WEIGHTS], or (texts alone) sentence_transformers:FOLDER.
+Results go to standard output, one JSON line a file or query; unreadable images are named on standard error
+and left out.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     clipkit-pretrain experiment=cyclip_rn50_cc3m 'loss=[cyclip,simcse]'
     clipkit-pretrain -m 'loss=clip,cyclip,[cyclip,simcse]' seed=0,1  # six runs, six folders
 
-The same command finds the same folder: it resumes a run that was stopped, and only reports one that is finished.
-Nothing imported at the top imports torch, so the command line answers at once.
+The same command finds the same folder: it resumes a run that was stopped, and only reports one that is
+finished. Nothing imported at the top imports torch, so the command line answers at once.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ def main() -> None:
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """One run from its config; returns the final metrics."""
     device = session.choose_device(cfg.device)
-    with session.process_group(device, cfg.timeout_minutes) as (rank, world_size), run_folder.failure_recorded(run_dir):
+    with (
+        session.process_group(device, cfg.timeout_minutes) as (rank, world_size),
+        run_folder.failure_recorded(run_dir),
+    ):
         config = session.on_rank_0_first(lambda: resolved(cfg))
         finished = session.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
         if finished:
             if rank == 0:
-                print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
+                print(
+                    f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:"
+                )
                 print(run_folder.table(finished["metrics"]))
             return finished["metrics"]
         state = build(config, run_dir, device, rank, world_size)
@@ -65,7 +70,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     except InterpolationResolutionError as error:
         raise ValueError(
             f"{error.full_key} reads a setting that is not there ({str(error).splitlines()[0]}). If this data has no such part, "
-            "choose another eval= (eval=none for no evaluation)") from error
+            "choose another eval= (eval=none for no evaluation)"
+        ) from error
 
 
 @dataclass
@@ -97,7 +103,9 @@ class State:
 
 
 def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_size: int) -> State:
-    """Make what the config names; everything that can be wrong with it is an error here, before the first step."""
+    """Make what the config names; everything that can be wrong with it is an error here, before the first
+    step.
+    """
     import torch
 
     from clipkit.checkpoint import model_config
@@ -129,31 +137,55 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         model, loss = shard(model), shard(loss)
     share = {"seed": config["seed"], "rank": rank, "world_size": world_size}
     stream = create_stream(
-        data, tokenizer=tokenizer, image_size=model.image_tower.image_size, num_workers=data["num_workers"],
-        batch_size=batches.split(config["batch_size"], world_size, "batch_size"), **share)
+        data,
+        tokenizer=tokenizer,
+        image_size=model.image_tower.image_size,
+        num_workers=data["num_workers"],
+        batch_size=batches.split(config["batch_size"], world_size, "batch_size"),
+        **share,
+    )
     sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
     create_tasks(config["eval"])
     for task in config["final_eval"]:
         if task not in config["eval"]:
             raise unknown("task of final_eval", task, config["eval"])
     if config["best_metric"] and config["best_metric"].split("/")[0] not in config["eval"]:
-        raise unknown("task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]])
+        raise unknown(
+            "task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]]
+        )
     total = batches.total_steps(config, stream.batches_per_epoch)
     optim = dict(config["optim"])
-    schedule = {"name": optim.pop("schedule"), "warmup_steps": optim.pop("warmup_steps"), "final": optim.pop("final")}
+    schedule = {
+        "name": optim.pop("schedule"),
+        "warmup_steps": optim.pop("warmup_steps"),
+        "final": optim.pop("final"),
+    }
     optimizer = create_optimizer([model, loss], **optim)
     schedule = create_schedule(optimizer, total_steps=total, **schedule)
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
     # Ranks start from the same weights, and go on with dropout masks of their own.
     torch.manual_seed(config["seed"] * world_size + rank)
     return State(
-        config, run_dir, device, rank, world_size, model, loss, tokenizer, stream, sentences, optimizer, schedule, total, average,
-        saving_group=torch.distributed.new_group(backend="gloo") if sharded else None)
+        config,
+        run_dir,
+        device,
+        rank,
+        world_size,
+        model,
+        loss,
+        tokenizer,
+        stream,
+        sentences,
+        optimizer,
+        schedule,
+        total,
+        average,
+        saving_group=torch.distributed.new_group(backend="gloo") if sharded else None,
+    )
 
 
 def train(state: State) -> dict[str, float]:
     """The loop: batch, features, losses, backward, step; then the final evaluation and summary."""
-    import torch
 
     from clipkit.data import create_augment
     from clipkit.distributed import barrier, gather_objects
@@ -165,8 +197,13 @@ def train(state: State) -> dict[str, float]:
     loggers = None
     if state.rank == 0:
         loggers = Loggers(state.run_dir, config["logger"], config=config, start_step=state.step)
-    progress = Progress(step=state.step, total=state.total, batch_size=config["batch_size"], every=config["log_every"],
-                        enabled=state.rank == 0)
+    progress = Progress(
+        step=state.step,
+        total=state.total,
+        batch_size=config["batch_size"],
+        every=config["log_every"],
+        enabled=state.rank == 0,
+    )
     progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
     parameters = optimizer_parameters(state.optimizer)
     wanted = (*loss.inputs, *loss.optional_inputs)
@@ -186,7 +223,13 @@ def train(state: State) -> dict[str, float]:
         waited = time.monotonic() - waited
         if config["micro_batch_size"]:
             terms = cached_backward(
-                encode, loss, batch, micro_batch_size=config["micro_batch_size"], inputs=wanted, autocast=autocast())
+                encode,
+                loss,
+                batch,
+                micro_batch_size=config["micro_batch_size"],
+                inputs=wanted,
+                autocast=autocast(),
+            )
         else:
             with autocast():
                 features = encode(batch, wanted)
@@ -194,7 +237,9 @@ def train(state: State) -> dict[str, float]:
             terms["loss"].backward()
         norm = session.clip_grad_norm(parameters, config["clip_grad_norm"] or math.inf)
         keys = batch.get("key", [])
-        numbers = run_folder.checked_finite({**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=keys)
+        numbers = run_folder.checked_finite(
+            {**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=keys
+        )
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -209,9 +254,16 @@ def train(state: State) -> dict[str, float]:
         if last or due(state.step, config["log_every"]):
             logit_scale = model.logit_scale.item()
             if loggers:
-                loggers.log(state.step, {
-                    **{f"train/{name}": value for name, value in numbers.items()}, "train/lr": lr, "train/logit_scale": logit_scale,
-                    "train/data_seconds": waited, "train/seconds": time.monotonic() - started})
+                loggers.log(
+                    state.step,
+                    {
+                        **{f"train/{name}": value for name, value in numbers.items()},
+                        "train/lr": lr,
+                        "train/logit_scale": logit_scale,
+                        "train/data_seconds": waited,
+                        "train/seconds": time.monotonic() - started,
+                    },
+                )
         progress.show(state.step, {**{name: numbers[name] for name in terms}, "lr": lr})
         spikes.see(state.step, numbers["loss"], keys, progress)
         if last or due(state.step, config["eval_every"]):
@@ -227,7 +279,10 @@ def train(state: State) -> dict[str, float]:
             progress.close()
             if loggers:
                 loggers.close()
-                print(f"stopped by {stop.reason} at step {state.step}, saved; run the same command to go on", flush=True)
+                print(
+                    f"stopped by {stop.reason} at step {state.step}, saved; run the same command to go on",
+                    flush=True,
+                )
             # A rank that leaves is taken for failed and the others are ended: rank 0 must have saved.
             barrier()
             sys.exit(session.STOPPED)
@@ -242,9 +297,18 @@ def train(state: State) -> dict[str, float]:
 def finish(state: State, reports: list[dict[str, Any]], *, seconds: float) -> None:
     """The summary on disk, which marks the run as finished, and the final table."""
     run_folder.write_summary(
-        state.run_dir, finished=True, step=state.step, metrics=state.metrics, data=run_folder.joined_reports(reports),
-        seconds_this_session=round(seconds, 1))
-    scores = f"(fractions, 1 is perfect):\n{run_folder.table(state.metrics)}" if state.metrics else "none: eval= names no task"
+        state.run_dir,
+        finished=True,
+        step=state.step,
+        metrics=state.metrics,
+        data=run_folder.joined_reports(reports),
+        seconds_this_session=round(seconds, 1),
+    )
+    scores = (
+        f"(fractions, 1 is perfect):\n{run_folder.table(state.metrics)}"
+        if state.metrics
+        else "none: eval= names no task"
+    )
     print(f"\nFinal numbers after {state.step} steps {scores}")
     print(f"Everything is in {state.run_dir}: metrics.jsonl, checkpoints/, summary.json")
 
@@ -257,7 +321,14 @@ def score(state: State) -> dict[str, float]:
     if state.step < state.total:
         tasks = {name: task for name, task in tasks.items() if name not in state.config["final_eval"]}
     with session.evaluated_model(state) as model:
-        results = evaluate(model, state.tokenizer, tasks, device=state.device, batch_size=state.config["batch_size"], group="auto")
+        results = evaluate(
+            model,
+            state.tokenizer,
+            tasks,
+            device=state.device,
+            batch_size=state.config["batch_size"],
+            group="auto",
+        )
     metrics, best = run_folder.flatten(results), state.config["best_metric"]
     if best and best not in metrics:
         raise unknown("best_metric", best, metrics)

@@ -38,8 +38,11 @@ class Progress:
         elif step % self.every == 0 or step == self.total or step == self.first + 1:
             rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
             left = (self.total - step) / rate
-            print(f"step {step}/{self.total}  {text}  {rate * self.batch_size:,.0f} pairs/s  "
-                  f"{int(left) // 60}:{int(left) % 60:02d} left", flush=True)
+            print(
+                f"step {step}/{self.total}  {text}  {rate * self.batch_size:,.0f} pairs/s  "
+                f"{int(left) // 60}:{int(left) % 60:02d} left",
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -1,4 +1,6 @@
-"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, summary.json; what tells a finished run from one to resume."""
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints/, summary.json; what tells a finished run from one
+to resume.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,18 @@ if TYPE_CHECKING:
 
 # Settings that may differ between the sessions of one run.
 FREE = (
-    "output_dir", "resume", "device", "num_threads", "log_every", "logger", "name", "max_minutes", "timeout_minutes", "loss_spike",
-    "objective")
+    "output_dir",
+    "resume",
+    "device",
+    "num_threads",
+    "log_every",
+    "logger",
+    "name",
+    "max_minutes",
+    "timeout_minutes",
+    "loss_spike",
+    "objective",
+)
 
 
 def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -35,17 +47,25 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"the run folder {run_dir} cannot be made ({error}); give output_dir= a folder you can write") from error
+        raise OSError(
+            f"the run folder {run_dir} cannot be made ({error}); give output_dir= a folder you can write"
+        ) from error
     if not os.access(run_dir, os.W_OK):
         raise OSError(f"the run folder {run_dir} cannot be written; give output_dir= a folder you can write")
     record = run_dir / "config.yaml"
     if record.exists():
         if not config["resume"]:
-            raise ValueError(f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder")
+            raise ValueError(
+                f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder"
+            )
         before = OmegaConf.to_container(OmegaConf.load(record))
         # A top-level setting that the record lacks came with a later version of clipkit.
         now = {key: value for key, value in config.items() if key in before}
-        changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now) if key.split(".")[0] not in FREE]
+        changed = [
+            f"{key}: {old!r} -> {new!r}"
+            for key, old, new in differences(before, now)
+            if key.split(".")[0] not in FREE
+        ]
         if changed:
             raise ValueError(
                 f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): "
@@ -122,20 +142,26 @@ def table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def checked_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: list[str]) -> dict[str, float]:
-    """The terms as numbers; RuntimeError when the loss or its gradient is not finite, with the batch's keys on record.
+def checked_finite(
+    terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: list[str]
+) -> dict[str, float]:
+    """The terms as numbers; RuntimeError when the loss or its gradient is not finite, with the batch's keys
+    on record.
 
-    Called before the optimizer's step; every rank has the same loss and the same averaged gradient, so all stop.
+    Called before the optimizer's step; every rank has the same loss and the same averaged gradient, so all
+    stop.
 
     Args:
         terms: () tensors, "loss" and "grad_norm" among them.
     """
-    from clipkit.checkpoint import write_json
-
     import torch
 
+    from clipkit.checkpoint import write_json
+
     # One copy from the device for all of them.
-    values = dict(zip(terms, torch.stack([value.detach().float() for value in terms.values()]).tolist(), strict=True))
+    values = dict(
+        zip(terms, torch.stack([value.detach().float() for value in terms.values()]).tolist(), strict=True)
+    )
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return values
@@ -143,7 +169,8 @@ def checked_finite(terms: Mapping[str, Any], run_dir: Path, *, step: int, keys: 
     write_json(record, {"terms": {name: str(value) for name, value in values.items()}, "keys": list(keys)})
     raise RuntimeError(
         f"the {' and the '.join(bad)} is not finite at step {step} ({values}); the weights are unchanged and the batch's keys are in {record}. "
-        "Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint.")
+        "Lower optim.lr, set clip_grad_norm, or use precision=fp32; the run resumes from its last checkpoint."
+    )
 
 
 def of_rank() -> str:
@@ -157,7 +184,8 @@ class SpikeRecord:
     """Steps whose loss stands out, with the keys of their samples: RUN/loss_spikes.jsonl, a file a rank.
 
     Args:
-        factor: a spike is a loss above `factor` times the median of the 100 steps before; None: nothing is recorded.
+        factor: a spike is a loss above `factor` times the median of the 100 steps before; None: nothing is
+            recorded.
     """
 
     def __init__(self, run_dir: Path, factor: float | None):
@@ -172,16 +200,21 @@ class SpikeRecord:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "loss": loss, "median": usual, "keys": list(keys)}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "loss": loss, "median": usual, "keys": list(keys)}) + "\n"
+                )
         except OSError as error:
             progress.say(f"warning: the loss spike at step {step} could not be recorded: {error}")
             return
-        progress.say(f"loss spike at step {step}: {loss:.4g}, {loss / usual:.1f} times the median before; its samples' keys are in {self.path}")
+        progress.say(
+            f"loss spike at step {step}: {loss:.4g}, {loss / usual:.1f} times the median before; its samples' keys are in {self.path}"
+        )
 
 
 @contextmanager
 def failure_recorded(run_dir: Path) -> Iterator[None]:
-    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; the next session removes it.
+    """Leave an error in RUN/error.txt, so that a sweep's failed job can be read later; the next session
+    removes it.
 
     Of several ranks' errors the first stays: the others' are that their peer has gone.
     """

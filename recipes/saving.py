@@ -29,14 +29,25 @@ def save(state: State, progress: Progress, *, now: bool) -> None:
         take_unsplit_of_rank_0(weights)
     ranks = gather_objects({"rng": rng_state(), "stream": state.stream.state_dict()})
     content = {
-        "weights": weights, "optimizer": optimizer, "config": state.config, "tokenizer": state.tokenizer, "metrics": state.metrics,
+        "weights": weights,
+        "optimizer": optimizer,
+        "config": state.config,
+        "tokenizer": state.tokenizer,
+        "metrics": state.metrics,
         "train_state": {
-            "optimizer": optimizer_settings(state.optimizer), "schedule": state.schedule.state_dict(), "ranks": ranks,
+            "optimizer": optimizer_settings(state.optimizer),
+            "schedule": state.schedule.state_dict(),
+            "ranks": ranks,
             "sentences": state.sentences.state_dict() if state.sentences else None,
-            "average_updates": state.average.updates if state.average else None}}
+            "average_updates": state.average.updates if state.average else None,
+        },
+    }
     try:
         if sharded:
-            state.saving = state.step, save_sharded_checkpoint(state.checkpoints, state.step, **content, group=state.saving_group)
+            state.saving = (
+                state.step,
+                save_sharded_checkpoint(state.checkpoints, state.step, **content, group=state.saving_group),
+            )
         elif state.rank == 0:
             save_checkpoint(state.checkpoints, state.step, **content)
     except OSError as error:
@@ -49,7 +60,9 @@ def save(state: State, progress: Progress, *, now: bool) -> None:
 
 
 def settle(state: State, progress: Progress) -> None:
-    """Wait for the checkpoint that is being written in the background, if there is one; every rank learns how it went."""
+    """Wait for the checkpoint that is being written in the background, if there is one; every rank learns how
+    it went.
+    """
     from clipkit.distributed import gather_objects
 
     if state.saving is None:
@@ -72,7 +85,9 @@ def not_written(state: State, progress: Progress, step: int, error: OSError) -> 
 
     kept = (list_checkpoints(state.checkpoints) or [None])[-1]
     if step == state.total:
-        raise OSError(f"the final checkpoint could not be written ({error}); the last good one is {kept}") from error
+        raise OSError(
+            f"the final checkpoint could not be written ({error}); the last good one is {kept}"
+        ) from error
     progress.say(f"warning: no checkpoint at step {step}: {error}; the last good one is {kept}")
 
 
@@ -103,7 +118,9 @@ def resume(state: State) -> None:
     state.loss.load_state_dict(split_weights(weights, "loss"))
     saved = loaded["train_state"]
     if state.average:
-        state.average.load_state_dict({"updates": saved["average_updates"], "weights": split_weights(weights, "average")})
+        state.average.load_state_dict(
+            {"updates": saved["average_updates"], "weights": split_weights(weights, "average")}
+        )
     load_optimizer(state.optimizer, saved["optimizer"], loaded["optimizer"])
     state.schedule.load_state_dict(saved["schedule"])
     if state.sentences:
@@ -114,7 +131,9 @@ def resume(state: State) -> None:
         state.stream.load_state_dict(mine["stream"])
     else:
         # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
-        faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]] if state.rank == 0 else []
+        faults = (
+            [fault for one in saved["ranks"] for fault in one["stream"]["faults"]] if state.rank == 0 else []
+        )
         state.stream.load_state_dict({**saved["ranks"][0]["stream"], "faults": faults})
     state.step, state.metrics = loaded["step"], loaded["metrics"]
 

@@ -1,4 +1,6 @@
-"""The process a recipe runs in: its device, precision, rank in a torchrun, and the signals that ask it to stop."""
+"""The process a recipe runs in: its device, precision, rank in a torchrun, and the signals that ask it to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class StopRequest:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             code = int(seen)
         if code:
-            self.reason = f"max_minutes={self._minutes:g}" if code == _TIME_IS_UP else signal.Signals(code).name
+            self.reason = (
+                f"max_minutes={self._minutes:g}" if code == _TIME_IS_UP else signal.Signals(code).name
+            )
         return self.reason
 
 
@@ -71,7 +75,9 @@ _TIME_IS_UP = 1000
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device a setting means; under torchrun on GPUs, this rank's own. ValueError when it is not there."""
+    """The torch device a setting means; under torchrun on GPUs, this rank's own. ValueError when it is not
+    there.
+    """
     import torch
 
     if name == "auto":
@@ -102,7 +108,8 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
         torch.cuda.set_device(device)
     # gloo beside NCCL: what is gathered of Python objects and checkpoints lives on the CPU.
     distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+    )
     mine, lost = distributed.get_rank(), False
     try:
         yield mine, world
@@ -111,7 +118,8 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
         if lost:
             raise RuntimeError(
                 f"rank {mine} of {world} lost another rank, which was killed, crashed or hung (its own output says more, if it could): "
-                f"{str(error).splitlines()[0]}. Start the same command again: the run goes on from its last checkpoint.") from error
+                f"{str(error).splitlines()[0]}. Start the same command again: the run goes on from its last checkpoint."
+            ) from error
         raise
     finally:
         # Taking the group down would wait for a rank that is gone.
@@ -140,8 +148,12 @@ def autocast(name: str, device: torch.device) -> Callable[[], AbstractContextMan
     raise ValueError(f"precision={name!r}: expected fp32 or bf16")
 
 
-def data_parallel(module: torch.nn.Module, device: torch.device, *, wanted: tuple[str, ...] = ()) -> torch.nn.Module:
-    """The module under DistributedDataParallel when several ranks run and it has something to train; else as it is."""
+def data_parallel(
+    module: torch.nn.Module, device: torch.device, *, wanted: tuple[str, ...] = ()
+) -> torch.nn.Module:
+    """The module under DistributedDataParallel when several ranks run and it has something to train; else as
+    it is.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     from clipkit.distributed import is_distributed
@@ -153,9 +165,13 @@ def data_parallel(module: torch.nn.Module, device: torch.device, *, wanted: tupl
     # DDP waits for every parameter's gradient; a loss that leaves a tower or the scale out must be said.
     all_used = {"image_features", "text_features", "logit_scale"} <= set(wanted) or not wanted
     return DistributedDataParallel(
-        module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=not all_used,
-        # A loss's buffers (FastCLIP's memory) are equal on all ranks already; a tower's BatchNorm follows rank 0.
-        broadcast_buffers=bool(wanted))
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=not all_used,
+        # A loss's buffers (FastCLIP's memory) are equal on all ranks already; a tower's BatchNorm follows
+        # rank 0.
+        broadcast_buffers=bool(wanted),
+    )
 
 
 def sharded(parallel: str) -> bool:
@@ -168,7 +184,9 @@ def sharded(parallel: str) -> bool:
 
 
 def compile_towers(model: Any, *, by_block: bool) -> None:
-    """torch.compile both towers in place, names unchanged; by block under FSDP2, which acts between the blocks."""
+    """torch.compile both towers in place, names unchanged; by block under FSDP2, which acts between the
+    blocks.
+    """
     for tower in (model.image_tower, model.text_tower):
         for module in (tower.blocks() or [tower]) if by_block else [tower]:
             module.compile()
@@ -186,8 +204,8 @@ def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.
 def evaluated_model(state: State) -> Iterator[Any]:
     """The model to score: with the averaged weights where they are kept, and whole on every rank.
 
-    Ranks encode different numbers of batches, which FSDP2's gathering would wait for in vain: split weights are put into a
-    model of their own meanwhile.
+    Ranks encode different numbers of batches, which FSDP2's gathering would wait for in vain: split weights
+    are put into a model of their own meanwhile.
     """
     import torch
 

@@ -1,12 +1,15 @@
-"""The language-encoder study: {CLIP, CyCLIP} x {no sentence loss, L_s, L_n, both} over seeds, a table, plots and findings.
+"""The language-encoder study: {CLIP, CyCLIP} x {no sentence loss, L_s, L_n, both} over seeds, a table, plots
+and findings.
 
     clipkit-study --data FOLDER --threads 1 --parallel 2                # a laptop's size, 24 runs; FOLDER as tests use it
     clipkit-study --seeds 0 epochs=2                                    # overrides go to every run
-    clipkit-study --scale cc3m --processes 4 data.root=/data/cc3m data.sentences.triplets=/data/nli_for_simcse.csv
+    clipkit-study --scale cc3m --processes 4 data.root=/data/cc3m
+    data.sentences.triplets=/data/nli_for_simcse.csv
     clipkit-study --table runs/study_mini                               # from the finished runs alone
 
-L_s is `simcse` (unsupervised), L_n is `nli_contrastive` (supervised). It leaves study.md, .csv, .json and .html; the page has the
-trade-off of alignment against uniformity over training. The same command again trains only what is missing.
+L_s is `simcse` (unsupervised), L_n is `nli_contrastive` (supervised). It leaves study.md, .csv, .json and
+.html; the page has the trade-off of alignment against uniformity over training. The same command again trains
+only what is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ if TYPE_CHECKING:
     from clipkit.evals.runs import Group, Run
 
 BASES = {"CLIP": "clip", "CyCLIP": "cyclip"}
-SENTENCES = {"none": [], "L_s": ["simcse"], "L_n": ["nli_contrastive"], "L_s + L_n": ["simcse", "nli_contrastive"]}
+SENTENCES = {
+    "none": [],
+    "L_s": ["simcse"],
+    "L_n": ["nli_contrastive"],
+    "L_s + L_n": ["simcse", "nli_contrastive"],
+}
 SCALES = {"mini": "study_mini", "cc3m": "study_cc3m"}
 RECALLS = [f"{direction}_R@{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
@@ -36,15 +44,25 @@ RECALLS = [f"{direction}_R@{k}" for direction in ("image_to_text", "text_to_imag
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
     parser = argparse.ArgumentParser(
-        prog="clipkit-study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="clipkit-study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="settings of every run, as for clipkit-pretrain")
-    parser.add_argument("--scale", choices=SCALES, default="mini", help="conf/experiment/study_*.yaml (default: %(default)s)")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="mini", help="conf/experiment/study_*.yaml (default: %(default)s)"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="as many runs of each arm (default: %(default)s)")
     parser.add_argument(
-        "--data", metavar="FOLDER", help="the evaluation sets, and at mini scale the training data (CLIPKIT_TEST_DATA)")
+        "--data",
+        metavar="FOLDER",
+        help="the evaluation sets, and at mini scale the training data (CLIPKIT_TEST_DATA)",
+    )
     sweep.add_job_options(parser)
-    parser.add_argument("--table", nargs="+", metavar="FOLDER", help="only the table and findings of the finished runs below")
-    parser.add_argument("--output", help="OUTPUT.md, .csv, .json, .html (default: study, in the folder of the runs)")
+    parser.add_argument(
+        "--table", nargs="+", metavar="FOLDER", help="only the table and findings of the finished runs below"
+    )
+    parser.add_argument(
+        "--output", help="OUTPUT.md, .csv, .json, .html (default: study, in the folder of the runs)"
+    )
     given = parser.parse_args(arguments)
     with cli.reported("pretrain"):
         if given.table:
@@ -57,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         start_hydra()
         wanted = arms(SCALES[given.scale], seeds(given.seeds), given.overrides)
         planned = sweep.plan(wanted, threads=given.threads)
-        outcome = sweep.run_all(planned, processes=given.processes, parallel=given.parallel, threads=given.threads)
+        outcome = sweep.run_all(
+            planned, processes=given.processes, parallel=given.parallel, threads=given.threads
+        )
         done = [job.run_dir for job in outcome.jobs if job.state == jobs.FINISHED]
         if done:
             write_study(done, given.output or str(Path(planned[0].run_dir).parent / "study"))
@@ -70,7 +90,9 @@ def seeds(text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--seeds {text!r}: expected whole numbers with commas between, such as 0,1,2") from None
+        raise ValueError(
+            f"--seeds {text!r}: expected whole numbers with commas between, such as 0,1,2"
+        ) from None
     if len(set(found)) < len(found):
         raise ValueError(f"--seeds {text!r}: a seed is there twice")
     return found
@@ -80,7 +102,9 @@ def arms(experiment: str, seeds: Sequence[int], overrides: Sequence[str]) -> lis
     """Every run's overrides, a seed after the other, so that a study that is stopped has whole seeds."""
     for entry in overrides:
         if entry.lstrip("+~").split("=")[0] in ("loss", "seed", "experiment"):
-            raise ValueError(f"{entry}: the study sets loss, seed and experiment itself; see --seeds and --scale")
+            raise ValueError(
+                f"{entry}: the study sets loss, seed and experiment itself; see --seeds and --scale"
+            )
     jobs_of_all = []
     for seed in seeds:
         for terms in SENTENCES.values():
@@ -114,25 +138,38 @@ class Claim:
 
 FINDINGS = {
     "a": "Unsupervised sentence training (L_s) makes text more uniform (uniform_t falls), aligns the modalities less (align_l2 "
-         "rises), and helps retrieval and zero-shot classification.",
+    "rises), and helps retrieval and zero-shot classification.",
     "b": "Supervised sentence training (L_n) makes better sentence embeddings (STS, SentEval) without helping cross-modal tasks.",
     "c": "CyCLIP gains more from sentence training than CLIP does.",
 }
 
 
 def write_study(folders: Sequence[str], output: str) -> None:
-    """Print the table and the findings of the finished runs, and write them to OUTPUT.md, .csv, .json and .html."""
+    """Print the table and the findings of the finished runs, and write them to OUTPUT.md, .csv, .json and
+    .html.
+    """
     from clipkit.evals.comparison import compare, text_tables, write_comparison
 
     groups = labelled(compare(folders))
     claims = ask(groups)
-    print(f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups) or 'no run was evaluated'}\n")
+    print(
+        f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups) or 'no run was evaluated'}\n"
+    )
     print("\n".join(told(claims)))
     sweep.tell_unfinished(folders)
     written = write_comparison(
-        groups, output, title="The language-encoder study", notes=markdown(groups, claims), html=html(claims),
-        entries={"findings": [
-            {**asdict(claim), "verdict": claim.verdict, "published": FINDINGS[claim.finding]} for claim in claims]})
+        groups,
+        output,
+        title="The language-encoder study",
+        notes=markdown(groups, claims),
+        html=html(claims),
+        entries={
+            "findings": [
+                {**asdict(claim), "verdict": claim.verdict, "published": FINDINGS[claim.finding]}
+                for claim in claims
+            ]
+        },
+    )
     print("written: " + ", ".join(map(str, written)))
 
 
@@ -151,7 +188,8 @@ def labelled(groups: Sequence[Group]) -> list[Group]:
     """The study's groups under its arms' names, in its order.
 
     Raises:
-        ValueError: no arm among them, an arm with runs of two settings, a seed twice, or arms that differ by more than the loss.
+        ValueError: no arm among them, an arm with runs of two settings, a seed twice, or arms that differ by
+            more than the loss.
     """
     from clipkit.evals.runs import Group
 
@@ -164,10 +202,17 @@ def labelled(groups: Sequence[Group]) -> list[Group]:
         if name in found:
             raise ValueError(
                 f"{name} has runs of different settings, such as {found[name].runs[0].path} and {group.runs[0].path}: "
-                "give one study's runs")
-        twice = [run for i, run in enumerate(group.runs) if run.config["seed"] in [r.config["seed"] for r in group.runs[:i]]]
+                "give one study's runs"
+            )
+        twice = [
+            run
+            for i, run in enumerate(group.runs)
+            if run.config["seed"] in [r.config["seed"] for r in group.runs[:i]]
+        ]
         if twice:
-            raise ValueError(f"{name} has seed {twice[0].config['seed']} twice ({twice[0].path}): pairs go by seed")
+            raise ValueError(
+                f"{name} has seed {twice[0].config['seed']} twice ({twice[0].path}): pairs go by seed"
+            )
         found[name] = Group(name, group.runs)
     if not found:
         raise ValueError("no run of the study's losses here: clipkit-study trains them")
@@ -186,7 +231,9 @@ def check_alike(groups: Sequence[Group]) -> None:
         other = {key: value for key, value in group.runs[0].config.items() if key not in (*SAME, "loss")}
         changed = [f"{key}: {old!r} and {new!r}" for key, old, new in differences(first, other)]
         if changed:
-            raise ValueError(f"{groups[0].label} and {group.label} differ by more than the loss: {'; '.join(changed[:5])}")
+            raise ValueError(
+                f"{groups[0].label} and {group.label} differ by more than the loss: {'; '.join(changed[:5])}"
+            )
 
 
 def measures(run: Run) -> dict[str, tuple[str, float]]:
@@ -194,7 +241,9 @@ def measures(run: Run) -> dict[str, tuple[str, float]]:
     found: dict[str, tuple[str, float]] = {}
     for task, spec in (run.config.get("eval") or {}).items():
         kind = spec.get("kind")
-        numbers = {name[len(task) + 1:]: value for name, value in run.final.items() if name.startswith(f"{task}/")}
+        numbers = {
+            name[len(task) + 1 :]: value for name, value in run.final.items() if name.startswith(f"{task}/")
+        }
         if kind == "retrieval" and all(name in numbers for name in RECALLS):
             # One number a task, for each further one is a further chance to be wrong.
             found[f"{task}: mean recall"] = (kind, sum(numbers[name] for name in RECALLS) / len(RECALLS))
@@ -203,7 +252,11 @@ def measures(run: Run) -> dict[str, tuple[str, float]]:
         elif kind in ("sts", "senteval") and "average" in numbers:
             found[f"{task}: average"] = (kind, numbers["average"])
         elif kind == "geometry":
-            found |= {f"{task}: {name}": (name, numbers[name]) for name in ("uniform_t", "align_l2") if name in numbers}
+            found |= {
+                f"{task}: {name}": (name, numbers[name])
+                for name in ("uniform_t", "align_l2")
+                if name in numbers
+            }
     return found
 
 
@@ -212,7 +265,9 @@ def ask(groups: Sequence[Group]) -> list[Claim]:
     from clipkit.evals.findings import paired, paired_gains
 
     by_arm = {group.label: {run.config["seed"]: measures(run) for run in group.runs} for group in groups}
-    kinds = {name: kind for runs in by_arm.values() for run in runs.values() for name, (kind, _) in run.items()}
+    kinds = {
+        name: kind for runs in by_arm.values() for run in runs.values() for name, (kind, _) in run.items()
+    }
 
     def values(arm: str, name: str) -> dict[int, float]:
         return {seed: run[name][1] for seed, run in by_arm.get(arm, {}).items() if name in run}
@@ -229,11 +284,19 @@ def ask(groups: Sequence[Group]) -> list[Claim]:
                 for base in BASES:
                     found = paired(values(f"{base} + {term}", name), values(base, name))
                     if found:
-                        claims.append(Claim(finding, f"{name} {word}", f"{base} + {term} against {base}", sign, found))
+                        claims.append(
+                            Claim(finding, f"{name} {word}", f"{base} + {term} against {base}", sign, found)
+                        )
     for term in list(SENTENCES)[1:]:
-        for name in [name for name, kind in kinds.items() if kind in ("retrieval", "zero_shot", "sts", "senteval")]:
+        for name in [
+            name for name, kind in kinds.items() if kind in ("retrieval", "zero_shot", "sts", "senteval")
+        ]:
             found = paired_gains(
-                values(f"CyCLIP + {term}", name), values("CyCLIP", name), values(f"CLIP + {term}", name), values("CLIP", name))
+                values(f"CyCLIP + {term}", name),
+                values("CyCLIP", name),
+                values(f"CLIP + {term}", name),
+                values("CLIP", name),
+            )
             if found:
                 claims.append(Claim("c", f"{name} gains more", f"{term}: CyCLIP against CLIP", 1, found))
     return claims
@@ -271,8 +334,8 @@ def numbers(claim: Claim) -> str:
 RULE = (
     "A difference is paired by seed: d_i is the metric with the change minus without it. Over n seeds the 95 % interval of its "
     "mean is mean d ∓ t(0.975, n - 1) · s / √n, s the sample standard deviation of the d_i. A part shows when the whole interval is "
-    "on the claimed side of zero, shows the opposite when it is on the other, and cannot be told when zero is inside. \"Does not "
-    "rise\" therefore shows only where the number falls. Nothing is corrected for the number of parts: of those whose true "
+    'on the claimed side of zero, shows the opposite when it is on the other, and cannot be told when zero is inside. "Does not '
+    'rise" therefore shows only where the number falls. Nothing is corrected for the number of parts: of those whose true '
     "difference is zero, 1 in 20 falls outside its interval by chance. Mean recall is the mean of R@1, R@5 and R@10 in both directions."
 )
 
@@ -283,7 +346,9 @@ def rows_of(claims: Sequence[Claim]) -> list[list[str]]:
     for claim in claims:
         found = claim.difference
         interval = "-" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}"
-        rows.append([claim.verdict, claim.text, claim.arm, f"{found.mean:+.4f}", interval, str(len(found.values))])
+        rows.append(
+            [claim.verdict, claim.text, claim.arm, f"{found.mean:+.4f}", interval, str(len(found.values))]
+        )
     return rows
 
 
@@ -294,10 +359,15 @@ def markdown(groups: Sequence[Group], claims: Sequence[Claim]) -> str:
     seeds = sorted({run.config["seed"] for group in groups for run in group.runs})
     parts = [
         f"{sum(len(group.runs) for group in groups)} finished runs of {len(groups)} arms, seeds {', '.join(map(str, seeds))}. "
-        "L_s: simcse, unsupervised. L_n: nli_contrastive, supervised.", f"## Findings\n\n{RULE}"]
+        "L_s: simcse, unsupervised. L_n: nli_contrastive, supervised.",
+        f"## Findings\n\n{RULE}",
+    ]
     for letter, text in FINDINGS.items():
         mine = [claim for claim in claims if claim.finding == letter]
-        parts.append(f"### ({letter}) {text}\n\nHere: {count(mine)}." + (f"\n\n{markdown_table(rows_of(mine))}" if mine else ""))
+        parts.append(
+            f"### ({letter}) {text}\n\nHere: {count(mine)}."
+            + (f"\n\n{markdown_table(rows_of(mine))}" if mine else "")
+        )
     return "\n\n".join([*parts, "## Numbers", ""])
 
 
@@ -310,8 +380,12 @@ def html(claims: Sequence[Claim]) -> str:
         if mine:
             head, *body = rows_of(mine)
             cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-            lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-            parts.append(f'<div class="scroll text"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>')
+            lines = "".join(
+                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body
+            )
+            parts.append(
+                f'<div class="scroll text"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+            )
     return "".join(parts)
 
 

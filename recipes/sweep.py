@@ -6,8 +6,9 @@
     clipkit-sweep --table runs/quickstart                            # only the table of the finished runs
     clipkit-sweep --table runs/quickstart --output comparison        # and comparison.md, .csv, .json, .html
 
-A job that is killed, or crashes in native code, ends itself and no other. The same command again does only what is missing.
-Ctrl-C and SIGTERM are passed on: the jobs save and stop. A job's output is in its run folder, output.log.
+A job that is killed, or crashes in native code, ends itself and no other. The same command again does only
+what is missing. Ctrl-C and SIGTERM are passed on: the jobs save and stop. A job's output is in its run
+folder, output.log.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ LOG = "output.log"
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
     parser = argparse.ArgumentParser(
-        prog="clipkit-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="clipkit-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="as for clipkit-pretrain -m; a comma makes jobs")
     add_job_options(parser)
-    parser.add_argument("--table", nargs="+", metavar="FOLDER", help="compare the finished runs below; train nothing")
+    parser.add_argument(
+        "--table", nargs="+", metavar="FOLDER", help="compare the finished runs below; train nothing"
+    )
     parser.add_argument("--output", help="also write the comparison to OUTPUT.md, .csv, .json and .html")
     parser.add_argument("--order", metavar="TASK/METRIC", help="the metric whose best mean comes first")
     given = parser.parse_args(arguments)
@@ -61,9 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     """The options about how jobs are run."""
     parser.add_argument(
-        "--processes", type=positive, default=1, help="ranks of each job, started by torchrun (default: %(default)s)")
+        "--processes",
+        type=positive,
+        default=1,
+        help="ranks of each job, started by torchrun (default: %(default)s)",
+    )
     parser.add_argument("--parallel", type=positive, default=1, help="jobs at a time (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, help="CPU threads of each process (default: torch's own choice)")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads of each process (default: torch's own choice)"
+    )
 
 
 def positive(text: str) -> int:
@@ -74,13 +84,17 @@ def positive(text: str) -> int:
     return number
 
 
-def write_tables(folders: Sequence[str], output: str | None, order: str | None, *, shown: bool = True) -> None:
+def write_tables(
+    folders: Sequence[str], output: str | None, order: str | None, *, shown: bool = True
+) -> None:
     """Print the comparison of the finished runs, and write it to OUTPUT.md, .csv, .json and .html."""
     from clipkit.evals.comparison import compare, text_tables, write_comparison
 
     groups = compare(folders, order=order)
     if shown:
-        print(f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups) or 'no run was evaluated'}")
+        print(
+            f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups) or 'no run was evaluated'}"
+        )
         tell_unfinished(folders)
     if output:
         print("written: " + ", ".join(map(str, write_comparison(groups, output))))
@@ -99,7 +113,8 @@ def plan(overrides: Sequence[list[str]], *, threads: int | None = None) -> list[
     """The jobs with their run folders; a mistake in any one is an error before the first starts.
 
     Raises:
-        ValueError: what clipkit-pretrain would refuse, an override of hydra's own, or two jobs that are one run.
+        ValueError: what clipkit-pretrain would refuse, an override of hydra's own, or two jobs that are one
+            run.
     """
     planned: list[jobs.Job] = []
     for entries in overrides:
@@ -110,7 +125,8 @@ def plan(overrides: Sequence[list[str]], *, threads: int | None = None) -> list[
         if twin:
             raise ValueError(
                 f"two jobs would be one run, in {folder}: {' '.join(twin.overrides)}, and {' '.join(entries)}. "
-                "Give name=..., or leave one out")
+                "Give name=..., or leave one out"
+            )
         planned.append(jobs.Job(list(entries), jobs.WAITING, str(folder)))
     return planned
 
@@ -126,13 +142,18 @@ class Running:
     told: bool = False
 
 
-def run_all(planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, threads: int | None = None) -> jobs.Outcome:
+def run_all(
+    planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, threads: int | None = None
+) -> jobs.Outcome:
     """Run every job that is not finished, `parallel` at a time; says which began, finished or failed.
 
     SIGINT and SIGTERM are passed on to the jobs, and no other begins.
     """
     signals: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda got, _: signals.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     waiting, running, told = list(planned), [], 0
     try:
         while running or waiting and not signals:
@@ -178,7 +199,10 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         log.close()
-        job.state, job.error = jobs.FAILED, "another process is training in this folder; wait for it, or stop it"
+        job.state, job.error = (
+            jobs.FAILED,
+            "another process is training in this folder; wait for it, or stop it",
+        )
         say(f"{label}: {job.error}")
         return None
     (folder / "error.txt").unlink(missing_ok=True)
@@ -188,8 +212,13 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     # A session of its own: a terminal's Ctrl-C reaches it through the sweep alone, once.
     process = subprocess.Popen(
-        [*command, pretrain.__file__, *job.overrides], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        env=environment, start_new_session=True)
+        [*command, pretrain.__file__, *job.overrides],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
     job.state = jobs.RUNNING
     say(f"{label}: began, output in {folder / LOG}")
     return Running(job, process, log, time.monotonic())
@@ -205,12 +234,19 @@ def close(one: Running, label: str) -> None:
     elif status == 0 and finished(folder):
         one.job.state = jobs.FINISHED
     elif status == STOPPED or one.told:
-        # torchrun has a status of its own for ranks that were told to stop, and so has a job that had not begun to train.
+        # torchrun has a status of its own for ranks that were told to stop, and so has a job that had not
+        # begun to train.
         one.job.state = jobs.STOPPED_EARLY
     else:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        one.job.state, one.job.error = jobs.FAILED, f"{how}; its last words: {last_lines(folder / LOG, 1) or 'none'}"
-    say(f"{label} {one.job.state} after {seconds:.0f} s" + ("" if one.job.state == jobs.FINISHED else f": {one.job.reason}"))
+        one.job.state, one.job.error = (
+            jobs.FAILED,
+            f"{how}; its last words: {last_lines(folder / LOG, 1) or 'none'}",
+        )
+    say(
+        f"{label} {one.job.state} after {seconds:.0f} s"
+        + ("" if one.job.state == jobs.FINISHED else f": {one.job.reason}")
+    )
 
 
 def finished(folder: Path) -> bool:

@@ -1,4 +1,6 @@
-"""What ranks of the planner's tests run, in a module that spawned ranks can import: collectives counted in a real step."""
+"""What ranks of the planner's tests run, in a module that spawned ranks can import: collectives counted in a
+real step.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ CONFIG = {
     "image_tower": {"name": "timm", "model": "test_resnet", "image_size": 32},
     "text_tower": {"name": "transformer", "width": 32, "layers": 2, "heads": 4, "dropout": 0.0},
     "loss": {"infonce": {}, "cyclic": {}},
-    "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 1, "final": 0.0},
+    "optim": {
+        "name": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "final": 0.0,
+    },
     "precision": "fp32",
     "batch_size": 12,
     "micro_batch_size": None,
@@ -25,7 +34,12 @@ CONFIG = {
 
 
 MODEL = {key: CONFIG[key] for key in ("embed_dim", "image_tower", "text_tower")}
-LOSSES = {"infonce": {"infonce": {}}, "cyclip": {"infonce": {}, "cyclic": {}}, "sigmoid": {"sigmoid": {}}, "simcse": {"simcse": {}}}
+LOSSES = {
+    "infonce": {"infonce": {}},
+    "cyclip": {"infonce": {}, "cyclic": {}},
+    "sigmoid": {"sigmoid": {}},
+    "simcse": {"simcse": {}},
+}
 
 
 def batch(rows: int) -> dict[str, torch.Tensor]:
@@ -35,7 +49,9 @@ def batch(rows: int) -> dict[str, torch.Tensor]:
 
 
 class Counted:
-    """While active, the full tensors' bytes of every collective that torch.distributed's functions are called for."""
+    """While active, the full tensors' bytes of every collective that torch.distributed's functions are called
+    for.
+    """
 
     # torch 2.15 calls them *_single; the argument that holds the full tensor.
     NAMES = {
@@ -85,7 +101,9 @@ def real_step() -> dict:
 
 
 def loss_collectives(spec: dict) -> dict[str, int]:
-    """Bytes by collective of one forward and backward of a loss on random features, as CONFIG's model gives them."""
+    """Bytes by collective of one forward and backward of a loss on random features, as CONFIG's model gives
+    them.
+    """
     loss = create_loss(spec)
     rows = CONFIG["batch_size"] // dist.get_world_size()
     features = {
@@ -93,7 +111,10 @@ def loss_collectives(spec: dict) -> dict[str, int]:
         for name in ("image_features", "text_features", "text_features_view2")
     }
     with Counted() as counted:
-        scalars = {name: torch.tensor(value, requires_grad=True) for name, value in (("logit_scale", 10.0), ("logit_bias", -10.0))}
+        scalars = {
+            name: torch.tensor(value, requires_grad=True)
+            for name, value in (("logit_scale", 10.0), ("logit_bias", -10.0))
+        }
         loss({**features, **scalars})["loss"].backward()
     return counted.sizes
 

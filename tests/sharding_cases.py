@@ -32,14 +32,22 @@ def named(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     return {
-        "weights": named(model), "optimizer": optimizer_tensors(optimizer), "train_state": {"lr": 0.1}, "config": {"seed": 0},
-        "metrics": {"recall": 0.25}, "group": distributed.new_group(backend="gloo")}
+        "weights": named(model),
+        "optimizer": optimizer_tensors(optimizer),
+        "train_state": {"lr": 0.1},
+        "config": {"seed": 0},
+        "metrics": {"recall": 0.25},
+        "group": distributed.new_group(backend="gloo"),
+    }
 
 
 def save_and_go_on(folder: str) -> dict[str, torch.Tensor]:
     """Everything in full, as it was when the checkpoint was asked for."""
     model, optimizer = small_run()
-    expected = {name: tensor.clone() for name, tensor in whole({**named(model), **optimizer_tensors(optimizer)}).items()}
+    expected = {
+        name: tensor.clone()
+        for name, tensor in whole({**named(model), **optimizer_tensors(optimizer)}).items()
+    }
     future = save_sharded_checkpoint(folder, 5, **content(model, optimizer))
     for _ in range(20):
         step(model, optimizer)
@@ -54,7 +62,9 @@ def loaded_parts(path: str) -> dict[str, torch.Tensor]:
         return load_checkpoint(path)["weights"]
     model, _ = small_run()
     loaded = load_checkpoint(path, like=named(model).get)["weights"]
-    return {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in loaded.items()}
+    return {
+        name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in loaded.items()
+    }
 
 
 def fill_the_disk(folder: str) -> str:

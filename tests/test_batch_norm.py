@@ -106,7 +106,7 @@ def test_micro_batches_normalised_apart_differ_from_the_full_batch_as_documented
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    step = lambda m, b: cached_backward(m, contrastive, b, micro_batch_size=5)["loss"]  # noqa: E731
+    step = lambda m, b: cached_backward(m, contrastive, b, micro_batch_size=5)["loss"]
     for start, same in ((frozen, True), (model, False)):
         cached, reference = copy.deepcopy(start), copy.deepcopy(start)
         train(reference, full_batch_step)

@@ -17,15 +17,29 @@ import torch
 
 from clipkit import checkpoint
 from clipkit.checkpoint import (
-    best_checkpoint, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, prune, rng_state,
-    save_checkpoint, set_rng_state, split_weights,
+    best_checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    split_weights,
 )
 
 
 def save(folder: Path, step: int, **metrics: float) -> Path:
     weights = {"model.weight": torch.full((3,), float(step)), "loss.head": torch.ones(2)}
-    return save_checkpoint(folder, step, weights=weights, train_state={"rng": [rng_state()], "lr": 0.1},
-                           config={"seed": step}, metrics=metrics)
+    return save_checkpoint(
+        folder,
+        step,
+        weights=weights,
+        train_state={"rng": [rng_state()], "lr": 0.1},
+        config={"seed": step},
+        metrics=metrics,
+    )
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -93,11 +107,16 @@ def test_a_failed_write_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/dev/full").exists(), reason="needs root to mount a small tmpfs")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/dev/full").exists(),
+    reason="needs root to mount a small tmpfs",
+)
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         good = save(small, 1)

@@ -25,12 +25,26 @@ def composed(*overrides: str, name: str = "pretrain"):
 
 def test_the_walk_over_conf_finds_every_group():
     assert {path.parts[0] for path in CHOICES} >= {
-        "data", "image_tower", "text_tower", "loss", "optim", "eval", "logger", "experiment", "debug", "gpu"}
+        "data",
+        "image_tower",
+        "text_tower",
+        "loss",
+        "optim",
+        "eval",
+        "logger",
+        "experiment",
+        "debug",
+        "gpu",
+    }
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> list[str]:
-    return [f"data.shapes.folder={tmp_path_factory.mktemp('shapes')}", "data.shapes.train=64", "data.shapes.val=8"]
+    return [
+        f"data.shapes.folder={tmp_path_factory.mktemp('shapes')}",
+        "data.shapes.train=64",
+        "data.shapes.val=8",
+    ]
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=str)
@@ -56,8 +70,18 @@ def test_losses_add_up_on_the_command_line():
 def test_the_cc3m_experiments_hold_the_published_settings(variant):
     """Goel et al. 2022, section 4 and appendix."""
     cfg = composed(f"experiment={variant}_rn50_cc3m")
-    assert (cfg.optim.lr, list(cfg.optim.betas), cfg.optim.weight_decay, cfg.optim.warmup_steps) == (5e-4, [0.9, 0.999], 0.1, 10000)
-    assert (cfg.epochs, cfg.batch_size, cfg.image_tower.image_size, cfg.data.tokenizer.context_length) == (64, 128, 224, 77)
+    assert (cfg.optim.lr, list(cfg.optim.betas), cfg.optim.weight_decay, cfg.optim.warmup_steps) == (
+        5e-4,
+        [0.9, 0.999],
+        0.1,
+        10000,
+    )
+    assert (cfg.epochs, cfg.batch_size, cfg.image_tower.image_size, cfg.data.tokenizer.context_length) == (
+        64,
+        128,
+        224,
+        77,
+    )
     assert cfg.init_logit_scale == pytest.approx(1 / 0.07, rel=1e-5) and cfg.max_logit_scale == 100
     assert list(cfg.loss) == {"clip": ["infonce"], "cyclip": ["infonce", "cyclic"]}[variant]
 
@@ -71,7 +95,12 @@ def test_the_same_overrides_name_the_same_folder():
 
 
 def command(*overrides: str, name: str = "pretrain.py") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "recipes" / name), *overrides], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / name), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 MISTAKES = {
@@ -102,5 +131,11 @@ def test_a_typo_is_named_with_its_nearest_match(override, tmp_path):
 def test_the_command_line_answers_without_importing_torch():
     program = (
         "import sys; import clipkit.recipes.pretrain, clipkit.recipes.evaluate, clipkit.recipes.plan; "
-        "print([m for m in ('torch', 'numpy') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+        "print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

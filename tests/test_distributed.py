@@ -14,8 +14,8 @@ from clipkit.distributed import launch
 
 # Spawned ranks import the worker by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gloo_primitives  # noqa: E402
-from gloo_primitives import W, coefficients, own, partial_sums  # noqa: E402
+import gloo_primitives
+from gloo_primitives import W, coefficients, own, partial_sums
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_autocast_gives_every_weight_the_full_batch_gradient(outer):
     with torch.autocast("cpu", torch.bfloat16):
         features = reference(batch)
     contrastive({name: value.float() for name, value in features.items()}).backward()
-    in_fp32 = lambda f: contrastive({name: value.float() for name, value in f.items()})  # noqa: E731
+    in_fp32 = lambda f: contrastive({name: value.float() for name, value in f.items()})
     if outer:
         with torch.autocast("cpu", torch.bfloat16):
             cached_backward(model, in_fp32, batch, micro_batch_size=3)

@@ -20,7 +20,12 @@ def test_every_public_name_is_there():
 
 def test_importing_clipkit_imports_nothing_else():
     program = "import sys, clipkit; print(sorted({'torch', 'numpy', 'timm', 'hydra'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_setup_cfg_packages_every_folder_with_code():
@@ -34,7 +39,9 @@ def test_setup_cfg_packages_every_folder_with_code():
 def test_every_console_command_has_its_program():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    commands = [line.split(" = ") for line in config["options.entry_points"]["console_scripts"].strip().splitlines()]
+    commands = [
+        line.split(" = ") for line in config["options.entry_points"]["console_scripts"].strip().splitlines()
+    ]
     assert len(commands) >= 2
     for _, target in commands:
         module, function = target.split(":")

@@ -23,7 +23,9 @@ def test_numbers_are_on_disk_at_once(tmp_path):
 
 
 def test_resume_cuts_later_steps_and_a_half_written_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"'
+    )
     loggers = Loggers(tmp_path, {}, config={}, start_step=2)
     loggers.log(3, {"a": 30})
     loggers.close()

@@ -350,7 +350,7 @@ def test_compiles_with_activation_checkpointing(batch, image):
         if expected.grad is not None:
             torch.testing.assert_close(
                 ours.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}"
-            )  # noqa: B023
+            )
     torch.testing.assert_close(dict(dual.named_buffers()), dict(plain.named_buffers()), atol=1e-6, rtol=0)
 
 

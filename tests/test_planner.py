@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import planner_case
-from tests.planner_case import CONFIG, TOKENIZER
 from torch import nn
 
 from clipkit.distributed import launch
@@ -16,6 +14,8 @@ from clipkit.model import create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner import GPU, Assumptions, Measured, Meter, Planner
 from clipkit.planner.meter import chunked_workspace
+from tests import planner_case
+from tests.planner_case import CONFIG, TOKENIZER
 
 CARD = GPU("card", 16.0, 100.0, 10.0, 1000.0, 100.0, 10.0, 8, None)
 
@@ -65,15 +65,19 @@ def test_bytes_alive_are_those_of_the_storages_held():
 
 
 def test_towers_take_the_published_operations():
-    """ResNet-50: 4.09e9 multiply-adds at 224 pixels (He et al. 2016, table 1: 3.8e9 by an older count; torchvision 4.09)."""
+    """ResNet-50: 4.09e9 multiply-adds at 224 pixels (He et al. 2016, table 1: 3.8e9 by an older count;
+    torchvision 4.09).
+    """
     towers = config(
         embed_dim=64,
         image_tower={"name": "timm", "model": "resnet50"},
-        text_tower={"name": "transformer", "width": 128, "layers": 3, "heads": 4})
+        text_tower={"name": "transformer", "width": 128, "layers": 3, "heads": 4},
+    )
     m = Measured(towers, TOKENIZER, fused_attention=True)
     classifier, projection = 2 * 2048 * 1000, 2 * 2048 * 64
     assert m.image.flops(1, backward=False) == pytest.approx(2 * 4.09e9 - classifier + projection, rel=2e-3)
-    # A block: 12 d^2 multiply-adds a token for its four matrices, and L^2 d each for scores and for their sum of values.
+    # A block: 12 d^2 multiply-adds a token for its four matrices, and L^2 d each for scores and for their sum
+    # of values.
     d, length = 128, 12
     text = 3 * (2 * 12 * d * d * length + 4 * length**2 * d) + 2 * d * 64
     assert m.text.flops(5, backward=False) == pytest.approx(5 * text)
@@ -140,7 +144,8 @@ def test_checkpointing_trades_activations_for_a_second_forward():
     saving = Measured(config(text_tower=tower), TOKENIZER, fused_attention=False)
     assert saving.text.bytes_at(64)[0] < 0.4 * plain.text.bytes_at(64)[0]
     again = saving.text.flops(64, backward=True) - plain.text.flops(64, backward=True)
-    # All of a block but its last matrix, whose output nothing saves: 8 of 12 d^2 multiply-adds a token, and attention.
+    # All of a block but its last matrix, whose output nothing saves: 8 of 12 d^2 multiply-adds a token, and
+    # attention.
     d, length, rows = 32, 12, 64
     assert again == 2 * rows * (2 * 8 * d * d * length + 4 * length**2 * d)
     assert saving.text.recomputed(rows) == again and plain.text.recomputed(rows) == 0
@@ -152,18 +157,36 @@ def test_the_chunked_workspace_is_what_a_real_run_holds():
     scale, pairs = torch.tensor(10.0), chunked.Pairs()
     with Meter() as meter:
         row, col = chunked.lse_forward(x, y, scale, None, pairs, 64)
-    assert meter.peak - meter.alive == pytest.approx(chunked_workspace(96, 160, 32, backward=False, chunk=64), rel=0.3)
+    assert meter.peak - meter.alive == pytest.approx(
+        chunked_workspace(96, 160, 32, backward=False, chunk=64), rel=0.3
+    )
     with Meter() as meter:
         out = chunked.lse_backward(
-            torch.ones(96), torch.ones(160), x, y, scale, None, row, col, pairs, 64, need_x=True, need_y=True, need_weight=False)
+            torch.ones(96),
+            torch.ones(160),
+            x,
+            y,
+            scale,
+            None,
+            row,
+            col,
+            pairs,
+            64,
+            need_x=True,
+            need_y=True,
+            need_weight=False,
+        )
     held = sum(t.numel() * t.element_size() for t in out if t is not None)
-    assert meter.peak - held == pytest.approx(chunked_workspace(96, 160, 32, backward=True, chunk=64), rel=0.3)
+    assert meter.peak - held == pytest.approx(
+        chunked_workspace(96, 160, 32, backward=True, chunk=64), rel=0.3
+    )
 
 
 def test_a_loss_takes_what_its_formula_says(measured):
     dense, blocks = (measured.loss_cost(2048, 1, impl) for impl in ("dense", "chunked"))
     n, d = 2048, 24
-    # InfoNCE: logits and their two gradients; in chunks the logits again. Cyclic: three D x D products, then four.
+    # InfoNCE: logits and their two gradients; in chunks the logits again. Cyclic: three D x D products, then
+    # four.
     cyclic = 7 * 2 * n * d * d
     assert sum(o.flops for o in dense.operators) == 3 * 2 * n * n * d + cyclic
     assert sum(o.flops for o in blocks.operators) == 4 * 2 * n * n * d + cyclic
@@ -187,7 +210,10 @@ def real() -> dict:
 @pytest.mark.parametrize("name", planner_case.LOSSES)
 def test_the_losses_traffic_is_that_of_real_ranks(name, real):
     changes = {
-        "loss": planner_case.LOSSES[name], "text_tower": {**CONFIG["text_tower"], "dropout": 0.1}, "init_logit_bias": -10.0}
+        "loss": planner_case.LOSSES[name],
+        "text_tower": {**CONFIG["text_tower"], "dropout": 0.1},
+        "init_logit_bias": -10.0,
+    }
     m = Measured(config(**changes), TOKENIZER, fused_attention=False)
     sizes = real["losses"][name]
     # Ring algorithms on two ranks: half of a gathered tensor, and twice half of a reduced one.
@@ -251,29 +277,46 @@ def test_what_does_not_fit_is_said_with_what_to_lower(measured):
     plan = tiny.plan(2)
     assert not plan["fits"]
     advice = tiny.advice(plan)
-    for words in ("batch_size=4096", "0.1 GB", "activations", "micro_batch_size=", "activation_checkpointing", "parallel=fsdp"):
+    for words in (
+        "batch_size=4096",
+        "0.1 GB",
+        "activations",
+        "micro_batch_size=",
+        "activation_checkpointing",
+        "parallel=fsdp",
+    ):
         assert words in advice
 
 
 def test_a_batch_that_does_not_divide_is_refused(measured):
-    with pytest.raises(ValueError, match="batch_size=12 does not divide evenly over 5 GPUs: give a multiple of 5"):
+    with pytest.raises(
+        ValueError, match="batch_size=12 does not divide evenly over 5 GPUs: give a multiple of 5"
+    ):
         planner(measured).plan(5)
     with pytest.raises(ValueError, match="efficiency"):
         Assumptions(efficiency=1.5)
 
 
 def test_every_loss_can_be_planned():
-    settings = {"nli_softmax": {"embed_dim": 24}, "matryoshka": {"loss": "infonce", "dims": [8, 24]}, "slip": {"embed_dim": 24}}
+    settings = {
+        "nli_softmax": {"embed_dim": 24},
+        "matryoshka": {"loss": "infonce", "dims": [8, 24]},
+        "slip": {"embed_dim": 24},
+    }
     changes = {
         "loss": {name: settings.get(name, {}) for name in list_losses()},
         "text_tower": {**CONFIG["text_tower"], "dropout": 0.1, "causal": False},
-        "data": {"sentences": {"batch_size": 8}}, "init_logit_bias": -10.0, "mlm_probability": 0.25}
+        "data": {"sentences": {"batch_size": 8}},
+        "init_logit_bias": -10.0,
+        "mlm_probability": 0.25,
+    }
     everything = planner(Measured(config(**changes), TOKENIZER, fused_attention=True), **changes)
     rows = everything.measured.rows(6, 2)
     # SLIP's two further views; SimCSE's second pass, and five kinds of sentences, 8 over two ranks.
     assert (rows["image"], rows["text"], rows["mlm"]) == (3 * 6, 2 * 6 + 5 * 4, 6)
     plan = everything.plan(2)
-    # A quarter of 6 x 12 tokens, their logits over 50 words and their labels; ten features of 24; two scalars; three lists of int64.
+    # A quarter of 6 x 12 tokens, their logits over 50 words and their labels; ten features of 24; two
+    # scalars; three lists of int64.
     features = 18 * (4 * 50 + 8) + 4 * 24 * (3 * 6 + 2 * 6 + 5 * 4) + 2 * 4 + 8 * (6 + 4)
     assert everything.measured.loss_cost(6, 2, "dense").features == features
     assert plan["fits"] and plan["flops"]["loss"] > 0 and plan["communication"]["losses"] > 0
@@ -296,7 +339,8 @@ def test_attention_dropout_is_free_where_kernels_are_fused():
     text = {**CONFIG["text_tower"], "attention_dropout": 0.1}
     plain, fused, cpu = (
         Measured(config(text_tower=tower), TOKENIZER, fused_attention=kept).text.bytes_at(10)[0]
-        for tower, kept in ((CONFIG["text_tower"], False), (text, True), (text, False)))
+        for tower, kept in ((CONFIG["text_tower"], False), (text, True), (text, False))
+    )
     assert fused == plain < cpu
 
 

@@ -61,7 +61,7 @@ _SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "ima
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with every default filled in; ValueError for an unknown key or choice."""
     check_keys(spec, DATA_DEFAULTS, "data")
-    full = {**DATA_DEFAULTS, **{key: value for key, value in spec.items()}}
+    full = {**DATA_DEFAULTS, **spec}
     given = full["augmentation"] or {}
     check_keys(given, DATA_DEFAULTS["augmentation"], "data.augmentation")
     full["augmentation"] = {**DATA_DEFAULTS["augmentation"], **given}

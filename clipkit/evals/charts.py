@@ -1,5 +1,6 @@
-"""Charts as text: inline SVG that needs no script, no font and no network. Colours are Okabe and Ito's, safe for the
-colour-blind; widths follow the page, so a chart fits a phone."""
+"""Charts as text: inline SVG that needs no script, no font and no network. Colours are Okabe and Ito's, safe
+for the colour-blind; widths follow the page, so a chart fits a phone.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ class DotRow:
 
 
 def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longest: int = 26) -> str:
-    """A row of dots a group on one axis, with a line at their mean and a band of one sample standard deviation.
+    """A row of dots a group on one axis, with a line at their mean and a band of one sample standard
+    deviation.
 
     Args:
         rows: drawn from the top; values that are not finite are left out, a row without any stays empty.
@@ -78,7 +80,9 @@ def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longe
     """
     kept = [DotRow(row.label, row.colour, [v for v in row.values if math.isfinite(v)]) for row in rows]
     spans = [_span(row.values) for row in kept]
-    seen = [v for row, span in zip(kept, spans, strict=True) for v in (*row.values, *span[1:]) if math.isfinite(v)]
+    seen = [
+        v for row, span in zip(kept, spans, strict=True) for v in (*row.values, *span[1:]) if math.isfinite(v)
+    ]
     if not seen:
         return ""
     left = 14 + 5.8 * min(longest, max(len(row.label) for row in kept))
@@ -92,7 +96,9 @@ def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longe
     for i, (row, (mean, low, high)) in enumerate(zip(kept, spans, strict=True)):
         y = TOP + (i + 0.5) * row_height
         tip = f"<title>{escape(row.label)}</title>"
-        parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_cut(row.label, longest))}{tip}</text>')
+        parts.append(
+            f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_cut(row.label, longest))}{tip}</text>'
+        )
         if not row.values:
             continue
         parts.append(
@@ -119,7 +125,7 @@ def _cut(label: str, longest: int) -> str:
     if len(label) <= longest:
         return label
     head = (longest - 1) // 2
-    return f"{label[:head]}…{label[head + 1 - longest:]}"
+    return f"{label[:head]}…{label[head + 1 - longest :]}"
 
 
 def scatter(

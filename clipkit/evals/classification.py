@@ -1,8 +1,9 @@
-"""Zero-shot classification (Radford et al., 2021, section 3.1): a class is the mean of its prompts' embeddings.
+"""Zero-shot classification (Radford et al., 2021, section 3.1): a class is the mean of its prompts'
+embeddings.
 
-As open_clip does it: each prompt's embedding has unit norm, a class weight is their mean, renormalised, and logits are
-100 times the cosine. Equal logits share their places evenly (expectation over a random order), so constant features
-have the accuracy of guessing.
+As open_clip does it: each prompt's embedding has unit norm, a class weight is their mean, renormalised, and
+logits are 100 times the cosine. Equal logits share their places evenly (expectation over a random order), so
+constant features have the accuracy of guessing.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
     """Class names, and the folder name of each where the file gives one (as ImageNet's wnid).
 
     Args:
-        classes: a list of names; `shapes` or `imagenet`; or a file: .txt with one name a line, .json with a list, or
-            .tsv/.csv with the column `name` and optionally `folder` or `wnid`.
+        classes: a list of names; `shapes` or `imagenet`; or a file: .txt with one name a line, .json with a
+            list, or .tsv/.csv with the column `name` and optionally `folder` or `wnid`.
     """
     folders = None
     if not isinstance(classes, str):
@@ -102,7 +103,9 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
 
 
 def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str], str]]:
-    """Prompt makers from a list of strings holding `{}` or `{c}`, a file with one a line, or a name in TEMPLATES."""
+    """Prompt makers from a list of strings holding `{}` or `{c}`, a file with one a line, or a name in
+    TEMPLATES.
+    """
     if templates is None or len(templates) == 0:
         raise ValueError(
             f"zero-shot classification needs templates: a list such as ['a photo of a {{}}.'], a file with one a line, "

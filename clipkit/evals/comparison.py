@@ -1,4 +1,5 @@
-"""Finished runs side by side: those that differ by the seed alone are one row, mean and sample standard deviation.
+"""Finished runs side by side: those that differ by the seed alone are one row, mean and sample standard
+deviation.
 
     groups = compare(["runs/quickstart"])
     print(text_tables(groups))
@@ -34,7 +35,9 @@ def compare(paths: Sequence[str | Path], *, order: str | None = None) -> list[Gr
     """
     runs = [run for run in find_runs(paths) if run.summary.get("finished")]
     if not runs:
-        raise ValueError(f"no run under {', '.join(map(str, paths))} is finished: summary.json says when one is")
+        raise ValueError(
+            f"no run under {', '.join(map(str, paths))} is finished: summary.json says when one is"
+        )
     groups = group_runs(runs)
     if order:
         groups.sort(key=lambda group: -(group.spread(order) or (float("-inf"),))[0])
@@ -52,7 +55,9 @@ def blocks(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def table_rows(groups: Sequence[Group], heading: str, names: Sequence[str]) -> list[list[str]]:
-    """One table as text cells, its header first: the group, n, then mean ± s of every metric ("-" where it has none)."""
+    """One table as text cells, its header first: the group, n, then mean ± s of every metric ("-" where it
+    has none).
+    """
     short = [name.rpartition("/")[2] for name in names]
     for direction in DIRECTIONS:
         short = [name.removeprefix(f"{direction}_") for name in short]
@@ -80,15 +85,22 @@ def text_tables(groups: Sequence[Group]) -> str:
     for heading, names in blocks(groups).items():
         rows = table_rows(groups, heading, names)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        tables.append("\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-            for row in rows))
+        tables.append(
+            "\n".join(
+                "  ".join(
+                    [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+                ).rstrip()
+                for row in rows
+            )
+        )
     return "\n\n".join(tables)
 
 
 def markdown_tables(groups: Sequence[Group]) -> str:
     """The tables in Markdown."""
-    return "\n\n".join(markdown_table(table_rows(groups, heading, names)) for heading, names in blocks(groups).items())
+    return "\n\n".join(
+        markdown_table(table_rows(groups, heading, names)) for heading, names in blocks(groups).items()
+    )
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -99,7 +111,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def csv_table(groups: Sequence[Group]) -> str:
-    """A line a group and metric: group, metric, n, mean, standard_deviation (empty for one run), and each run's value."""
+    """A line a group and metric: group, metric, n, mean, standard_deviation (empty for one run), and each
+    run's value.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["group", "metric", "n", "mean", "standard_deviation", "values"])
@@ -107,7 +121,9 @@ def csv_table(groups: Sequence[Group]) -> str:
         for name in metric_names([group]):
             mean, deviation, n = group.spread(name)
             values = " ".join(repr(run.final[name]) for run in group.runs if name in run.final)
-            writer.writerow([group.label, name, n, repr(mean), "" if deviation is None else repr(deviation), values])
+            writer.writerow(
+                [group.label, name, n, repr(mean), "" if deviation is None else repr(deviation), values]
+            )
     return out.getvalue()
 
 
@@ -121,15 +137,36 @@ def _group_json(group: Group) -> dict[str, Any]:
     for name in metric_names([group]):
         mean, deviation, n = group.spread(name)
         metrics[name] = {
-            "n": n, "mean": mean, "standard_deviation": deviation, "values": [run.final.get(name) for run in group.runs]}
-    runs = [{"folder": str(run.path), "seed": run.config.get("seed"), "step": run.summary.get("step"),
-             "seconds": run.summary.get("seconds_this_session"), "versions": run.summary.get("versions")} for run in group.runs]
-    settings = {key: value for key, value in flatten(group.runs[0].config).items() if key != "seed"} if group.runs else {}
+            "n": n,
+            "mean": mean,
+            "standard_deviation": deviation,
+            "values": [run.final.get(name) for run in group.runs],
+        }
+    runs = [
+        {
+            "folder": str(run.path),
+            "seed": run.config.get("seed"),
+            "step": run.summary.get("step"),
+            "seconds": run.summary.get("seconds_this_session"),
+            "versions": run.summary.get("versions"),
+        }
+        for run in group.runs
+    ]
+    settings = (
+        {key: value for key, value in flatten(group.runs[0].config).items() if key != "seed"}
+        if group.runs
+        else {}
+    )
     return {"label": group.label, "runs": runs, "metrics": metrics, "settings": settings}
 
 
 def write_comparison(
-    groups: Sequence[Group], output: str | Path, *, title: str = "Comparison of runs", notes: str = "", html: str = "",
+    groups: Sequence[Group],
+    output: str | Path,
+    *,
+    title: str = "Comparison of runs",
+    notes: str = "",
+    html: str = "",
     entries: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Write OUTPUT.md, OUTPUT.csv, OUTPUT.json and OUTPUT.html; returns their paths.
@@ -142,7 +179,8 @@ def write_comparison(
     output = Path(output)
     explained = (
         "Mean ± sample standard deviation over n runs that differ by the seed alone. STS and SentEval are per cent, recall and "
-        "accuracy fractions of 1.")
+        "accuracy fractions of 1."
+    )
     texts = {
         ".md": f"# {title}\n\n{notes}{explained}\n\n{markdown_tables(groups)}\n",
         ".csv": csv_table(groups),

@@ -1,4 +1,5 @@
-"""Compositional understanding: an image, its caption, and a caption changed in one thing (SugarCrepe: Hsieh et al., 2023).
+"""Compositional understanding: an image, its caption, and a caption changed in one thing (SugarCrepe: Hsieh
+et al., 2023).
 
 Chance is 1/2, and a tie counts as half, so a model that cannot tell the two apart scores chance.
 """
@@ -18,7 +19,9 @@ from clipkit.evals.sources import Items
 
 
 def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
-    """Pairs from a .jsonl, or from a folder of SugarCrepe's own TASK.json files ({id: {filename, caption, ...}})."""
+    """Pairs from a .jsonl, or from a folder of SugarCrepe's own TASK.json files ({id: {filename, caption,
+    ...}}).
+    """
     path = Path(pairs)
     if path.is_dir():
         files = sorted(path.glob("*.json"))
@@ -72,7 +75,9 @@ def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
 def choice_metrics(
     image_features: Tensor, right: Tensor, wrong: Tensor, tasks: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy of choosing `right` over `wrong`, all (P, D), for each task name, `all` pairs, and `average` of tasks."""
+    """Accuracy of choosing `right` over `wrong`, all (P, D), for each task name, `all` pairs, and `average`
+    of tasks.
+    """
     for name, features in (
         ("image_features", image_features),
         ("caption", right),

@@ -1,7 +1,8 @@
-"""The model's side of an evaluation: data in, features out, each data set encoded once whatever the number of tasks.
+"""The model's side of an evaluation: data in, features out, each data set encoded once whatever the number of
+tasks.
 
-With a group every rank encodes its share and all ranks hold the whole features afterwards (CPU, float32: 2 GB for a
-million images of 512 dimensions), so that a metric is the same number on every rank.
+With a group every rank encodes its share and all ranks hold the whole features afterwards (CPU, float32: 2 GB
+for a million images of 512 dimensions), so that a metric is the same number on every rank.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Encoder:
     """A model with its tokenizer on a device, remembering every data set it has encoded.
 
     Args:
-        model: has `encode_image(image (B, 3, H, W) uint8) -> (B, D)` and `encode_text(tokens) -> (B, D)`, unit norm,
-            and `image_tower.image_size`; a text-only model needs the second alone.
+        model: has `encode_image(image (B, 3, H, W) uint8) -> (B, D)` and `encode_text(tokens) -> (B, D)`,
+            unit norm, and `image_tower.image_size`; a text-only model needs the second alone.
         tokenizer: list of str -> tokens with `.to(device)`.
         group: ranks that share the encoding, or None for this process alone.
     """
@@ -126,8 +127,8 @@ class Encoder:
         if not texts:
             raise ValueError("there is no text to encode")
         rank, world = self.world
-        # Each distinct text once, so that equal texts have equal features to the bit. Texts of like length share a batch: a
-        # tokenizer that pads to the longest then pads little.
+        # Each distinct text once, so that equal texts have equal features to the bit. Texts of like length
+        # share a batch: a tokenizer that pads to the longest then pads little.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         batches = [
             range(i, min(i + self.batch_size, len(distinct)))
@@ -146,7 +147,9 @@ class Encoder:
         return features[[place[text] for text in texts]]
 
     def _gather(self, work: Iterator[Any]) -> list[Any]:
-        """Every rank's results in one list. An error on one rank is an error on all: none is left waiting for it."""
+        """Every rank's results in one list. An error on one rank is an error on all: none is left waiting for
+        it.
+        """
         if self.group is None:
             return list(work)
         mine, error = [], None

@@ -1,13 +1,17 @@
-"""Does a difference between two settings show? Paired over seeds, with an interval, and a verdict by one stated rule.
+"""Does a difference between two settings show? Paired over seeds, with an interval, and a verdict by one
+stated rule.
 
-For seeds i = 1..n let d_i be the metric with the change minus the metric without it, both of seed i, so the same data order.
+For seeds i = 1..n let d_i be the metric with the change minus the metric without it, both of seed i, so the
+same data order.
 
     mean d = sum(d_i) / n        s = sqrt(sum((d_i - mean d)^2) / (n - 1))        standard error = s / sqrt(n)
-    95 % interval = mean d -+ t(0.975, n - 1) * standard error, Student's t with n - 1 degrees of freedom (3 seeds: 4.303)
+    95 % interval = mean d -+ t(0.975, n - 1) * standard error, Student's t with n - 1 degrees of freedom (3
+    seeds: 4.303)
 
-The verdict on "d is above (or below) zero": `SHOWS` when the whole interval is on that side of zero, `OPPOSITE` when it is
-on the other side, `UNTOLD` when zero is inside, or when one seed leaves no interval. The rule takes seeds for independent and
-their differences for normal. It corrects nothing for many questions: of those whose true answer is zero, 1 in 20 falls outside.
+The verdict on "d is above (or below) zero": `SHOWS` when the whole interval is on that side of zero,
+`OPPOSITE` when it is on the other side, `UNTOLD` when zero is inside, or when one seed leaves no interval.
+The rule takes seeds for independent and their differences for normal. It corrects nothing for many questions:
+of those whose true answer is zero, 1 in 20 falls outside.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ SHOWS, OPPOSITE, UNTOLD = "shows", "the opposite", "cannot be told"
 
 
 def t_cumulative(t: float, df: int) -> float:
-    """P(T <= t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """P(T <= t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and
+    26.7.4).
 
     With theta = atan(t / sqrt(df)) the probability between -t and t is, for odd df,
     2/pi (theta + sin(theta) (cos(theta) + 2/3 cos^3(theta) + ... up to cos^(df-2))), and for even df
@@ -101,7 +106,10 @@ def paired(changed: Mapping[int, float], base: Mapping[int, float]) -> Differenc
 
 
 def paired_gains(
-    changed: Mapping[int, float], base: Mapping[int, float], other_changed: Mapping[int, float], other_base: Mapping[int, float],
+    changed: Mapping[int, float],
+    base: Mapping[int, float],
+    other_changed: Mapping[int, float],
+    other_base: Mapping[int, float],
 ) -> Difference | None:
     """(changed - base) - (other_changed - other_base) over the seeds that all four have."""
     seeds = sorted(changed.keys() & base.keys() & other_changed.keys() & other_base.keys())

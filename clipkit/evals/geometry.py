@@ -55,7 +55,9 @@ def geometry_metrics(
 def _uniformity(
     x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor, block: int, group: ProcessGroup | None
 ) -> float:
-    """log mean exp(-2 ||x_i - y_j||^2) over i, j of different ids; -inf-free: a unit sphere's terms are at least e^-8."""
+    """log mean exp(-2 ||x_i - y_j||^2) over i, j of different ids; -inf-free: a unit sphere's terms are at
+    least e^-8.
+    """
     world, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     total = torch.zeros(2, dtype=torch.float64, device=x.device)
     for top in range(rank * block, len(x), world * block):
@@ -82,8 +84,9 @@ def consistency_scores(
 ) -> dict[str, float]:
     """How often image space and text space predict the same class (CyCLIP: Goel et al., 2022, section 4.1).
 
-    The text space's prediction is the zero-shot class; the image space's is the majority among the k nearest training
-    images. A tied vote goes to the class of the nearest image among the tied ones; equal scores to the lower index.
+    The text space's prediction is the zero-shot class; the image space's is the majority among the k nearest
+    training images. A tied vote goes to the class of the nearest image among the tied ones; equal scores to
+    the lower index.
 
     Args:
         image_features: (N, D) test images, unit norm.
@@ -112,7 +115,9 @@ def consistency_scores(
 
 
 def majority(labels: Tensor) -> Tensor:
-    """(Q,) the commonest of each row of (Q, k) labels; among equally common ones that which comes first in the row."""
+    """(Q,) the commonest of each row of (Q, k) labels; among equally common ones that which comes first in
+    the row.
+    """
     votes = (labels[:, :, None] == labels[:, None, :]).sum(2)
     # argmax takes the first of equal maxima only by luck: make earlier places win.
     place = torch.arange(labels.shape[1], device=labels.device)

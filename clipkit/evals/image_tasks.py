@@ -89,10 +89,12 @@ class ZeroShot:
     """Zero-shot classification of one labelled data set: top1, top5, mean_per_class.
 
     Args:
-        shards, clip_benchmark, folder, tar, cifar, split, label_key: the source; exactly one of the first five.
+        shards, clip_benchmark, folder, tar, cifar, split, label_key: the source; exactly one of the first
+            five.
         classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own.
         templates: as read_templates; CLIP_benchmark folders bring their own.
-        present_only: let only classes with an image compete, as ImageNet-A and ImageNet-R ask with 200 of 1,000.
+        present_only: let only classes with an image compete, as ImageNet-A and ImageNet-R ask with 200 of
+            1,000.
     """
 
     def __init__(
@@ -184,10 +186,12 @@ class Consistency:
 
 @register_task("compositional")
 class Compositional:
-    """SugarCrepe: does the image prefer its caption to a hard negative? Accuracy a kind of change, and over all.
+    """SugarCrepe: does the image prefer its caption to a hard negative? Accuracy a kind of change, and over
+    all.
 
     Args:
-        pairs: a .jsonl of {key or filename, caption, negative_caption, task}, or the folder of SugarCrepe's json files.
+        pairs: a .jsonl of {key or filename, caption, negative_caption, task}, or the folder of SugarCrepe's
+            json files.
         shards, folder: where the images are; exactly one. `folder` holds the images themselves, by file name.
     """
 

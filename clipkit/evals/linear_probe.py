@@ -1,7 +1,7 @@
 """Linear probe: multinomial logistic regression on frozen features (Radford et al., 2021, appendix A.3).
 
-The strength of the L2 penalty is swept on a logarithmic grid, chosen on a fifth of the training images held out by
-class, and the probe is refitted on all of them. Features are the model's unit-norm embeddings.
+The strength of the L2 penalty is swept on a logarithmic grid, chosen on a fifth of the training images held
+out by class, and the probe is refitted on all of them. Features are the model's unit-norm embeddings.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Every problem p minimises scikit-learn's objective over its own rows,
     1/2 ||W_p||^2 + C_p * sum_i weight_p,i * CE(x_i W_p + b_p, y_i)          (bias not penalised)
 
 (two classes share one logit, as there: the first class's column of W_p is zero)
-by L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) with a backtracking step a problem, in torch alone and on any device.
-On a CPU scikit-learn's warm-started LogisticRegressionCV takes a third of the time (benchmarks/results, evals).
+by L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) with a backtracking step a problem, in torch alone and on
+any device. On a CPU scikit-learn's warm-started LogisticRegressionCV takes a third of the time
+(benchmarks/results, evals).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def fit_logistic(
         features: (n, D); computed in its own dtype (float64 for full accuracy, float32 for speed).
         labels: (n,) int64 in 0..classes-1.
         C: (P,) inverse regularisation strengths, scikit-learn's.
-        weight: (P, n), 1 where a row takes part in a problem and 0 where it does not; None: every row in each.
+        weight: (P, n), 1 where a row takes part in a problem and 0 where it does not; None: every row in
+            each.
         tolerance: stop when no entry of the gradient of the mean objective is larger.
 
     Returns:
@@ -106,7 +108,8 @@ def _lbfgs(
     steps: list[Tensor] = []
     changes: list[Tensor] = []
     for _ in range(max_iter):
-        # A problem that is done stands still: near its minimum, rounding would send the search below halving for ever.
+        # A problem that is done stands still: near its minimum, rounding would send the search below halving
+        # for ever.
         active = gradient.abs().amax(tuple(range(gradient.ndim - 1))) > tolerance
         if not bool(active.any()):
             break

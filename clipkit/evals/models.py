@@ -1,4 +1,5 @@
-"""What can be evaluated besides a clipkit model: open_clip models and, for text tasks, sentence-transformers models.
+"""What can be evaluated besides a clipkit model: open_clip models and, for text tasks, sentence-transformers
+models.
 
 runs/quickstart/default                       a run folder, or one of its checkpoints/step_*
 open_clip:ViT-B-32                            open_clip's architecture with random weights

@@ -1,4 +1,6 @@
-"""What a model does with its evaluation data, as pictures for the report: galleries, confusion, similarities, a map."""
+"""What a model does with its evaluation data, as pictures for the report: galleries, confusion, similarities,
+a map.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def group_pictures(run: Run, *, queries: int, device: str = "cpu", batch_size: i
 
 
 def retrieval_pictures(name: str, encoder: Encoder, source: Any, queries: int) -> str:
-    """Gallery both ways for evenly spaced queries, the first pairs' similarities, and a plane through the embeddings."""
+    """Gallery both ways for evenly spaced queries, the first pairs' similarities, and a plane through the
+    embeddings.
+    """
     images = encoder.images(source)
     texts, index = encoder.captions(source)
     captions = [caption for one in images.captions for caption in one]

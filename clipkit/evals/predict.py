@@ -41,7 +41,8 @@ class Predictor:
 
     @torch.no_grad()
     def embed_images(self, images: str | Path | Iterable[str | Path]) -> tuple[list[str], Tensor]:
-        """(paths, (N, D) unit-norm float32) of a folder's images (at any depth, sorted), one file, or several files.
+        """(paths, (N, D) unit-norm float32) of a folder's images (at any depth, sorted), one file, or several
+        files.
 
         An image that cannot be read is left out and stands in `skipped`.
 
@@ -119,7 +120,9 @@ class Predictor:
 
 
 def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Image files of a folder (at any depth, sorted), or the files given; ValueError for one that is not there."""
+    """Image files of a folder (at any depth, sorted), or the files given; ValueError for one that is not
+    there.
+    """
     given = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
     found: list[Path] = []
     for path in given:

@@ -1,8 +1,8 @@
 """A page about some runs: one HTML file that holds everything it shows.
 
-`write_report(runs, output)` reads what the run folders hold; what needs the model (gallery, confusion, similarities)
-comes from clipkit.evals.pictures and is left out where a run has no checkpoint or its data is gone, with the reason on
-the page.
+`write_report(runs, output)` reads what the run folders hold; what needs the model (gallery, confusion,
+similarities) comes from clipkit.evals.pictures and is left out where a run has no checkpoint or its data is
+gone, with the reason on the page.
 """
 
 from __future__ import annotations
@@ -209,7 +209,11 @@ def _dots(groups: list[Group], colours: dict[str, str]) -> str:
     charts = []
     for name in names:
         rows = [
-            DotRow(group.label, colours[group.label], [run.final[name] for run in group.runs if name in run.final])
+            DotRow(
+                group.label,
+                colours[group.label],
+                [run.final[name] for run in group.runs if name in run.final],
+            )
             for group in groups
         ]
         arrow = {1: " ↑", -1: " ↓", 0: ""}[_direction(name)]

@@ -1,12 +1,12 @@
 """Exact image-text retrieval: any number of captions an image, both directions, no N x M matrix held.
 
-Scores are formed block by block in float64 and only compared with each query's best positive, so memory is the block
-and four counts a query. One pass over the blocks serves both directions: a block's rows are image queries, its columns
-text queries.
+Scores are formed block by block in float64 and only compared with each query's best positive, so memory is
+the block and four counts a query. One pass over the blocks serves both directions: a block's rows are image
+queries, its columns text queries.
 
-Tie rule: candidates whose scores are equal (within float64 rounding of the product) stand in random order, and every
-number is the exact expectation over that order. With `greater` negatives above and `tied` negatives level with `best`
-equally good positives,
+Tie rule: candidates whose scores are equal (within float64 rounding of the product) stand in random order,
+and every number is the exact expectation over that order. With `greater` negatives above and `tied` negatives
+level with `best` equally good positives,
 
     P(a positive is among the first k) = 1 - C(tied, k - greater) / C(tied + best, k - greater)
     E(rank of the first positive)      = greater + (tied + best + 1) / (best + 1)
@@ -37,23 +37,28 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Recall at k, median and mean rank of image-to-text and text-to-image retrieval.
 
-    An image's rank is that of its best caption (a hit at k is any of its captions among the first k, as in Karpathy and
-    Fei-Fei, 2015, section 4.2); a caption has one true image.
+    An image's rank is that of its best caption (a hit at k is any of its captions among the first k, as in
+    Karpathy and Fei-Fei, 2015, section 4.2); a caption has one true image.
 
     Args:
-        image_features: (N, D), any floating dtype; the score is the dot product, so unit norm gives the cosine.
+        image_features: (N, D), any floating dtype; the score is the dot product, so unit norm gives the
+            cosine.
         text_features: (M, D).
         text_to_image_index: (M,), the row of `image_features` each caption belongs to.
         k: the cut-offs.
-        distractors: let images without a caption be candidates that are never queries; otherwise they are an error.
+        distractors: let images without a caption be candidates that are never queries; otherwise they are an
+            error.
         block: rows and columns of one score block: 8 * rows * columns bytes.
-        group: every rank passes the same whole features and takes its share of the blocks; all ranks return the same.
+        group: every rank passes the same whole features and takes its share of the blocks; all ranks return
+            the same.
 
     Returns:
-        `image_to_text_R@k` and `text_to_image_R@k` as fractions of 1, `..._median_rank` and `..._mean_rank` from 1.
+        `image_to_text_R@k` and `text_to_image_R@k` as fractions of 1, `..._median_rank` and `..._mean_rank`
+        from 1.
 
     Raises:
-        ValueError: for shapes that disagree, an index out of range, non-finite features, an image without a caption.
+        ValueError: for shapes that disagree, an index out of range, non-finite features, an image without a
+            caption.
     """
     index = _check(image_features, text_features, text_to_image_index, distractors)
     images, texts = _counts(image_features, text_features, index, block, group)
@@ -63,7 +68,8 @@ def retrieval_metrics(
         for cutoff in k:
             metrics[f"{direction}_R@{cutoff}"] = float(hit_probability(*counts, cutoff).mean())
         rank = expected_rank(*counts)
-        # Tensor.quantile refuses more than 2**24 values, and Tensor.median takes the lower of two middle ones.
+        # Tensor.quantile refuses more than 2**24 values, and Tensor.median takes the lower of two middle
+        # ones.
         middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
         metrics[f"{direction}_median_rank"] = float(middle.mean())
         metrics[f"{direction}_mean_rank"] = float(rank.mean())
@@ -74,7 +80,8 @@ def hit_probability(greater: Tensor, tied: Tensor, best: Tensor, k: int) -> Tens
     """Probability that a positive is among the first k when ties stand in random order.
 
     Args:
-        greater, tied, best: (Q,) int64 counts: negatives above, negatives level, positives level with the best positive.
+        greater, tied, best: (Q,) int64 counts: negatives above, negatives level, positives level with the
+            best positive.
     """
     miss = torch.ones(greater.shape, dtype=torch.float64, device=greater.device)
     # The i-th free place is filled from what is left of the tied negatives and the best positives.
@@ -85,7 +92,9 @@ def hit_probability(greater: Tensor, tied: Tensor, best: Tensor, k: int) -> Tens
 
 
 def expected_rank(greater: Tensor, tied: Tensor, best: Tensor) -> Tensor:
-    """Expected rank, from 1, of the first positive when ties stand in random order; arguments as hit_probability."""
+    """Expected rank, from 1, of the first positive when ties stand in random order; arguments as
+    hit_probability.
+    """
     return greater + (tied + best + 1).double() / (best + 1).double()
 
 
@@ -126,8 +135,8 @@ def _counts(
     """[greater, tied, best] of every image query and of every text query, each (N,) or (M,) int64."""
     device = images.device
     n, m = len(images), len(texts)
-    # Equal vectors may get scores that differ by the rounding of a float64 dot product, as blocks are summed in
-    # different orders: that much counts as level.
+    # Equal vectors may get scores that differ by the rounding of a float64 dot product, as blocks are summed
+    # in different orders: that much counts as level.
     tolerance = 4 * torch.finfo(torch.float64).eps * images.shape[1]
     tolerance *= float(images.norm(dim=1).max()) * float(texts.norm(dim=1).max())
     positive = torch.empty(m, dtype=torch.float64, device=device)

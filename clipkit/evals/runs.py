@@ -56,7 +56,9 @@ class Group:
     runs: list[Run]
 
     def spread(self, name: str) -> tuple[float, float | None, int] | None:
-        """(mean, sample standard deviation or None for one run, number of runs) of a final metric; None without it."""
+        """(mean, sample standard deviation or None for one run, number of runs) of a final metric; None
+        without it.
+        """
         values = [run.final[name] for run in self.runs if name in run.final]
         if not values:
             return None

@@ -1,8 +1,8 @@
 """Sentence similarity: STS12-16, STS Benchmark and SICK-R as SentEval lays them out, by SimCSE's protocol.
 
-A set's score is 100 times Spearman's rank correlation between the cosine of the two sentences' features and the human
-score, over the subsets of a year put together ("all": Gao et al., 2021, appendix B). A pair without a gold score is
-left out, as SentEval does.
+A set's score is 100 times Spearman's rank correlation between the cosine of the two sentences' features and
+the human score, over the subsets of a year put together ("all": Gao et al., 2021, appendix B). A pair without
+a gold score is left out, as SentEval does.
 
     FOLDER/downstream/STS/STS12-en-test/STS.input.NAME.txt, STS.gs.NAME.txt
     FOLDER/downstream/STS/STSBenchmark/sts-{train,dev,test}.csv
@@ -86,9 +86,10 @@ def _read_table(path: Path, columns: tuple[int, int, int], *, header: bool) -> d
 def spearman(similarity: Tensor, gold: Tensor) -> float:
     """Spearman's rank correlation of similarities (n,) with human scores (n,).
 
-    Human scores that tie share their mean rank. Similarities that agree to 1e-6 differ by nothing but rounding (two equal
-    sentences have a cosine of 1 give or take 1e-7), which elsewhere decides their order by chance: they stand in random
-    order here, in expectation. The same number comes out on every machine, and a model with one embedding for all has 0.
+    Human scores that tie share their mean rank. Similarities that agree to 1e-6 differ by nothing but
+    rounding (two equal sentences have a cosine of 1 give or take 1e-7), which elsewhere decides their order
+    by chance: they stand in random order here, in expectation. The same number comes out on every machine,
+    and a model with one embedding for all has 0.
     """
     if len(gold) < 2 or float(gold.min()) == float(gold.max()):
         raise ValueError(
@@ -114,7 +115,8 @@ class STS:
 
     Args:
         folder: SentEval's data folder.
-        sets: names as find_sets gives them; None: every test set found, or every set where there is no test set.
+        sets: names as find_sets gives them; None: every test set found, or every set where there is no test
+            set.
         per_subset: also report each subset, as `STS12.MSRpar`.
     """
 

@@ -1,8 +1,9 @@
-"""Where evaluation images come from: shards, CLIP_benchmark's layout, image folders, tars with a folder a class.
+"""Where evaluation images come from: shards, CLIP_benchmark's layout, image folders, tars with a folder a
+class.
 
-Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work and the
-whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the shorter side, centre crop):
-the pixels open_clip's evaluation transform makes, before its normalisation.
+Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work
+and the whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the
+shorter side, centre crop): the pixels open_clip's evaluation transform makes, before its normalisation.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ class ImageSource:
     def batches(
         self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta}, each with its place in the order."""
+        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta}, each with its place
+        in the order.
+        """
         raise NotImplementedError
 
 
 class Shards(ImageSource):
-    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key` of the json (`cls` or `label`)."""
+    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key` of the json (`cls` or
+    `label`).
+    """
 
     def __init__(self, shards: str | list[str], label_key: str | None = None):
         from clipkit.data import expand_shards
@@ -185,8 +190,8 @@ class ClassTar(Items):
 class ClipBenchmark(Items):
     """CLIP_benchmark's webdataset layout: FOLDER/`split`/N.tar of KEY.jpg|png|webp with KEY.cls or KEY.txt.
 
-    Beside the splits, classnames.txt and zeroshot_classification_templates.txt hold one class and one template a line;
-    a retrieval set's .txt holds one caption a line.
+    Beside the splits, classnames.txt and zeroshot_classification_templates.txt hold one class and one
+    template a line; a retrieval set's .txt holds one caption a line.
     """
 
     def __init__(self, folder: str | Path, split: str = "test"):

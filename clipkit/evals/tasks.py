@@ -1,7 +1,7 @@
 """The registry of evaluation tasks and `evaluate`, which runs the ones a config names.
 
-A task is a class: its constructor's keyword arguments are the settings, checked before anything is encoded, and calling
-it with an Encoder gives {metric: value}.
+A task is a class: its constructor's keyword arguments are the settings, checked before anything is encoded,
+and calling it with an Encoder gives {metric: value}.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ list_tasks = _TASKS.names
 
 
 def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Build every task from its spec, so that a wrong setting or a missing file is an error before training starts.
+    """Build every task from its spec, so that a wrong setting or a missing file is an error before training
+    starts.
 
     Args:
         tasks: {name: {"kind": registered name, settings...}}; a spec of None is left out.
@@ -69,8 +70,8 @@ def evaluate(
         model, tokenizer: as clipkit.evals.encoder.Encoder takes them.
         tasks: as create_tasks takes them: what `cfg.eval` is.
         batch_size: images or texts a forward pass.
-        group: ranks that share the work ("auto": the default group, when there is one); every rank must call this and
-            every rank gets the same numbers. None: this process alone.
+        group: ranks that share the work ("auto": the default group, when there is one); every rank must call
+            this and every rank gets the same numbers. None: this process alone.
 
     Returns:
         {task: {metric: value}}.

@@ -135,7 +135,9 @@ def sorted_rows(rows: list[tuple[str, int]]) -> tuple[list[str], Tensor]:
 
 
 def fold_masks(labels: Tensor, folds: int) -> Tensor:
-    """(folds, n) true where a row is in that fold's test part: scikit-learn's StratifiedKFold(shuffle, seed 1111)."""
+    """(folds, n) true where a row is in that fold's test part: scikit-learn's StratifiedKFold(shuffle, seed
+    1111).
+    """
     try:
         from sklearn.model_selection import StratifiedKFold
     except ImportError as error:
@@ -182,7 +184,9 @@ def nested_accuracy(features: Tensor, labels: Tensor, *, folds: int = 10) -> flo
 def dev_accuracy(
     train: tuple[Tensor, Tensor], dev: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 ) -> float:
-    """Test accuracy, per cent, of the fit whose C is best on the dev set; each argument is (features, labels)."""
+    """Test accuracy, per cent, of the fit whose C is best on the dev set; each argument is (features,
+    labels).
+    """
     weights, bias = fit_logistic(*train, C=list(SMALL_GRID))
     accuracy = (predict_logistic(dev[0], weights, bias) == dev[1]).double().mean(1)
     best = int(torch.nonzero(accuracy == accuracy.max())[0])

@@ -64,8 +64,17 @@ class _Side:
         self.power = torch.exp2(14.0 - torch.frexp(self.norm).exponent)
         self.operand = torch.empty(self.n, padded * (3 if high else 1), dtype=torch.float16, device=device)
         triton_tiles.cast_kernel[self.grid](
-            features, self.operand, self.power, self.n, *features.stride(), D=self.dim, PADDED=padded,
-            ROWS=ROWS, BLOCK_K=self.block_k, HIGH=high, SECOND=second,
+            features,
+            self.operand,
+            self.power,
+            self.n,
+            *features.stride(),
+            D=self.dim,
+            PADDED=padded,
+            ROWS=ROWS,
+            BLOCK_K=self.block_k,
+            HIGH=high,
+            SECOND=second,
         )
 
     def high_part(self, rows: slice) -> Tensor:
@@ -80,8 +89,18 @@ class _Side:
         out = torch.empty(self.features.shape, dtype=self.features.dtype, device=acc.device) if write else acc
         part = torch.empty(self.grid, dtype=torch.float32, device=acc.device)
         triton_tiles.finish_kernel[self.grid](
-            acc, self.features, out, part, torch.stack([factor, scale]), self.n, *self.features.stride(),
-            D=self.dim, PADDED=self.padded, ROWS=ROWS, BLOCK_K=self.block_k, WRITE=write,
+            acc,
+            self.features,
+            out,
+            part,
+            torch.stack([factor, scale]),
+            self.n,
+            *self.features.stride(),
+            D=self.dim,
+            PADDED=self.padded,
+            ROWS=ROWS,
+            BLOCK_K=self.block_k,
+            WRITE=write,
         )
         return (out if write else None), part.sum(dtype=torch.float64)
 
@@ -90,8 +109,15 @@ class _Problem:
     """Both sides, the scalars the kernels read, and the launches over blocks."""
 
     def __init__(
-        self, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, kind: str,
-        high: bool, bias: Tensor | None = None,
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        col_log_weight: Tensor | None,
+        pairs: Pairs,
+        kind: str,
+        high: bool,
+        bias: Tensor | None = None,
     ):
         self.config = configs.find(kind, _capability(x.device), _cdiv(x.shape[1], 64) * 64)
         padded = _cdiv(x.shape[1], max(64, self.config.block_k)) * max(64, self.config.block_k)
@@ -131,10 +157,16 @@ class _Problem:
     def constants(self) -> dict:
         c = self.config
         return {
-            "D": self.x.operand.shape[1], "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
-            "HAS_WEIGHT": self.col_bits is not None, "HAS_IDS": self.ids is not None,
-            "EXCLUDE": self.pairs.exclude_positives, "DESCRIPTORS": c.descriptors,
-            "num_warps": c.num_warps, "num_stages": c.num_stages,
+            "D": self.x.operand.shape[1],
+            "BLOCK_M": c.block_m,
+            "BLOCK_N": c.block_n,
+            "BLOCK_K": c.block_k,
+            "HAS_WEIGHT": self.col_bits is not None,
+            "HAS_IDS": self.ids is not None,
+            "EXCLUDE": self.pairs.exclude_positives,
+            "DESCRIPTORS": c.descriptors,
+            "num_warps": c.num_warps,
+            "num_stages": c.num_stages,
         }
 
     def blocks(self):
@@ -164,8 +196,21 @@ class _Problem:
         x, y = self.sources(c.block_n)
         for rows, cols, tiles_m, tiles_n in self.blocks():
             triton_tiles.sums_kernel[(tiles_m * tiles_n,)](
-                x, y, self.scalars, *self.pointers(), row_part, col_part, rows.start, cols.start, self.n,
-                self.m, self.pairs.row_offset, tiles_m, tiles_n, GROUP=c.group, SOFTPLUS=self.softplus,
+                x,
+                y,
+                self.scalars,
+                *self.pointers(),
+                row_part,
+                col_part,
+                rows.start,
+                cols.start,
+                self.n,
+                self.m,
+                self.pairs.row_offset,
+                tiles_m,
+                tiles_n,
+                GROUP=c.group,
+                SOFTPLUS=self.softplus,
                 **self.constants(),
             )
             _add_partial(row_sum, row_part, rows, tiles_n, tiles_m * c.block_m)
@@ -185,10 +230,21 @@ class _Problem:
             # The transposed problem: what was a weight of columns is now one of rows.
             n, m, pairs, row_ids, col_ids = self.m, self.n, pairs.transposed(), col_ids, row_ids
         triton_tiles.strip_kernel[(_cdiv(n, c.block_m),)](
-            *self.sources(constants["BLOCK_N"], swapped=columns), self.scalars, col_add, col_add, row_ids,
-            col_ids, sums,
-            lse_bits, m * SUM_FLOOR, n, m, pairs.row_offset, HAS_ROW_WEIGHT=weighted and columns,
-            HAS_WEIGHT=weighted and not columns, **constants,
+            *self.sources(constants["BLOCK_N"], swapped=columns),
+            self.scalars,
+            col_add,
+            col_add,
+            row_ids,
+            col_ids,
+            sums,
+            lse_bits,
+            m * SUM_FLOOR,
+            n,
+            m,
+            pairs.row_offset,
+            HAS_ROW_WEIGHT=weighted and columns,
+            HAS_WEIGHT=weighted and not columns,
+            **constants,
         )
 
     def gradients(
@@ -216,16 +272,45 @@ class _Problem:
         for rows, cols, tiles_m, tiles_n in self.blocks():
             place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
-                x, y, targets[0], targets[-1], self.scalars, *self.pointers(), by_row.factor, by_col.factor,
-                col_part, *place, tiles_n, work[0].stride(0), GROUP=c.group, SOFTPLUS=self.softplus,
-                COL_SUMS=col_sums, HIGH=self.high, **self.constants(),
+                x,
+                y,
+                targets[0],
+                targets[-1],
+                self.scalars,
+                *self.pointers(),
+                by_row.factor,
+                by_col.factor,
+                col_part,
+                *place,
+                tiles_n,
+                work[0].stride(0),
+                GROUP=c.group,
+                SOFTPLUS=self.softplus,
+                COL_SUMS=col_sums,
+                HIGH=self.high,
+                **self.constants(),
             )
             if not self.softplus:
                 triton_tiles.exact_coef_kernel[(EXACT_PROGRAMS,)](
-                    self.x.operand, self.y.operand, work[0], work[-1], lost, self.scalars, *self.pointers(),
-                    by_row.bits, by_col.bits, by_row.weight, by_col.weight, col_part, *place, tiles_n *
-                    (c.block_n // narrow), work[0].stride(0), COL_SUMS=col_sums, HIGH=self.high,
-                    FLOOR=COEF_FLOOR, **exact,
+                    self.x.operand,
+                    self.y.operand,
+                    work[0],
+                    work[-1],
+                    lost,
+                    self.scalars,
+                    *self.pointers(),
+                    by_row.bits,
+                    by_col.bits,
+                    by_row.weight,
+                    by_col.weight,
+                    col_part,
+                    *place,
+                    tiles_n * (c.block_n // narrow),
+                    work[0].stride(0),
+                    COL_SUMS=col_sums,
+                    HIGH=self.high,
+                    FLOOR=COEF_FLOOR,
+                    **exact,
                 )
             block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]
             if need_x:
@@ -290,17 +375,39 @@ def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None
 
 
 def lse_backward(
-    grad_row: Tensor, grad_col: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None,
-    row_lse: Tensor, col_lse: Tensor, pairs: Pairs, *, high: bool, need_x: bool, need_y: bool, need_weight:
-    bool,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    col_log_weight: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    pairs: Pairs,
+    *,
+    high: bool,
+    need_x: bool,
+    need_y: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dcol_log_weight), as `chunked.lse_backward`; dx and dy in the features' dtype."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
         from clipkit.kernels import chunked
 
         return chunked.lse_backward(
-            grad_row, grad_col, x, y, scale, col_log_weight, row_lse, col_lse, pairs, chunked.DEFAULT_CHUNK,
-            need_x=need_x, need_y=need_y, need_weight=need_weight,
+            grad_row,
+            grad_col,
+            x,
+            y,
+            scale,
+            col_log_weight,
+            row_lse,
+            col_lse,
+            pairs,
+            chunked.DEFAULT_CHUNK,
+            need_x=need_x,
+            need_y=need_y,
+            need_weight=need_weight,
         )
     problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_coef", high)
     size = gradient_size(grad_row, grad_col).float()
@@ -318,7 +425,12 @@ def _weights(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> _Weights
 
 
 def _gradients(
-    problem: _Problem, by_row: _Weights, by_col: _Weights, size: Tensor, need_x: bool, need_y: bool,
+    problem: _Problem,
+    by_row: _Weights,
+    by_col: _Weights,
+    size: Tensor,
+    need_x: bool,
+    need_y: bool,
     need_sums: bool,
 ):
     need_x_side = need_x or not need_y
@@ -347,15 +459,32 @@ def softplus_forward(
 
 
 def softplus_backward(
-    grad_row: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, high: bool, need_x:
-    bool, need_y: bool, need_bias: bool,
+    grad_row: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: Pairs,
+    *,
+    high: bool,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dbias), as `chunked.softplus_backward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
         from clipkit.kernels import chunked
 
         return chunked.softplus_backward(
-            grad_row, x, y, scale, bias, pairs, chunked.DEFAULT_CHUNK, need_x=need_x, need_y=need_y,
+            grad_row,
+            x,
+            y,
+            scale,
+            bias,
+            pairs,
+            chunked.DEFAULT_CHUNK,
+            need_x=need_x,
+            need_y=need_y,
             need_bias=need_bias,
         )
     problem = _Problem(x, y, scale, None, pairs, "softplus_coef", high, bias)

@@ -42,8 +42,19 @@ def _swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _tile_product(x, y, row, col, n, m, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def _tile_product(
+    x,
+    y,
+    row,
+    col,
+    n,
+    m,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
     """(BLOCK_M, BLOCK_N) inner products of the rows from `row` and the columns from `col`.
 
     x, y: (n, D) and (m, D), as tensor descriptors, or as pointers where the hardware has none: a descriptor
@@ -81,8 +92,18 @@ def _store_tile(
 
 @triton.jit
 def _zero_excluded(
-    values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE: tl.constexpr, HAS_IDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    values,
+    row,
+    col,
+    n,
+    m,
+    row_offset,
+    row_ids,
+    col_ids,
+    EXCLUDE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """`values` with 0 at excluded pairs and outside the matrix; tiles that have none of either skip the
     work."""
@@ -112,10 +133,31 @@ def _log1p(e):
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def sums_kernel(
-    x, y, scalars, col_add, row_ids, col_ids, row_part, col_part, row_start, col_start, n, m, row_offset,
-    tiles_m, tiles_n, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE:
-    tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x,
+    y,
+    scalars,
+    col_add,
+    row_ids,
+    col_ids,
+    row_part,
+    col_part,
+    row_start,
+    col_start,
+    n,
+    m,
+    row_offset,
+    tiles_m,
+    tiles_n,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """row_part (tiles_n, tiles_m BLOCK_M), col_part (tiles_m, tiles_n BLOCK_N): sums of 2^bits, or of
     softplus."""
@@ -143,10 +185,28 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def strip_kernel(
-    x, y, scalars, row_add, col_add, row_ids, col_ids, sums, lse_bits, floor, n, m, row_offset,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_ROW_WEIGHT:
-    tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, DESCRIPTORS:
-    tl.constexpr,
+    x,
+    y,
+    scalars,
+    row_add,
+    col_add,
+    row_ids,
+    col_ids,
+    sums,
+    lse_bits,
+    floor,
+    n,
+    m,
+    row_offset,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
     row = tl.program_id(0) * BLOCK_M
@@ -184,9 +244,27 @@ def strip_kernel(
 
 @triton.jit
 def _coefficients(
-    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row, col, n, m,
-    row_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT:
-    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, TWO: tl.constexpr,
+    acc,
+    scalars,
+    col_add,
+    row_ids,
+    col_ids,
+    row_bits,
+    col_bits,
+    row_weight,
+    col_weight,
+    row,
+    col,
+    n,
+    m,
+    row_offset,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    TWO: tl.constexpr,
 ):
     """G of the tile at (row, col). TWO: an exponential for each side; else the weights hold 2^-bits, and no
     bits are read."""
@@ -214,8 +292,18 @@ def _coefficients(
 
 @triton.jit
 def _store_coefficients(
-    values, g_work, low_work, col_part, row, col, work_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COL_SUMS: tl.constexpr, HIGH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    values,
+    g_work,
+    low_work,
+    col_part,
+    row,
+    col,
+    work_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COL_SUMS: tl.constexpr,
+    HIGH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Writes the tile at (row, col) of the block; col_part points to this row of tiles."""
     g = values.to(tl.float16)
@@ -229,10 +317,36 @@ def _store_coefficients(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def coef_kernel(
-    x, y, g_work, low_work, scalars, col_add, row_ids, col_ids, row_factor, col_factor, col_part, row_start,
-    col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_WEIGHT:
-    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr,
+    x,
+    y,
+    g_work,
+    low_work,
+    scalars,
+    col_add,
+    row_ids,
+    col_ids,
+    row_factor,
+    col_factor,
+    col_part,
+    row_start,
+    col_start,
+    n,
+    m,
+    row_offset,
+    tiles_m,
+    tiles_n,
+    work_stride,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    COL_SUMS: tl.constexpr,
+    HIGH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """G of one tile, float16, times the power of two that the factors carry.
@@ -249,21 +363,77 @@ def coef_kernel(
     col = col_start + tile_n * BLOCK_N
     acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS)
     values = _coefficients(
-        acc, scalars, col_add, row_ids, col_ids, row_factor, col_factor, row_factor, col_factor, row, col, n,
-        m, row_offset, BLOCK_M, BLOCK_N, SOFTPLUS, HAS_WEIGHT, HAS_IDS, EXCLUDE, False,
+        acc,
+        scalars,
+        col_add,
+        row_ids,
+        col_ids,
+        row_factor,
+        col_factor,
+        row_factor,
+        col_factor,
+        row,
+        col,
+        n,
+        m,
+        row_offset,
+        BLOCK_M,
+        BLOCK_N,
+        SOFTPLUS,
+        HAS_WEIGHT,
+        HAS_IDS,
+        EXCLUDE,
+        False,
     )
     _store_coefficients(
-        values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m * BLOCK_M,
-        tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, DESCRIPTORS,
+        values,
+        g_work,
+        low_work,
+        col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N),
+        tile_m * BLOCK_M,
+        tile_n * BLOCK_N,
+        work_stride,
+        BLOCK_M,
+        BLOCK_N,
+        COL_SUMS,
+        HIGH,
+        DESCRIPTORS,
     )
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def exact_coef_kernel(
-    x, y, g_work, low_work, lost, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight,
-    col_weight, col_part, row_start, col_start, n, m, row_offset, tiles_m, tiles_n, work_stride, D:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT:
-    tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE: tl.constexpr, COL_SUMS: tl.constexpr, HIGH: tl.constexpr,
+    x,
+    y,
+    g_work,
+    low_work,
+    lost,
+    scalars,
+    col_add,
+    row_ids,
+    col_ids,
+    row_bits,
+    col_bits,
+    row_weight,
+    col_weight,
+    col_part,
+    row_start,
+    col_start,
+    n,
+    m,
+    row_offset,
+    tiles_m,
+    tiles_n,
+    work_stride,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    COL_SUMS: tl.constexpr,
+    HIGH: tl.constexpr,
     FLOOR: tl.constexpr,
 ):
     """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below FLOOR.
@@ -288,12 +458,41 @@ def exact_coef_kernel(
             if lowest < FLOOR:
                 acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, False)
                 values = _coefficients(
-                    acc, scalars, col_add, row_ids, col_ids, row_bits, col_bits, row_weight, col_weight, row,
-                    col, n, m, row_offset, BLOCK_M, BLOCK_N, False, HAS_WEIGHT, HAS_IDS, EXCLUDE, True,
+                    acc,
+                    scalars,
+                    col_add,
+                    row_ids,
+                    col_ids,
+                    row_bits,
+                    col_bits,
+                    row_weight,
+                    col_weight,
+                    row,
+                    col,
+                    n,
+                    m,
+                    row_offset,
+                    BLOCK_M,
+                    BLOCK_N,
+                    False,
+                    HAS_WEIGHT,
+                    HAS_IDS,
+                    EXCLUDE,
+                    True,
                 )
                 _store_coefficients(
-                    values, g_work, low_work, col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N), tile_m *
-                    BLOCK_M, tile_n * BLOCK_N, work_stride, BLOCK_M, BLOCK_N, COL_SUMS, HIGH, False,
+                    values,
+                    g_work,
+                    low_work,
+                    col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N),
+                    tile_m * BLOCK_M,
+                    tile_n * BLOCK_N,
+                    work_stride,
+                    BLOCK_M,
+                    BLOCK_N,
+                    COL_SUMS,
+                    HIGH,
+                    False,
                 )
             tile += tl.num_programs(0)
 
@@ -319,8 +518,18 @@ def norm_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def cast_kernel(
-    x, out, power, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, HIGH: tl.constexpr, SECOND: tl.constexpr,
+    x,
+    out,
+    power,
+    n,
+    row_stride,
+    col_stride,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HIGH: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [hi, hi, lo], or [hi, lo,
     hi].
@@ -349,8 +558,19 @@ def cast_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def finish_kernel(
-    acc, x, out, part, factor, n, row_stride, col_stride, D: tl.constexpr, PADDED: tl.constexpr, ROWS:
-    tl.constexpr, BLOCK_K: tl.constexpr, WRITE: tl.constexpr,
+    acc,
+    x,
+    out,
+    part,
+    factor,
+    n,
+    row_stride,
+    col_stride,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WRITE: tl.constexpr,
 ):
     """out (n, D) = acc (n, PADDED) * factor[0] * factor[1]; part[program] = sum of x * acc * factor[0] over
     its rows.

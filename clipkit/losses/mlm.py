@@ -28,7 +28,7 @@ class MaskedLanguageModel(nn.Module):
     """
 
     inputs = ("mlm_logits", "mlm_labels")
-    supplied_by = {name: _TOKENS for name in inputs}
+    supplied_by = dict.fromkeys(inputs, _TOKENS)
 
     def __init__(self, *, ignore_index: int = -100, group: Group | str = "auto"):
         super().__init__()

@@ -49,7 +49,7 @@ class NLIContrastive(nn.Module):
     """
 
     inputs = ("premise_features", "entailment_features", "contradiction_features")
-    supplied_by = {name: _TRIPLETS for name in inputs}
+    supplied_by = dict.fromkeys(inputs, _TRIPLETS)
 
     def __init__(
         self,

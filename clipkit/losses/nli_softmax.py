@@ -37,7 +37,7 @@ class NLISoftmax(nn.Module):
     """
 
     inputs = ("pair_premise_features", "pair_hypothesis_features", "nli_labels")
-    supplied_by = {name: _PAIRS for name in inputs}
+    supplied_by = dict.fromkeys(inputs, _PAIRS)
 
     def __init__(
         self, *, embed_dim: int, num_labels: int = 3, bias: bool = False, group: Group | str = "auto"

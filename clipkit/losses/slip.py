@@ -63,7 +63,7 @@ class SLIP(nn.Module):
     """
 
     inputs = ("image_features_view1", "image_features_view2")
-    supplied_by = {name: _VIEWS for name in inputs}
+    supplied_by = dict.fromkeys(inputs, _VIEWS)
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """What a config's model, optimizer and losses take, counted on fake tensors: no memory, no data, no GPU.
 
-A tower pass is run forward and backward at two batch sizes; bytes, operations and bytes moved are affine in the rows, operator
-by operator, and so known at every size. A loss is run at the very size asked for, on rank 0 of a process group that sends
-nothing. The operators are the CPU's, whose saved tensors differ from CUDA's in dropout's masks alone (a number each there, a
-byte each here).
+A tower pass is run forward and backward at two batch sizes; bytes, operations and bytes moved are affine in
+the rows, operator by operator, and so known at every size. A loss is run at the very size asked for, on rank
+0 of a process group that sends nothing. The operators are the CPU's, whose saved tensors differ from CUDA's
+in dropout's masks alone (a number each there, a byte each here).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _SIZES = (32, 64)
 class Pass:
     """A tower's forward and backward at the two row counts of `sizes`.
 
-    saved: bytes that live when the forward is done (what the backward needs, and the output). working: bytes beyond `saved` at
-    the highest point of either. forward, backward: their operators.
+    saved: bytes that live when the forward is done (what the backward needs, and the output). working: bytes
+    beyond `saved` at the highest point of either. forward, backward: their operators.
     """
 
     sizes: tuple[int, int]
@@ -72,8 +72,9 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class LossCost:
-    """A loss's forward and backward on one rank: bytes of features and of their gradients, bytes beyond those at the peak,
-    operators, collectives."""
+    """A loss's forward and backward on one rank: bytes of features and of their gradients, bytes beyond those
+    at the peak, operators, collectives.
+    """
 
     features: int
     gradients: int
@@ -89,7 +90,8 @@ class Measured:
         config: as clipkit-pretrain resolves it; embed_dim, image_tower, text_tower, loss, optim, precision,
             data.sentences and the model's optional keys are read.
         tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
-        fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels do.
+        fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels
+            do.
 
     Attributes:
         weights, buffers, trainable: bytes. gradients: bytes, of the image tower's weights and of all others.
@@ -123,10 +125,15 @@ class Measured:
             self.mlm = self._pass(lambda text: head(tower, text)[0], lambda rows: _texts(rows, length))
 
     def rows(self, pairs: int, world_size: int) -> dict[str, int]:
-        """Rows of each pass and feature on one rank, for so many pairs on it: {"image": .., "text": .., "mlm": .., NAME: ..}."""
+        """Rows of each pass and feature on one rank, for so many pairs on it: {"image": .., "text": ..,
+        "mlm": .., NAME: ..}.
+        """
         sentences = ((self.config.get("data") or {}).get("sentences") or {}).get("batch_size") or 0
-        rows = {name: pairs for name in _IMAGE_PASSES}
-        rows |= {name: pairs if entry == "text" else sentences // world_size for name, (entry, _) in _TEXT_PASSES.items()}
+        rows = dict.fromkeys(_IMAGE_PASSES, pairs)
+        rows |= {
+            name: pairs if entry == "text" else sentences // world_size
+            for name, (entry, _) in _TEXT_PASSES.items()
+        }
         return {
             "image": sum(rows[name] for name in self.inputs if name in _IMAGE_PASSES),
             "text": sum(rows[name] for name in self.inputs if name in _TEXT_PASSES),
@@ -134,16 +141,22 @@ class Measured:
             **{name: count for name, count in rows.items() if name in self.inputs},
         }
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 (lives as long as the plan)
-    def loss_cost(self, pairs: int, world_size: int, impl: str, capability: tuple[int, int] = (9, 0)) -> LossCost:
-        """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or "triton"."""
+    @functools.cache  # noqa: B019 (lives as long as the plan)
+    def loss_cost(
+        self, pairs: int, world_size: int, impl: str, capability: tuple[int, int] = (9, 0)
+    ) -> LossCost:
+        """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or
+        "triton".
+        """
         for module in self.loss.modules():
             if hasattr(module, "impl"):
                 # What Triton computes is asked for in chunks; the meter puts its figures in their place.
                 module.impl = "dense" if impl == "dense" else "chunked"
         with _ranks(world_size), self._fake:
             features = self._features(pairs, world_size)
-            meter = Meter(answer=False, kernels="triton" if impl == "triton" else "chunked", capability=capability)
+            meter = Meter(
+                answer=False, kernels="triton" if impl == "triton" else "chunked", capability=capability
+            )
             with meter:
                 self.loss(features)["loss"].backward()
             gradients = _bytes(f.grad for f in features.values() if f.grad is not None)
@@ -152,7 +165,9 @@ class Measured:
 
     def _features(self, pairs: int, world_size: int) -> dict[str, Tensor]:
         rows, dim = self.rows(pairs, world_size), self.model.embed_dim
-        features = {name: torch.zeros(rows[name], dim, requires_grad=True) for name in self.inputs if name in rows}
+        features = {
+            name: torch.zeros(rows[name], dim, requires_grad=True) for name in self.inputs if name in rows
+        }
         for name in ("logit_scale", "logit_bias"):
             features[name] = torch.zeros((), requires_grad=True)
         features["sample_index"] = torch.zeros(pairs, dtype=torch.int64)
@@ -160,7 +175,9 @@ class Measured:
         if self.mlm:
             tokens = max(1, round(self.config["mlm_probability"] * pairs * self.tokenizer.context_length))
             half = torch.bfloat16 if self.config["precision"] == "bf16" else torch.float32
-            features["mlm_logits"] = torch.zeros(tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True)
+            features["mlm_logits"] = torch.zeros(
+                tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True
+            )
             features["mlm_labels"] = torch.zeros(tokens, dtype=torch.int64)
         return {name: value for name, value in features.items() if name in self.inputs}
 
@@ -177,7 +194,12 @@ class Measured:
         # Counts of steps are read as 1.
         with Meter(answer=True):
             optimizer.step()
-        return _bytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        return _bytes(
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
 
     def _pass(self, encode: Any, inputs: Any) -> Pass:
         runs = [self._run(encode, inputs, rows) for rows in _SIZES]
@@ -199,7 +221,9 @@ class Measured:
 
 
 def _random_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's part of a config, without weights to load: a Hugging Face name or folder gives its sizes alone."""
+    """The model's part of a config, without weights to load: a Hugging Face name or folder gives its sizes
+    alone.
+    """
     part = model_config(config, pretrained=False)
     tower = part["text_tower"]
     if isinstance(tower, Mapping) and tower.get("pretrained"):
@@ -208,7 +232,10 @@ def _random_weights(config: Mapping[str, Any]) -> dict[str, Any]:
         from clipkit.towers.hugging_face import _FROM_TOKENIZER, _pretrained_config
 
         settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
-        own = {*AutoConfig.for_model(settings.model_type).to_dict()} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
+        own = {*AutoConfig.for_model(settings.model_type).to_dict()} - {
+            *PretrainedConfig().to_dict(),
+            *_FROM_TOKENIZER,
+        }
         sizes = {key: value for key, value in settings.to_dict().items() if key in own}
         part["text_tower"] = {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
     return part
@@ -232,7 +259,9 @@ def _ranks(world_size: int) -> Iterator[None]:
         yield
         return
     if dist.is_initialized():
-        raise RuntimeError("a plan is made by one process, but torch.distributed is initialised here: start it without torchrun")
+        raise RuntimeError(
+            "a plan is made by one process, but torch.distributed is initialised here: start it without torchrun"
+        )
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
@@ -246,7 +275,10 @@ def _fsdp_units(model: nn.Module) -> list[int]:
     """Bytes of each tower block's parameters, then of all others, as clipkit shards them."""
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in tower.blocks()]
     inside = {id(p) for block in blocks for p in block.parameters()}
-    return [*(_bytes(block.parameters()) for block in blocks), _bytes(p for p in model.parameters() if id(p) not in inside)]
+    return [
+        *(_bytes(block.parameters()) for block in blocks),
+        _bytes(p for p in model.parameters() if id(p) not in inside),
+    ]
 
 
 def _images(rows: int, size: int) -> Tensor:

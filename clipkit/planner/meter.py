@@ -1,7 +1,7 @@
 """Counts what torch operators do: bytes alive, operations, bytes moved, collectives.
 
-Run on fake tensors (`torch._subclasses.FakeTensorMode`: shapes, dtypes and storages without memory), it tells what a step
-of any size would take, on any machine. Run on real tensors, it measures the same numbers.
+Run on fake tensors (`torch._subclasses.FakeTensorMode`: shapes, dtypes and storages without memory), it tells
+what a step of any size would take, on any machine. Run on real tensors, it measures the same numbers.
 
     with FakeTensorMode(), Meter() as meter:
         ...
@@ -25,7 +25,8 @@ from torch.utils.flop_counter import flop_registry
 from clipkit.kernels.chunked import DEFAULT_CHUNK
 from clipkit.kernels.configs import find
 
-# What each collective sends and receives a rank, ring algorithms, in units of (W - 1) / W of the full tensor's bytes.
+# What each collective sends and receives a rank, ring algorithms, in units of (W - 1) / W of the full
+# tensor's bytes.
 RING = {"all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "all_reduce": 2}
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 _COLLECTIVES = {
@@ -40,8 +41,10 @@ _COLLECTIVES = {
 class Operator:
     """One operator.
 
-    flops: multiplications and additions, of products, convolutions and attention alone. moved: bytes of inputs and outputs.
-    half: computes in bf16 or fp16. recorded: autograd recorded it, which in a backward is a recomputed forward.
+    flops: multiplications and additions, of products, convolutions and attention alone. moved: bytes of
+    inputs and outputs.
+    half: computes in bf16 or fp16. recorded: autograd recorded it, which in a backward is a recomputed
+    forward.
     """
 
     flops: int
@@ -68,13 +71,15 @@ class Meter(TorchDispatchMode):
     """While active, counts every operator that reaches the dispatcher, backward included.
 
     Args:
-        answer: what a value read off a tensor (`bool(t)`, `t.item()`, `torch.equal`) is taken for; None reads it, which
-            fake tensors refuse.
-        kernels: how clipkit's pair operators are taken to run: "chunked", or "triton" on a GPU of `capability`.
+        answer: what a value read off a tensor (`bool(t)`, `t.item()`, `torch.equal`) is taken for; None reads
+            it, which fake tensors refuse.
+        kernels: how clipkit's pair operators are taken to run: "chunked", or "triton" on a GPU of
+            `capability`.
         mask_share: rows that a boolean index keeps, which only the data knows.
 
     Attributes:
-        alive, peak: bytes of the storages made inside that live now, and at most at once, workspaces included.
+        alive, peak: bytes of the storages made inside that live now, and at most at once, workspaces
+            included.
         operators, collectives: in order.
     """
 
@@ -147,7 +152,8 @@ class Meter(TorchDispatchMode):
     def _pair_operator(self, name: str, func, args) -> tuple[int, int, bool]:
         """(operations, bytes beyond inputs and outputs, in half precision) of one of clipkit.kernels.ops.
 
-        One product of N x M x D forward; backward the same again, and one for each side that needs a gradient.
+        One product of N x M x D forward; backward the same again, and one for each side that needs a
+        gradient.
         """
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
         (n, dim), m = given["x"].shape, given["y"].shape[0]
@@ -169,20 +175,25 @@ class Meter(TorchDispatchMode):
 
 
 def chunked_workspace(n: int, m: int, dim: int, *, backward: bool, chunk: int = DEFAULT_CHUNK) -> int:
-    """Bytes that clipkit.kernels.chunked holds beyond inputs and outputs: a block of logits (backward: two), and one
-    chunk of rows in fp32, scaled."""
+    """Bytes that clipkit.kernels.chunked holds beyond inputs and outputs: a block of logits (backward: two),
+    and one chunk of rows in fp32, scaled.
+    """
     rows, cols = min(n, chunk), min(m, chunk)
     return 4 * (rows * cols * (2 if backward else 1) + rows * dim)
 
 
 def triton_workspace(n: int, m: int, dim: int, kind: str, *, capability: tuple[int, int], high: bool) -> int:
-    """Bytes that clipkit.kernels.fused holds beyond inputs and outputs: fp16 operands of both sides (three times as wide
-    when `high`), and partial sums (forward), or coefficients of an outer block and fp32 accumulators (backward)."""
+    """Bytes that clipkit.kernels.fused holds beyond inputs and outputs: fp16 operands of both sides (three
+    times as wide when `high`), and partial sums (forward), or coefficients of an outer block and fp32
+    accumulators (backward).
+    """
     config = find(kind, capability, -(-dim // 64) * 64)
     step = max(64, config.block_k)
     padded = -(-dim // step) * step
     operands = 2 * (n + m) * padded * (3 if high else 1)
-    down, across = (-(-min(config.outer, size) // block) for size, block in ((n, config.block_m), (m, config.block_n)))
+    down, across = (
+        -(-min(config.outer, size) // block) for size, block in ((n, config.block_m), (m, config.block_n))
+    )
     if kind.endswith("sums"):
         sides = config.block_m if kind.startswith("softplus") else config.block_m + config.block_n
         return operands + 4 * down * across * sides
@@ -195,7 +206,9 @@ _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention without dropout of its weights: CUDA's fused kernels draw it inside and keep a seed, the CPU's keep matrices."""
+    """Attention without dropout of its weights: CUDA's fused kernels draw it inside and keep a seed, the
+    CPU's keep matrices.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, place = dict(kwargs or {}), _ATTENTION.get(func)

@@ -1,21 +1,23 @@
-"""What a training step takes on so many GPUs: memory by part, operations, communication, time, and the largest batch that fits.
+"""What a training step takes on so many GPUs: memory by part, operations, communication, time, and the
+largest batch that fits.
 
-Counted on fake tensors (`measure`): weights, optimizer state, activations, losses. Derived here, for W ranks with B pairs each,
-micro-batches of m pairs (K = ceil(B / m) of them), and P bytes of trainable weights:
+Counted on fake tensors (`measure`): weights, optimizer state, activations, losses. Derived here, for W ranks
+with B pairs each, micro-batches of m pairs (K = ceil(B / m) of them), and P bytes of trainable weights:
 
     gradients       P; FSDP2: P / W, and P while K > 1, since it adds micro-batches up before it reduces them
     DDP             P more, its buckets; sends 2 (W - 1) / W P (ring all-reduce) and BatchNorm's buffers
     FSDP2           weights, gradients, optimizer state and EMA over W; two units gathered at a time beside the unit of all that
-                    is in no block. Sends (W - 1) / W of: each block gathered 2 times (K > 1: 3 K times), the rest once (K times),
-                    and P reduce-scattered
+                    is in no block. Sends (W - 1) / W of: each block gathered 2 times (K > 1: 3 K times), the
+                    rest once (K times), and P reduce-scattered
     gradient cache  K > 1: a forward more, and the features of all B pairs with their gradients; activations of m pairs alone, at
                     another time than the loss's workspace
     time            sum over operators of max(operations / rate, bytes / bandwidth, launch); communication of gradients beyond
-                    what the last micro-batch's backward hides; collectives of the losses and FSDP2's gathers in forward in full.
-                    Rates are the datasheet's times `efficiency`; W ranks in one node talk by `link_gbs`, in several by
-                    `network_gbs`
+                    what the last micro-batch's backward hides; collectives of the losses and FSDP2's gathers
+                    in forward in full. Rates are the datasheet's times `efficiency`; W ranks in one node talk
+                    by `link_gbs`, in several by `network_gbs`
 
-Activation checkpointing is in the counts; torch.compile is not: it fuses, so it takes less memory and time than stated.
+Activation checkpointing is in the counts; torch.compile is not: it fuses, so it takes less memory and time
+than stated.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ IMPLEMENTATIONS = ("dense", "chunked", "triton")
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """One device, by its datasheet. Gigabytes and gigabytes a second are 1e9; None: measured on this machine by `measured`.
+    """One device, by its datasheet. Gigabytes and gigabytes a second are 1e9; None: measured on this machine
+    by `measured`.
 
-    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth); link_gbs and
-    network_gbs (one direction, a GPU, inside a node and between nodes); gpus_per_node; capability (major, minor), None
-    without Triton.
+    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth);
+    link_gbs and network_gbs (one direction, a GPU, inside a node and between nodes); gpus_per_node;
+    capability (major, minor), None without Triton.
     """
 
     name: str
@@ -54,7 +57,9 @@ class GPU:
     capability: tuple[int, int] | None
 
     def measured(self) -> GPU:
-        """With this machine's figures in place of None: its memory, and the rates of a matrix product and of a copy."""
+        """With this machine's figures in place of None: its memory, and the rates of a matrix product and of
+        a copy.
+        """
         import os
 
         found = {
@@ -63,15 +68,17 @@ class GPU:
             "fp32_tflops": lambda: _product_rate(torch.float32) / 1e12,
             "memory_gbs": lambda: _copy_rate() / 1e9,
         }
-        return dataclasses.replace(self, **{key: measure() for key, measure in found.items() if getattr(self, key) is None})
+        return dataclasses.replace(
+            self, **{key: measure() for key, measure in found.items() if getattr(self, key) is None}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What no datasheet says.
 
-    efficiency: share of each datasheet rate that is reached. launch_us: the least time of an operator, microseconds. reserve_gb:
-    for the driver's context, library workspaces, NCCL and fragmentation.
+    efficiency: share of each datasheet rate that is reached. launch_us: the least time of an operator,
+    microseconds. reserve_gb: for the driver's context, library workspaces, NCCL and fragmentation.
     """
 
     efficiency: float = 0.6
@@ -80,20 +87,26 @@ class Assumptions:
 
     def __post_init__(self):
         if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency is a share of the GPU's rates above 0 and at most 1, not {self.efficiency}")
+            raise ValueError(
+                f"efficiency is a share of the GPU's rates above 0 and at most 1, not {self.efficiency}"
+            )
         if self.launch_us < 0 or self.reserve_gb < 0:
-            raise ValueError(f"launch_us and reserve_gb are at least 0, not {self.launch_us} and {self.reserve_gb}")
+            raise ValueError(
+                f"launch_us and reserve_gb are at least 0, not {self.launch_us} and {self.reserve_gb}"
+            )
 
 
 class Planner:
     """Plans for one config on one kind of GPU.
 
     Args:
-        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None), and optionally
-            parallel ("ddp" or "fsdp") and ema_decay.
+        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None),
+            and optionally parallel ("ddp" or "fsdp") and ema_decay.
     """
 
-    def __init__(self, config: Mapping[str, Any], measured: Measured, gpu: GPU, assumed: Assumptions | None = None):
+    def __init__(
+        self, config: Mapping[str, Any], measured: Measured, gpu: GPU, assumed: Assumptions | None = None
+    ):
         self.config, self.measured, self.gpu = config, measured, gpu
         self.assumed = assumed or Assumptions()
         self.sharded = config.get("parallel", "ddp") == "fsdp"
@@ -109,16 +122,33 @@ class Planner:
         size = min(micro or pairs, pairs)
         memory = self.memory(pairs, size, world_size)
         flops, seconds = self.flops(pairs, size, world_size), self.seconds(pairs, size, world_size)
-        step, limit, total = sum(seconds.values()), self.gpu.memory_gb * 1e9, self.peak(pairs, size, world_size)
+        step, limit, total = (
+            sum(seconds.values()),
+            self.gpu.memory_gb * 1e9,
+            self.peak(pairs, size, world_size),
+        )
         peak = (self.gpu.bf16_tflops if self.config["precision"] == "bf16" else self.gpu.fp32_tflops) * 1e12
         return {
-            "gpu": self.gpu.name, "gpus": world_size, "batch_size": batch, "pairs_per_gpu": pairs, "micro_batch_size": size,
-            "micro_batches": math.ceil(pairs / size), "impl": self.implementation(pairs, world_size),
-            "memory": memory, "memory_total": total, "memory_limit": limit, "fits": total <= limit,
-            "loss_workspace": {impl: self._loss(pairs, world_size, impl).workspace for impl in self._runnable()},
-            "flops": flops, "flops_total": sum(flops.values()),
+            "gpu": self.gpu.name,
+            "gpus": world_size,
+            "batch_size": batch,
+            "pairs_per_gpu": pairs,
+            "micro_batch_size": size,
+            "micro_batches": math.ceil(pairs / size),
+            "impl": self.implementation(pairs, world_size),
+            "memory": memory,
+            "memory_total": total,
+            "memory_limit": limit,
+            "fits": total <= limit,
+            "loss_workspace": {
+                impl: self._loss(pairs, world_size, impl).workspace for impl in self._runnable()
+            },
+            "flops": flops,
+            "flops_total": sum(flops.values()),
             "communication": self.communication(pairs, size, world_size),
-            "seconds": seconds, "seconds_total": step, "images_per_second": batch / step,
+            "seconds": seconds,
+            "seconds_total": step,
+            "images_per_second": batch / step,
             # What the model asks for, without what recomputation adds.
             "model_flops_fraction": (flops["forward"] + flops["backward"]) / step / peak,
         }
@@ -148,27 +178,39 @@ class Planner:
     def peak(self, pairs: int, micro: int, world_size: int) -> float:
         """Bytes held at once, which is less than the sum of the parts.
 
-        With micro-batches the loss runs when no activations are held. Without, gradients come as activations go: both towers'
-        activations, one's beside the other's gradients, or all gradients.
+        With micro-batches the loss runs when no activations are held. Without, gradients come as activations
+        go: both towers' activations, one's beside the other's gradients, or all gradients.
         """
         parts = self.memory(pairs, micro, world_size)
-        workspace, gradients, activations = (parts.pop(name, 0) for name in ("loss workspace", "gradients", "activations"))
+        workspace, gradients, activations = (
+            parts.pop(name, 0) for name in ("loss workspace", "gradients", "activations")
+        )
         if pairs > micro:
             return sum(parts.values()) + gradients + max(workspace, activations)
         saved, working = self._activations(pairs, micro, world_size)
-        of_tower = {name: size / (world_size if self.sharded else 1) for name, size in self.measured.gradients.items()}
+        of_tower = {
+            name: size / (world_size if self.sharded else 1) for name, size in self.measured.gradients.items()
+        }
         held = max(
-            saved["image"] + saved["text"], saved["image"] + of_tower["text"], saved["text"] + of_tower["image"], gradients)
+            saved["image"] + saved["text"],
+            saved["image"] + of_tower["text"],
+            saved["text"] + of_tower["image"],
+            gradients,
+        )
         return sum(parts.values()) + workspace + held + working
 
     def flops(self, pairs: int, micro: int, world_size: int) -> dict[str, float]:
-        """Multiplications and additions of a rank's step; `again` is what checkpointing and the gradient cache recompute."""
+        """Multiplications and additions of a rank's step; `again` is what checkpointing and the gradient
+        cache recompute.
+        """
         forward = self._tower_flops(pairs, world_size, backward=False)
         backward = self._tower_flops(pairs, world_size, backward=True)
         checkpointed = sum(made.recomputed(rows) for made, rows in self._passes(pairs, pairs, world_size))
         cost = self._loss(pairs, world_size, self.implementation(pairs, world_size))
         return {
-            "forward": forward, "backward": backward - checkpointed, "again": checkpointed + (forward if pairs > micro else 0),
+            "forward": forward,
+            "backward": backward - checkpointed,
+            "again": checkpointed + (forward if pairs > micro else 0),
             "loss": float(sum(operator.flops for operator in cost.operators)),
         }
 
@@ -196,7 +238,11 @@ class Planner:
         forward = pieces * self._tower_seconds(pairs / pieces, pairs, world_size, backward=False)
         last = self._tower_seconds(pairs / pieces, pairs, world_size, backward=True)
         cost = self._loss(pairs, world_size, self.implementation(pairs, world_size))
-        link = (self.gpu.link_gbs if world_size <= self.gpu.gpus_per_node else self.gpu.network_gbs) * 1e9 * share
+        link = (
+            (self.gpu.link_gbs if world_size <= self.gpu.gpus_per_node else self.gpu.network_gbs)
+            * 1e9
+            * share
+        )
         sent = self.communication(pairs, micro, world_size)
         m, shards = self.measured, world_size if self.sharded else 1
         # Read and write weights and state, read gradients.
@@ -245,7 +291,9 @@ class Planner:
         elif (batch := self.largest_batch(world_size, micro=1)) is not None:
             lower.append(f"no micro_batch_size does at this batch_size: at most batch_size={batch} would")
         if not self._recomputes():
-            lower.append("image_tower.activation_checkpointing=true and text_tower.activation_checkpointing=true need less")
+            lower.append(
+                "image_tower.activation_checkpointing=true and text_tower.activation_checkpointing=true need less"
+            )
         if not self.sharded and world_size > 1:
             lower.append("parallel=fsdp splits weights, gradients and optimizer state")
         if plan["impl"] == "dense":
@@ -260,7 +308,9 @@ class Planner:
         """What impl=auto comes to (clipkit.kernels.pairs), or the one that the losses ask for."""
         from clipkit.kernels.pairs import DENSE_PAIRS
 
-        asked = {settings.get("impl", "auto") for settings in self.config["loss"].values() if settings} - {"auto"}
+        asked = {settings.get("impl", "auto") for settings in self.config["loss"].values() if settings} - {
+            "auto"
+        }
         if asked:
             return "dense" if "dense" in asked else asked.pop()
         if "triton" in self._runnable():
@@ -277,7 +327,9 @@ class Planner:
         return self.peak(pairs, micro, world_size) <= self.gpu.memory_gb * 1e9
 
     def _recomputes(self) -> bool:
-        return any(self.config[tower].get("activation_checkpointing") for tower in ("image_tower", "text_tower"))
+        return any(
+            self.config[tower].get("activation_checkpointing") for tower in ("image_tower", "text_tower")
+        )
 
     def _passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Any, float]]:
         """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
@@ -297,10 +349,15 @@ class Planner:
         return saved, working
 
     def _tower_flops(self, pairs: int, world_size: int, *, backward: bool) -> float:
-        return sum(made.flops(rows, backward=backward) for made, rows in self._passes(pairs, pairs, world_size))
+        return sum(
+            made.flops(rows, backward=backward) for made, rows in self._passes(pairs, pairs, world_size)
+        )
 
     def _tower_seconds(self, pairs: float, whole: int, world_size: int, *, backward: bool) -> float:
-        return sum(self._time(made.operators(rows, backward=backward)) for made, rows in self._passes(pairs, whole, world_size))
+        return sum(
+            self._time(made.operators(rows, backward=backward))
+            for made, rows in self._passes(pairs, whole, world_size)
+        )
 
     def _time(self, operators: Iterable[tuple[float, float, bool]]) -> float:
         share, launch = self.assumed.efficiency, self.assumed.launch_us * 1e-6
@@ -319,12 +376,15 @@ def _share(batch_size: int, world_size: int) -> int:
         raise ValueError(f"gpus={world_size}: give at least 1")
     if batch_size < world_size or batch_size % world_size:
         raise ValueError(
-            f"batch_size={batch_size} does not divide evenly over {world_size} GPUs: give a multiple of {world_size}")
+            f"batch_size={batch_size} does not divide evenly over {world_size} GPUs: give a multiple of {world_size}"
+        )
     return batch_size // world_size
 
 
 def _product_rate(dtype: torch.dtype, size: int = 512) -> float:
-    """Operations a second of a square matrix product, the best of 20: short ones, which others may leave alone."""
+    """Operations a second of a square matrix product, the best of 20: short ones, which others may leave
+    alone.
+    """
     a = torch.randn(size, size).to(dtype)
     return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(20))
 

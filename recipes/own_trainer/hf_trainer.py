@@ -15,11 +15,11 @@ import tempfile
 from typing import Any
 
 import torch
+from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from clipkit.losses import create_loss
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
 
 
 class ContrastiveTrainer(Trainer):

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import lightning
 import torch
+from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clipkit.losses import create_loss
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
 
 
 class Contrastive(lightning.LightningModule):

@@ -17,10 +17,10 @@ import os
 import open_clip
 import torch
 import torch.distributed as dist
+from pairs import COLORS, FILLERS, LEARNING_RATE, PLACES, arguments, batches, finish, make_pairs
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.losses import InfoNCE
-from pairs import COLORS, FILLERS, LEARNING_RATE, PLACES, arguments, batches, finish, make_pairs
 
 
 def make_model(*, seed: int = 0) -> open_clip.CLIP:

@@ -17,11 +17,11 @@ import os
 
 import torch
 import torch.distributed as dist
+from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, batches, finish, make_pairs
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.grad_cache import cached_backward
 from clipkit.losses import create_loss
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, batches, finish, make_pairs
 
 
 def main() -> None:

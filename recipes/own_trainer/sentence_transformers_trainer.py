@@ -15,6 +15,7 @@ import tempfile
 
 import torch
 from datasets import Dataset
+from pairs import LEARNING_RATE, arguments, finish
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -27,7 +28,6 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from clipkit.losses import NLIContrastive
-from pairs import LEARNING_RATE, arguments, finish
 
 PEOPLE = ["a man", "a woman", "a child", "a dog", "two girls", "an old sailor", "the team", "a cook"]
 DEEDS = ["runs", "sleeps", "sings", "jumps", "reads", "swims", "paints", "waits"]

@@ -69,7 +69,9 @@ def test_auto_augment_is_reproducible_and_changes_most_pictures(images):
     assert sum(not torch.equal(a, b) for a, b in zip(out, images)) > 12
 
 
-@pytest.mark.parametrize("only", [{"auto_augment": True}, {"flip": 1.0}, {"colour_jitter": [0.4] * 3 + [0.1]}])
+@pytest.mark.parametrize(
+    "only", [{"auto_augment": True}, {"flip": 1.0}, {"colour_jitter": [0.4] * 3 + [0.1]}]
+)
 def test_no_change_is_made_in_place(images, only):
     before = images.clone()
     out = Augment(seed=5, **only)(images, draw=7)

@@ -75,7 +75,7 @@ def test_ranks_split_the_batch_of_one_process(files, byte_tokenizer):
 
 
 def test_a_resume_continues(files, byte_tokenizer):
-    make = lambda seed=0: create_sentences(files, tokenizer=byte_tokenizer, batch_size=5, seed=seed)  # noqa: E731
+    make = lambda seed=0: create_sentences(files, tokenizer=byte_tokenizer, batch_size=5, seed=seed)
     whole, first = take(make(), 7), make()
     take(first, 3)
     resumed = make()
@@ -90,7 +90,7 @@ def test_simcse_csv_equals_the_jsonl(test_data, byte_tokenizer):
     folder = test_data("nli-mini")
     make = lambda name: create_sentences(
         {"triplets": str(folder / name)}, tokenizer=byte_tokenizer, batch_size=64, seed=0
-    )  # noqa: E731
+    )
     csv, jsonl = make("nli_for_simcse.csv"), make("triplets.jsonl")
     assert csv.triplets == jsonl.triplets == 4096
     for one, other in zip(take(csv, 3), take(jsonl, 3)):

@@ -146,7 +146,7 @@ def test_epochs_join_without_a_gap_when_the_batch_does_not_divide_them(
 def test_a_resume_continues_with_the_next_sample(thousand_shards, byte_tokenizer, num_workers):
     make = lambda: stream_of(
         thousand_shards[:100], byte_tokenizer, batch_size=20, num_workers=num_workers, epochs=3
-    )  # noqa: E731
+    )
     whole = [(batch["key"], batch["image"]) for batch in make()]
     for stop in (1, 7, 11):
         first = make()
@@ -255,7 +255,7 @@ def test_captions_are_chosen_by_rule(tmp_path, write_tar, sample, byte_tokenizer
     for start in (0, 3):
         of_key = [{epoch[f"k{i:02d}"] for epoch in epochs("all")[start : start + 3]} for i in range(30)]
         assert all(found == set(texts) for found in of_key), "three epochs go once through the three captions"
-    assert len({text for text in epochs("all")[0].values()}) == 3, "the captions start at different places"
+    assert len(set(epochs("all")[0].values())) == 3, "the captions start at different places"
     drawn = Counter(text for epoch in epochs("random") for text in epoch.values())
     assert set(drawn) == set(texts) and min(drawn.values()) > 30
 

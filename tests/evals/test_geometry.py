@@ -75,12 +75,13 @@ def test_consistency_equals_a_vote_counted_by_hand():
     labels = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(6))
     agree = dict.fromkeys((1, 3, 5, 10), 0)
     for x in images.tolist():
-        dot = lambda row: math.fsum(a * b for a, b in zip(x, row, strict=True))  # noqa: E731
+        dot = lambda row: math.fsum(a * b for a, b in zip(x, row, strict=True))
         zero_shot = max(range(4), key=lambda c: dot(weights[c].tolist()))
         nearest = sorted(range(60), key=lambda j: -dot(train[j].tolist()))
         for k in agree:
             votes = Counter(int(labels[j]) for j in nearest[:k])
-            # Counter keeps the order of first sight, and max takes the first of equals: the nearest image's class.
+            # Counter keeps the order of first sight, and max takes the first of equals: the nearest image's
+            # class.
             agree[k] += max(votes, key=votes.get) == zero_shot
     expected = {f"consistency@{k}": count / 40 for k, count in agree.items()}
     assert consistency_scores(images, weights, train, labels) == pytest.approx(expected)

@@ -11,8 +11,8 @@ from clipkit.evals.logistic import fit_logistic, predict_logistic
 from clipkit.evals.transfer import SMALL_GRID, dev_accuracy, fold_masks, kfold_predict, nested_accuracy
 
 sklearn = pytest.importorskip("sklearn")
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.model_selection import StratifiedKFold  # noqa: E402
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 
 def blobs(n: int, dim: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,7 +55,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two losses by two seeds; the first has a checkpoint. Metrics are made up, the model and its data are real."""
+    """Two losses by two seeds; the first has a checkpoint. Metrics are made up, the model and its data are
+    real.
+    """
     root = tmp_path_factory.mktemp("runs")
     shards = write_shapes(root / "data", train=64, val=12, seed=0)
     tokenizer = create_tokenizer(
@@ -130,8 +132,8 @@ def test_the_page_is_whole_self_contained_and_escaped(runs, tmp_path):
     text = " ".join(parsed.text)
     assert "0.5050 <small>± 0.0071" in page and "0.3050 <small>± 0.0071" in page
     assert 'class="best" title="2 runs">0.5050' in page
-    # Dots of three metrics, curves of loss and of those, three trade-offs with uniform_t alone present, a matrix, a plane, a
-    # confusion.
+    # Dots of three metrics, curves of loss and of those, three trade-offs with uniform_t alone present, a
+    # matrix, a plane, a confusion.
     assert parsed.tags.count("svg") == 3 + 1 + 3 + 1 + 3
     # Two runs of two groups, three metrics.
     assert page.count('r="3.2"') == 2 * 2 * 3
@@ -263,7 +265,9 @@ def test_a_checkpoint_of_another_architecture_is_named(runs, tmp_path):
         train_state={},
         weights=saved["weights"],
     )
-    with pytest.raises(ValueError, match=f"(?s)the weights of {path} do not fit the architecture.*projection"):
+    with pytest.raises(
+        ValueError, match=f"(?s)the weights of {path} do not fit the architecture.*projection"
+    ):
         load_any(str(path))
     (path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged: model.safetensors"):

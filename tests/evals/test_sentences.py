@@ -1,4 +1,6 @@
-"""STS and SentEval: readers against line counts, Spearman against scipy, a real encoder against its reference numbers."""
+"""STS and SentEval: readers against line counts, Spearman against scipy, a real encoder against its reference
+numbers.
+"""
 
 from __future__ import annotations
 

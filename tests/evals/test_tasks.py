@@ -1,4 +1,6 @@
-"""`evaluate` on generated shards: one pass a data set, the same numbers on any number of ranks, errors that name the cause."""
+"""`evaluate` on generated shards: one pass a data set, the same numbers on any number of ranks, errors that
+name the cause.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from clipkit.evals import create_tasks, evaluate, list_tasks, register_task
 
 # Spawned ranks import the cases by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import eval_cases  # noqa: E402
-from eval_cases import TinyModel, tokenize  # noqa: E402
+import eval_cases
+from eval_cases import TinyModel, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +293,9 @@ def test_cifar_as_torchvision_keeps_it(tmp_path):
 
 
 def test_clip_benchmarks_layout(tmp_path):
-    """What CLIP_benchmark's webdataset converter writes: N.tar of sXXXXXXX.webp/.cls, names and templates beside."""
+    """What CLIP_benchmark's webdataset converter writes: N.tar of sXXXXXXX.webp/.cls, names and templates
+    beside.
+    """
     for shard in range(2):
         write_tar(
             tmp_path / "test" / f"{shard}.tar",

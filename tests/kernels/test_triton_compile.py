@@ -92,7 +92,7 @@ def compile_launch(kernel, args, constants: dict, arch: int):
         if isinstance(value, torch.Tensor):
             attributes[(index,)] = [["tt.divisibility", 16]]
     values = {name: constants[name] for name in kernel.arg_names[len(args) :]}
-    signature |= {name: "constexpr" for name in values}
+    signature |= dict.fromkeys(values, "constexpr")
     source = ASTSource(kernel, signature, values, attributes)
     return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -14,7 +14,7 @@ from clipkit.losses import list_losses
 
 # Spawned ranks import the cases by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gloo_cases  # noqa: E402
+import gloo_cases
 
 TOLERANCE = 1e-10
 WORLDS = (2, 4)

@@ -11,16 +11,32 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = ["data.shapes.train=600", "data.shapes.val=40", "batch_size=32", "optim.warmup_steps=2", "log_every=1", "num_threads=1"]
+SMALL = [
+    "data.shapes.train=600",
+    "data.shapes.val=40",
+    "batch_size=32",
+    "optim.warmup_steps=2",
+    "log_every=1",
+    "num_threads=1",
+]
 
 
-def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> subprocess.Popen:
+def start(
+    *overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None
+) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / recipe), *overrides], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True)
+        [sys.executable, str(ROOT / "recipes" / recipe), *overrides],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **(env or {})},
+        start_new_session=True,
+    )
 
 
-def run(*overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> str:
+def run(
+    *overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None
+) -> str:
     process = start(*overrides, recipe=recipe, env=env)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output

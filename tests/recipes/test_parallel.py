@@ -1,4 +1,6 @@
-"""One gradient under torchrun: 1, 2 and 4 gloo ranks, DDP and FSDP2, with and without gradient caching, and across resumes."""
+"""One gradient under torchrun: 1, 2 and 4 gloo ranks, DDP and FSDP2, with and without gradient caching, and
+across resumes.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,21 @@ from tests.recipes.torchrun import descendants, finished, kill_tree, torchrun, w
 STEPS = 20
 # No BatchNorm and no dropout: what the ranks compute apart is then what one process computes together.
 EXACT = [
-    "image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0", "loss=[cyclip,nli_softmax]",
+    "image_tower=timm",
+    "image_tower.model=test_vit",
+    "image_tower.image_size=null",
+    "text_tower.dropout=0.0",
+    "loss=[cyclip,nli_softmax]",
     # Adam's own 1e-8 turns the rounding of a gradient that is zero (an attention key's bias) into steps.
-    "optim.eps=1e-5", "optim.schedule=constant", "ema_decay=0.9", f"steps={STEPS}", "eval=none", "logger=none", "save_every=5", "keep=9"]
+    "optim.eps=1e-5",
+    "optim.schedule=constant",
+    "ema_decay=0.9",
+    f"steps={STEPS}",
+    "eval=none",
+    "logger=none",
+    "save_every=5",
+    "keep=9",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +43,12 @@ def settings(shapes, tmp_path_factory) -> list[str]:
     # Labelled pairs, so that the loss has parameters of its own.
     pairs = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     colours, labels = ("red", "green", "blue"), ("entailment", "neutral", "contradiction")
-    pairs.write_text("".join(
-        f'{{"premise": "a {colours[i % 3]} square", "hypothesis": "a {colours[i % 2]} shape", "label": "{labels[i % 3]}"}}\n'
-        for i in range(96)))
+    pairs.write_text(
+        "".join(
+            f'{{"premise": "a {colours[i % 3]} square", "hypothesis": "a {colours[i % 2]} shape", "label": "{labels[i % 3]}"}}\n'
+            for i in range(96)
+        )
+    )
     return [*SMALL, *EXACT, shapes, f"data.sentences.pairs={pairs}", "data.sentences.batch_size=8"]
 
 
@@ -46,12 +63,22 @@ def one(settings, tmp_path_factory) -> Path:
 def same(found: Path, expected: Path) -> None:
     """Loss curve and final weights, the average's too, within 1e-5."""
     theirs = lines(expected)
-    assert [line["step"] for line in lines(found)] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
+    assert (
+        [line["step"] for line in lines(found)]
+        == [line["step"] for line in theirs]
+        == list(range(1, STEPS + 1))
+    )
     for a, b in zip(theirs, lines(found), strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-5), b["step"]
     ours, theirs = weights(found), weights(expected)
-    assert ours.keys() == theirs.keys() and {name.split(".")[0] for name in ours} == {"model", "loss", "average"}
-    worst = max((float((tensor.double() - theirs[name].double()).abs().max()), name) for name, tensor in ours.items())
+    assert ours.keys() == theirs.keys() and {name.split(".")[0] for name in ours} == {
+        "model",
+        "loss",
+        "average",
+    }
+    worst = max(
+        (float((tensor.double() - theirs[name].double()).abs().max()), name) for name, tensor in ours.items()
+    )
     assert worst[0] < 1e-5, worst
 
 
@@ -63,15 +90,28 @@ def test_the_run_moves_far_beyond_the_tolerance(one):
     assert (final[average] - final["model.text_projection.weight"]).abs().max() > 1e-3
 
 
-# Every combination with CLIPKIT_PARALLEL=all; four ranks of whole shares otherwise add minutes to what the others show.
+# Every combination with CLIPKIT_PARALLEL=all; four ranks of whole shares otherwise add minutes to what the
+# others show.
 COMBINATIONS = [
-    (ranks, parallel, micro) for ranks in (2, 4) for parallel in ("ddp", "fsdp") for micro in ("null", "3")
-    if ranks == 2 or micro == "3" or os.environ.get("CLIPKIT_PARALLEL") == "all"]
+    (ranks, parallel, micro)
+    for ranks in (2, 4)
+    for parallel in ("ddp", "fsdp")
+    for micro in ("null", "3")
+    if ranks == 2 or micro == "3" or os.environ.get("CLIPKIT_PARALLEL") == "all"
+]
 
 
 @pytest.mark.parametrize(("ranks", "parallel", "micro"), COMBINATIONS)
 def test_ranks_train_the_model_of_one_process(one, settings, tmp_path, ranks, parallel, micro):
-    finished(torchrun(*settings, f"parallel={parallel}", f"micro_batch_size={micro}", f"output_dir={tmp_path}", ranks=ranks))
+    finished(
+        torchrun(
+            *settings,
+            f"parallel={parallel}",
+            f"micro_batch_size={micro}",
+            f"output_dir={tmp_path}",
+            ranks=ranks,
+        )
+    )
     same(only_run(tmp_path), one)
     sharded = (latest_checkpoint(only_run(tmp_path) / "checkpoints") / "shards").is_dir()
     assert sharded == (parallel == "fsdp")
@@ -87,7 +127,9 @@ def test_two_ranks_go_on_as_one_or_four(one, settings, tmp_path, parallel):
     shutil.copytree(tmp_path / "two", tmp_path / "four")
     assert "resumed at step 10" in run(*settings, f"parallel={parallel}", f"output_dir={tmp_path}/two")
     same(only_run(tmp_path / "two"), one)
-    assert "resumed at step 10" in finished(torchrun(*settings, f"parallel={parallel}", f"output_dir={tmp_path}/four", ranks=4))
+    assert "resumed at step 10" in finished(
+        torchrun(*settings, f"parallel={parallel}", f"output_dir={tmp_path}/four", ranks=4)
+    )
     same(only_run(tmp_path / "four"), one)
     # What evaluation and export read is the average, in full.
     model, _, _ = load_model(only_run(tmp_path / "four"))
@@ -106,7 +148,9 @@ def test_a_killed_rank_ends_the_others_and_the_job_continues(one, settings, tmp_
     assert process.returncode != 0 and time.monotonic() - started < 60
     assert "lost another rank" in output and "the run goes on from its last checkpoint" in output, output
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
-    assert "resumed at step 5" in finished(torchrun(*settings, f"parallel={parallel}", f"output_dir={tmp_path}"))
+    assert "resumed at step 5" in finished(
+        torchrun(*settings, f"parallel={parallel}", f"output_dir={tmp_path}")
+    )
     same(only_run(tmp_path), one)
 
 
@@ -115,7 +159,11 @@ def test_sigterm_to_torchrun_saves_on_every_rank(one, settings, tmp_path):
     wait_for(process, "step 3/")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "stopped by SIGTERM at step" in output and "run the same command to go on" in output, output
+    assert (
+        process.returncode != 0
+        and "stopped by SIGTERM at step" in output
+        and "run the same command to go on" in output
+    ), output
     assert latest_checkpoint(only_run(tmp_path) / "checkpoints") is not None
     assert "resumed at step" in run(*settings, "parallel=fsdp", "save_every=0", f"output_dir={tmp_path}")
     same(only_run(tmp_path), one)

@@ -17,12 +17,26 @@ SMALL = ["experiment=cyclip_rn50_cc3m", "image_tower=test_resnet", "text_tower=t
 
 def plan(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "plan.py"), *arguments], capture_output=True, text=True, timeout=300, cwd=folder,
-        env={**os.environ, "CLIPKIT_TEST_DATA": "nowhere"})
+        [sys.executable, str(ROOT / "recipes" / "plan.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**os.environ, "CLIPKIT_TEST_DATA": "nowhere"},
+    )
 
 
 def test_plans_without_data_and_leaves_no_folder(tmp_path):
-    done = plan(tmp_path, *SMALL, "gpus=1,8", "batch_size=4096", "--json", "output=plan.json", "+loss=[simcse]", "text_tower.dropout=0.1")
+    done = plan(
+        tmp_path,
+        *SMALL,
+        "gpus=1,8",
+        "batch_size=4096",
+        "--json",
+        "output=plan.json",
+        "+loss=[simcse]",
+        "text_tower.dropout=0.1",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert json.loads((tmp_path / "plan.json").read_text()) == result
@@ -37,9 +51,24 @@ def test_plans_without_data_and_leaves_no_folder(tmp_path):
 
 
 def test_prints_a_table_and_what_it_assumes(tmp_path):
-    done = plan(tmp_path, "gpu=cpu", "gpu.memory_gb=8", "gpu.bf16_tflops=0.1", "gpu.fp32_tflops=0.1", "gpu.memory_gbs=10")
+    done = plan(
+        tmp_path,
+        "gpu=cpu",
+        "gpu.memory_gb=8",
+        "gpu.bf16_tflops=0.1",
+        "gpu.fp32_tflops=0.1",
+        "gpu.memory_gbs=10",
+    )
     assert done.returncode == 0, done.stderr
-    for text in ("assumed: a vocabulary of 10,000 words", "1 x cpu, batch 256", "optimizer state", "activations", "dense", "fits", "pairs/s"):
+    for text in (
+        "assumed: a vocabulary of 10,000 words",
+        "1 x cpu, batch 256",
+        "optimizer state",
+        "activations",
+        "dense",
+        "fits",
+        "pairs/s",
+    ):
         assert text in done.stdout, done.stdout
     assert "triton" not in done.stdout
 

@@ -28,17 +28,28 @@ def test_a_run_leaves_the_folder_of_the_design_and_is_not_repeated(tmp_path, sha
     trained = [line for line in lines(folder) if "train/loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4]
     assert any("eval/zero_shot/top1" in line for line in lines(folder))
-    assert list((folder / "checkpoints").glob("step_00000004/model.safetensors")) and list(folder.glob("tensorboard/*"))
+    assert list((folder / "checkpoints").glob("step_00000004/model.safetensors")) and list(
+        folder.glob("tensorboard/*")
+    )
     again = run(*overrides)
     assert "is finished" in again and "step 1/" not in again
 
-    evaluated = run(f"checkpoint={folder}", f"output={tmp_path}/numbers.json", f"output_dir={tmp_path}/hydra", recipe="evaluate.py")
+    evaluated = run(
+        f"checkpoint={folder}",
+        f"output={tmp_path}/numbers.json",
+        f"output_dir={tmp_path}/hydra",
+        recipe="evaluate.py",
+    )
     assert "zero_shot" in evaluated
-    assert json.loads((tmp_path / "numbers.json").read_text())["metrics"] == pytest.approx(summary["metrics"], abs=1e-6)
+    assert json.loads((tmp_path / "numbers.json").read_text())["metrics"] == pytest.approx(
+        summary["metrics"], abs=1e-6
+    )
 
 
 def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, shapes):
-    """SIGKILL after a checkpoint, the same command again: same weights, and no step missing or doubled in the record."""
+    """SIGKILL after a checkpoint, the same command again: same weights, and no step missing or doubled in the
+    record.
+    """
     loss = "loss=[cyclip,simcse]"
     settings = [*SMALL, shapes, loss, "steps=14", "save_every=3", "eval=none", "logger=none"]
     run(*settings, f"output_dir={tmp_path}/whole")
@@ -61,11 +72,22 @@ def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, shap
 
 
 def test_kills_at_random_moments_change_no_bit(tmp_path, shapes):
-    """Several epochs with two decoding workers, killed CLIPKIT_KILLS times (2): the weights of an uninterrupted run."""
+    """Several epochs with two decoding workers, killed CLIPKIT_KILLS times (2): the weights of an
+    uninterrupted run.
+    """
     kills = int(os.environ.get("CLIPKIT_KILLS", "2"))
     steps = 100 + 50 * kills
-    settings = [*SMALL, shapes, "loss=[cyclip,simcse]", "data.num_workers=2", "data.cache=none", f"steps={steps}", "save_every=4",
-                "eval=none", "logger=none"]
+    settings = [
+        *SMALL,
+        shapes,
+        "loss=[cyclip,simcse]",
+        "data.num_workers=2",
+        "data.cache=none",
+        f"steps={steps}",
+        "save_every=4",
+        "eval=none",
+        "logger=none",
+    ]
     run(*settings, f"output_dir={tmp_path}/whole")
     moments = random.Random(20261122)
     for _ in range(kills):
@@ -84,21 +106,46 @@ def test_kills_at_random_moments_change_no_bit(tmp_path, shapes):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
-    """Evaluated every 2 of 6 steps, the newest one kept: what is left is the last and the best, labelled by its own numbers."""
+    """Evaluated every 2 of 6 steps, the newest one kept: what is left is the last and the best, labelled by
+    its own numbers.
+    """
     metric = "zero_shot/top5"
-    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=6", "eval_every=2", "save_every=3", "keep=1", f"best_metric={metric}", "logger=none")
+    run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=6",
+        "eval_every=2",
+        "save_every=3",
+        "keep=1",
+        f"best_metric={metric}",
+        "logger=none",
+    )
     folder = only_run(tmp_path)
     scores = {line["step"]: line[f"eval/{metric}"] for line in lines(folder) if f"eval/{metric}" in line}
     assert list(scores) == [2, 4, 6]
     best = max(scores, key=lambda step: (scores[step], -step))
-    kept = {int(path.name[-8:]): json.loads((path / "manifest.json").read_text())["metrics"] for path in folder.glob("checkpoints/step_*")}
+    kept = {
+        int(path.name[-8:]): json.loads((path / "manifest.json").read_text())["metrics"]
+        for path in folder.glob("checkpoints/step_*")
+    }
     assert set(kept) == {best, 6}
     assert all(metrics[metric] == scores[step] for step, metrics in kept.items())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shapes):
     """A learning rate that blows up: the keys of the batch are on record, and the message says what to do."""
-    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=50", "optim.lr=1e30", "clip_grad_norm=null", "eval=none", "logger=none", status=1)
+    output = run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=50",
+        "optim.lr=1e30",
+        "clip_grad_norm=null",
+        "eval=none",
+        "logger=none",
+        status=1,
+    )
     assert "is not finite at step" in output and "Lower optim.lr" in output and "Traceback" not in output
     (record,) = tmp_path.rglob("nonfinite_step_*.json")
     assert len(json.loads(record.read_text())["keys"]) == 32
@@ -106,7 +153,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shapes):
 
 
 def test_sigterm_saves_and_exits_with_its_own_status(tmp_path, shapes):
-    process = start(*SMALL, shapes, f"output_dir={tmp_path}", "steps=100000", "save_every=0", "eval=none", "logger=none")
+    process = start(
+        *SMALL, shapes, f"output_dir={tmp_path}", "steps=100000", "save_every=0", "eval=none", "logger=none"
+    )
     while "step 2/" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -117,9 +166,24 @@ def test_sigterm_saves_and_exits_with_its_own_status(tmp_path, shapes):
 
 def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
     """Without dropout, and with BatchNorm frozen out of the way by a ViT, micro-batches change only rounding."""
-    vit = ["image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0", "precision=fp32"]
+    vit = [
+        "image_tower=timm",
+        "image_tower.model=test_vit",
+        "image_tower.image_size=null",
+        "text_tower.dropout=0.0",
+        "precision=fp32",
+    ]
     for name, micro in (("whole", "null"), ("micro", "8")):
-        run(*SMALL, shapes, *vit, f"micro_batch_size={micro}", f"output_dir={tmp_path}/{name}", "steps=3", "eval=none", "logger=none")
+        run(
+            *SMALL,
+            shapes,
+            *vit,
+            f"micro_batch_size={micro}",
+            f"output_dir={tmp_path}/{name}",
+            "steps=3",
+            "eval=none",
+            "logger=none",
+        )
     first, second = lines(only_run(tmp_path / "whole")), lines(only_run(tmp_path / "micro"))
     for a, b in zip(first, second, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
@@ -129,41 +193,88 @@ def test_gradient_caching_trains_the_same_model(tmp_path, shapes):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_and_recomputed_towers_train_the_same_model(tmp_path, shapes):
     """torch.compile, activation checkpointing and layer-wise rates together, beside layer-wise rates alone."""
-    settings = [*SMALL, shapes, "image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0",
-                "optim.layer_decay=0.5", "optim.eps=1e-5", "steps=3", "eval=none", "logger=none"]
+    settings = [
+        *SMALL,
+        shapes,
+        "image_tower=timm",
+        "image_tower.model=test_vit",
+        "image_tower.image_size=null",
+        "text_tower.dropout=0.0",
+        "optim.layer_decay=0.5",
+        "optim.eps=1e-5",
+        "steps=3",
+        "eval=none",
+        "logger=none",
+    ]
     run(*settings, f"output_dir={tmp_path}/plain")
-    run(*settings, "compile=true", "image_tower.activation_checkpointing=true", "text_tower.activation_checkpointing=true",
-        f"output_dir={tmp_path}/compiled")
+    run(
+        *settings,
+        "compile=true",
+        "image_tower.activation_checkpointing=true",
+        "text_tower.activation_checkpointing=true",
+        f"output_dir={tmp_path}/compiled",
+    )
     plain, compiled = only_run(tmp_path / "plain"), only_run(tmp_path / "compiled")
     for a, b in zip(lines(plain), lines(compiled), strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
     expected = weights(plain)
-    assert all(torch.allclose(tensor, expected[name], atol=1e-4) for name, tensor in weights(compiled).items())
+    assert all(
+        torch.allclose(tensor, expected[name], atol=1e-4) for name, tensor in weights(compiled).items()
+    )
 
 
 def test_a_sweep_makes_a_folder_for_every_job(tmp_path, shapes):
-    run("-m", *SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "eval=none", "logger=none", "loss=clip,[cyclip,simcse]", "seed=0,1")
+    run(
+        "-m",
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=3",
+        "eval=none",
+        "logger=none",
+        "loss=clip,[cyclip,simcse]",
+        "seed=0,1",
+    )
     summaries = list(tmp_path.rglob("summary.json"))
     assert len(summaries) == 4 and len({path.parent for path in summaries}) == 4
 
 
 def test_every_registered_loss_trains(tmp_path, shapes):
     """One sweep over all of them, on a model and data that supply what each asks for."""
-    (tmp_path / "triplets.jsonl").write_text('{"sent0": "a red star", "sent1": "a star", "hard_neg": "no star"}\n' * 8)
-    (tmp_path / "pairs.jsonl").write_text('{"premise": "a red star", "hypothesis": "a star", "label": "entailment"}\n' * 8)
+    (tmp_path / "triplets.jsonl").write_text(
+        '{"sent0": "a red star", "sent1": "a star", "hard_neg": "no star"}\n' * 8
+    )
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"premise": "a red star", "hypothesis": "a star", "label": "entailment"}\n' * 8
+    )
     supplied = [
-        f"data.sentences.triplets={tmp_path}/triplets.jsonl", f"data.sentences.pairs={tmp_path}/pairs.jsonl",
-        "data.sentences.batch_size=4", "data.augmentation.flip=0.5", "init_logit_bias=-10.0", "mlm_probability=0.15",
-        "text_tower.causal=false"]
+        f"data.sentences.triplets={tmp_path}/triplets.jsonl",
+        f"data.sentences.pairs={tmp_path}/pairs.jsonl",
+        "data.sentences.batch_size=4",
+        "data.augmentation.flip=0.5",
+        "init_logit_bias=-10.0",
+        "mlm_probability=0.15",
+        "text_tower.causal=false",
+    ]
     names = list_losses()
-    run("-m", *SMALL, shapes, f"output_dir={tmp_path}/runs", "steps=3", "eval=none", "logger=none", *supplied, "loss=" + ",".join(names))
+    run(
+        "-m",
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}/runs",
+        "steps=3",
+        "eval=none",
+        "logger=none",
+        *supplied,
+        "loss=" + ",".join(names),
+    )
     trained = {}
     for path in (tmp_path / "runs").rglob("metrics.jsonl"):
         for line in lines(path.parent):
             (name,) = {key.removeprefix("train/") for key in line if key.startswith("train/")} & set(names)
             assert math.isfinite(line["train/loss"])
             trained[name] = line["step"]
-    assert trained == {name: 3 for name in names}
+    assert trained == dict.fromkeys(names, 3)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -173,7 +284,9 @@ def test_wandb_offline_or_broken_never_stops_a_run(tmp_path, shapes, broken):
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "wandb.py").write_text("raise RuntimeError('this wandb is broken')")
         env["PYTHONPATH"] = str(tmp_path / "broken")
-    output = run(*SMALL, shapes, f"output_dir={tmp_path}/runs", "steps=3", "eval=none", "logger=wandb", env=env)
+    output = run(
+        *SMALL, shapes, f"output_dir={tmp_path}/runs", "steps=3", "eval=none", "logger=wandb", env=env
+    )
     folder = only_run(tmp_path / "runs")
     assert json.loads((folder / "summary.json").read_text())["finished"]
     assert output.count("logger 'wandb' failed") == (1 if broken else 0)
@@ -182,9 +295,15 @@ def test_wandb_offline_or_broken_never_stops_a_run(tmp_path, shapes, broken):
 
 REFUSED = {
     "warm-up": (["steps=5", "optim.warmup_steps=5"], "warmup_steps 5 is not shorter than the 5 steps"),
-    "simcse without dropout": (["steps=5", "loss=[clip,simcse]", "text_tower.dropout=0.0"], "text_tower.dropout"),
+    "simcse without dropout": (
+        ["steps=5", "loss=[clip,simcse]", "text_tower.dropout=0.0"],
+        "text_tower.dropout",
+    ),
     "nli without sentences": (["steps=5", "loss=[clip,nli_contrastive]"], "data.sentences"),
-    "no such shards": (["steps=5", "data=shards", "data.train=/nowhere/*.tar", "eval=none"], "/nowhere/*.tar"),
+    "no such shards": (
+        ["steps=5", "data=shards", "data.train=/nowhere/*.tar", "eval=none"],
+        "/nowhere/*.tar",
+    ),
     "steps and epochs": (["steps=5", "epochs=1"], "give exactly one"),
     "sigmoid without bias": (["steps=5", "loss=sigmoid"], "init_logit_bias"),
     "no loss": (["steps=5", "loss=[]"], "the loss is empty"),
@@ -203,36 +322,93 @@ def test_a_mistake_is_an_error_before_the_first_step(tmp_path, shapes, case):
 
 def test_an_empty_shard_is_named_before_the_first_step(tmp_path):
     (tmp_path / "empty.tar").touch()
-    output = run("data=shards", f"data.train={tmp_path}/empty.tar", "eval=none", "steps=5", f"output_dir={tmp_path}/runs", status=1)
+    output = run(
+        "data=shards",
+        f"data.train={tmp_path}/empty.tar",
+        "eval=none",
+        "steps=5",
+        f"output_dir={tmp_path}/runs",
+        status=1,
+    )
     assert "empty.tar" in output and "Traceback" not in output and "step 1/" not in output
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
     """A folder found by name whose settings have changed since is refused, not mixed."""
-    run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1")
+    run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=2",
+        "eval=none",
+        "logger=none",
+        "optim.warmup_steps=1",
+    )
     folder = only_run(tmp_path)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("batch_size: 32", "batch_size: 64"))
-    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
+    output = run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=2",
+        "eval=none",
+        "logger=none",
+        "optim.warmup_steps=1",
+        status=1,
+    )
     assert "batch_size: 64 -> 32" in output
     # A record of an older version, which had fewer settings, is of the same run.
-    (folder / "config.yaml").write_text(config.replace("loss_spike: 3.0\n", "").replace("parallel: ddp\n", ""))
-    assert "is finished" in run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1")
+    (folder / "config.yaml").write_text(
+        config.replace("loss_spike: 3.0\n", "").replace("parallel: ddp\n", "")
+    )
+    assert "is finished" in run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=2",
+        "eval=none",
+        "logger=none",
+        "optim.warmup_steps=1",
+    )
     (folder / "config.yaml").write_text(config.replace("    impl: auto\n", ""))
-    output = run(*SMALL, shapes, f"output_dir={tmp_path}", "steps=2", "eval=none", "logger=none", "optim.warmup_steps=1", status=1)
+    output = run(
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=2",
+        "eval=none",
+        "logger=none",
+        "optim.warmup_steps=1",
+        status=1,
+    )
     assert "loss.infonce.impl: None -> 'auto'" in output
 
 
 PAIRS = {
     "CLIP's ResNet-50 and Transformer": ["experiment=cyclip_rn50_cc3m"],
-    "timm's ResNet-50 and RoBERTa": ["experiment=cyclip_rn50_cc3m", "image_tower=resnet50", "text_tower=roberta_base"],
+    "timm's ResNet-50 and RoBERTa": [
+        "experiment=cyclip_rn50_cc3m",
+        "image_tower=resnet50",
+        "text_tower=roberta_base",
+    ],
 }
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_cc3m_experiment_takes_steps_on_photographs(tmp_path, test_data, pair):
     shards = test_data("flickr8k-mini/train")
-    output = run(*PAIRS[pair], f"data.train={shards}/000000.tar", "batch_size=4", "epochs=null", "steps=2", "optim.warmup_steps=1",
-                 "precision=fp32", "logger=none", "log_every=1", f"output_dir={tmp_path}")
+    output = run(
+        *PAIRS[pair],
+        f"data.train={shards}/000000.tar",
+        "batch_size=4",
+        "epochs=null",
+        "steps=2",
+        "optim.warmup_steps=1",
+        "precision=fp32",
+        "logger=none",
+        "log_every=1",
+        f"output_dir={tmp_path}",
+    )
     assert "step 2/2" in output
     assert all(0 < line["train/loss"] < 100 for line in lines(only_run(tmp_path)))

@@ -16,8 +16,16 @@ from tests.recipes.runs import SMALL, lines, only_run, run, weights
 from tests.recipes.torchrun import finished, kill_tree, torchrun, wait_for
 
 # No BatchNorm and no dropout: what the ranks compute apart is then what one process computes together.
-EXACT = ["image_tower=timm", "image_tower.model=test_vit", "image_tower.image_size=null", "text_tower.dropout=0.0",
-         "steps=8", "eval=none", "logger=none", "save_every=2"]
+EXACT = [
+    "image_tower=timm",
+    "image_tower.model=test_vit",
+    "image_tower.image_size=null",
+    "text_tower.dropout=0.0",
+    "steps=8",
+    "eval=none",
+    "logger=none",
+    "save_every=2",
+]
 
 
 def test_killed_ranks_resume_to_the_same_bits(tmp_path, shapes):
@@ -51,13 +59,26 @@ def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp
             good = io.BytesIO()
             Image.new("RGB", (32, 32), (6 * number, 90, 40)).save(good, "JPEG")
             bad = number in (3, 17, 30)
-            for name, content in ((f"{number:04d}.jpg", b"not a picture" if bad else good.getvalue()), (f"{number:04d}.txt", b"a colour")):
+            for name, content in (
+                (f"{number:04d}.jpg", b"not a picture" if bad else good.getvalue()),
+                (f"{number:04d}.txt", b"a colour"),
+            ):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     settings = [s for s in EXACT if not s.startswith(("steps", "save"))] + [
-        "data=shards", f"data.train={shard}", "data.tokenizer.name=words", "data.tokenizer.context_length=8", "data.num_workers=0",
-        "data.max_bad_fraction=0.2", "batch_size=8", "optim.warmup_steps=1", "log_every=1", "steps=15", f"output_dir={tmp_path}/runs"]
+        "data=shards",
+        f"data.train={shard}",
+        "data.tokenizer.name=words",
+        "data.tokenizer.context_length=8",
+        "data.num_workers=0",
+        "data.max_bad_fraction=0.2",
+        "batch_size=8",
+        "optim.warmup_steps=1",
+        "log_every=1",
+        "steps=15",
+        f"output_dir={tmp_path}/runs",
+    ]
     process = torchrun(*settings, "save_every=1")
     wait_for(process, "step 7/")
     kill_tree(process.pid)
@@ -69,6 +90,12 @@ def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, shapes):
-    process = torchrun(*[s for s in SMALL if not s.startswith("batch_size")], *EXACT, shapes, "batch_size=33", f"output_dir={tmp_path}")
+    process = torchrun(
+        *[s for s in SMALL if not s.startswith("batch_size")],
+        *EXACT,
+        shapes,
+        "batch_size=33",
+        f"output_dir={tmp_path}",
+    )
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "batch_size=33 does not divide evenly over 2 ranks" in output

@@ -1,4 +1,6 @@
-"""The study's table and findings on hand-made run folders, its arms, and its experiments cut down to two steps."""
+"""The study's table and findings on hand-made run folders, its arms, and its experiments cut down to two
+steps.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,36 @@ import pytest
 import yaml
 
 from clipkit.evals.comparison import compare
-from clipkit.evals.findings import OPPOSITE, SHOWS, UNTOLD, difference, paired, paired_gains, t_cumulative, t_quantile
+from clipkit.evals.findings import (
+    OPPOSITE,
+    SHOWS,
+    UNTOLD,
+    difference,
+    paired,
+    paired_gains,
+    t_cumulative,
+    t_quantile,
+)
 from clipkit.recipes import cli, jobs, overrides, study, sweep
 from tests.recipes.runs import lines, run
 
 TERMS = {
-    "CLIP": [], "CLIP + L_s": ["simcse"], "CLIP + L_n": ["nli_contrastive"], "CLIP + L_s + L_n": ["simcse", "nli_contrastive"],
-    "CyCLIP": ["cyclic"], "CyCLIP + L_s": ["cyclic", "simcse"], "CyCLIP + L_n": ["cyclic", "nli_contrastive"],
-    "CyCLIP + L_s + L_n": ["cyclic", "simcse", "nli_contrastive"]}
-EVALS = {"geometry": {"kind": "geometry"}, "retrieval": {"kind": "retrieval"}, "cifar10": {"kind": "zero_shot"},
-         "sts": {"kind": "sts"}, "senteval": {"kind": "senteval"}}
+    "CLIP": [],
+    "CLIP + L_s": ["simcse"],
+    "CLIP + L_n": ["nli_contrastive"],
+    "CLIP + L_s + L_n": ["simcse", "nli_contrastive"],
+    "CyCLIP": ["cyclic"],
+    "CyCLIP + L_s": ["cyclic", "simcse"],
+    "CyCLIP + L_n": ["cyclic", "nli_contrastive"],
+    "CyCLIP + L_s + L_n": ["cyclic", "simcse", "nli_contrastive"],
+}
+EVALS = {
+    "geometry": {"kind": "geometry"},
+    "retrieval": {"kind": "retrieval"},
+    "cifar10": {"kind": "zero_shot"},
+    "sts": {"kind": "sts"},
+    "senteval": {"kind": "senteval"},
+}
 # What seeds 0, 1 and 2 add to every arm alike: large, and gone once runs are paired by seed.
 SEEDS = (0.0, 5.0, -3.0)
 # What they add to one arm: a spread of their own.
@@ -41,27 +63,47 @@ def test_students_t_is_that_of_the_tables():
 
 
 def test_a_paired_difference_is_the_one_worked_out_by_hand():
-    """Differences 1, 2 and 3: mean 2, s 1, standard error 1/sqrt(3), interval 2 -+ 4.302653 / sqrt(3) = -0.48414 to 4.48414."""
+    """Differences 1, 2 and 3: mean 2, s 1, standard error 1/sqrt(3), interval 2 -+ 4.302653 / sqrt(3) =
+    -0.48414 to 4.48414.
+    """
     found = paired({0: 11.0, 1: 7.0, 2: 4.0, 9: 1.0}, {0: 10.0, 1: 5.0, 2: 1.0})
     assert found.values == (1.0, 2.0, 3.0) and found.mean == 2.0
-    assert (found.standard_error, found.low, found.high) == pytest.approx((3 ** -0.5, -0.48414, 4.48414), abs=1e-5)
+    assert (found.standard_error, found.low, found.high) == pytest.approx(
+        (3**-0.5, -0.48414, 4.48414), abs=1e-5
+    )
     assert found.verdict(1) == found.verdict(-1) == UNTOLD
-    assert difference([1.9, 2.0, 2.1]).verdict(1) == SHOWS and difference([1.9, 2.0, 2.1]).verdict(-1) == OPPOSITE
+    assert (
+        difference([1.9, 2.0, 2.1]).verdict(1) == SHOWS
+        and difference([1.9, 2.0, 2.1]).verdict(-1) == OPPOSITE
+    )
     assert difference([-1.9, -2.0, -2.1]).verdict(-1) == SHOWS and difference([0.0, 0.0]).verdict(1) == UNTOLD
     alone = difference([7.0])
-    assert alone.low is None and alone.verdict(1) == UNTOLD and difference([]) is None and paired({0: 1.0}, {1: 1.0}) is None
-    assert paired_gains({0: 5.0, 1: 5.0}, {0: 1.0, 1: 2.0}, {0: 3.0, 1: 3.0}, {0: 2.0, 1: 1.0}).values == (3.0, 1.0)
+    assert (
+        alone.low is None
+        and alone.verdict(1) == UNTOLD
+        and difference([]) is None
+        and paired({0: 1.0}, {1: 1.0}) is None
+    )
+    assert paired_gains({0: 5.0, 1: 5.0}, {0: 1.0, 1: 2.0}, {0: 3.0, 1: 3.0}, {0: 2.0, 1: 1.0}).values == (
+        3.0,
+        1.0,
+    )
 
 
 def numbers(arm: str, seed: int) -> dict[str, float]:
-    """An arm's numbers: what the published findings say, of known size, where the comments do not say otherwise."""
+    """An arm's numbers: what the published findings say, of known size, where the comments do not say
+    otherwise.
+    """
     own = OWN[seed] * (1 + len(TERMS[arm]))
     s, n, cyclic = ("L_s" in arm), ("L_n" in arm), arm.startswith("CyCLIP")
     found = {
         "geometry/uniform_t": SEEDS[seed] - 1.0 * s + own,
         "geometry/align_l2": SEEDS[seed] + 0.5 * s + own,
         # L_s hurts retrieval by 0.2 for CLIP, and helps CyCLIP by 0.4: the opposite, then as published.
-        **{f"retrieval/{name}": SEEDS[seed] + s * (0.4 if cyclic else -0.2) + 0.3 * n * cyclic + own for name in study.RECALLS},
+        **{
+            f"retrieval/{name}": SEEDS[seed] + s * (0.4 if cyclic else -0.2) + 0.3 * n * cyclic + own
+            for name in study.RECALLS
+        },
         # Smaller than its spread over seeds.
         "cifar10/top1": SEEDS[seed] + 0.005 * s + own,
         "sts/average": 40 + SEEDS[seed] + 6 * n + 2 * n * cyclic + own,
@@ -86,7 +128,9 @@ def runs_under(root: Path, *, seeds=(0, 1, 2), arms=tuple(TERMS), **settings) ->
 
 def verdicts(written: Path) -> dict[tuple[str, str, str], str]:
     """{(finding, arm, claim): verdict} of a study.json."""
-    return {(f["finding"], f["arm"], f["text"]): f["verdict"] for f in json.loads(written.read_text())["findings"]}
+    return {
+        (f["finding"], f["arm"], f["text"]): f["verdict"] for f in json.loads(written.read_text())["findings"]
+    }
 
 
 def test_findings_show_oppose_or_cannot_be_told(tmp_path, capsys):
@@ -108,14 +152,25 @@ def test_findings_show_oppose_or_cannot_be_told(tmp_path, capsys):
     assert found["c", "L_n: CyCLIP against CLIP", "sts: average gains more"] == SHOWS
     assert found["c", "L_n: CyCLIP against CLIP", "senteval: average gains more"] == UNTOLD
     # The one number in full: differences -1 + own, so -1.01, -1 and -0.99; t * 0.01 / sqrt(3) = 0.02484.
-    (claim,) = [f for f in json.loads((tmp_path / "study.json").read_text())["findings"]
-                if (f["arm"], f["text"]) == ("CLIP + L_s against CLIP", "geometry: uniform_t falls")]
+    (claim,) = [
+        f
+        for f in json.loads((tmp_path / "study.json").read_text())["findings"]
+        if (f["arm"], f["text"]) == ("CLIP + L_s against CLIP", "geometry: uniform_t falls")
+    ]
     assert claim["difference"]["mean"] == pytest.approx(-1.0)
-    assert (claim["difference"]["low"], claim["difference"]["high"]) == pytest.approx((-1.02484, -0.97516), abs=1e-5)
+    assert (claim["difference"]["low"], claim["difference"]["high"]) == pytest.approx(
+        (-1.02484, -0.97516), abs=1e-5
+    )
     text, page = (tmp_path / "study.md").read_text(), (tmp_path / "study.html").read_text()
-    assert "| shows | geometry: uniform_t falls | CLIP + L_s against CLIP | -1.0000 | -1.0248 to -0.9752 | 3 |" in text
+    assert (
+        "| shows | geometry: uniform_t falls | CLIP + L_s against CLIP | -1.0000 | -1.0248 to -0.9752 | 3 |"
+        in text
+    )
     assert "24 finished runs of 8 arms, seeds 0, 1, 2" in text and "<td>-1.0248 to -0.9752</td>" in page
-    assert text.index("| CyCLIP |") > text.index("| CLIP + L_s + L_n |") and "of 8 parts" in capsys.readouterr().out
+    assert (
+        text.index("| CyCLIP |") > text.index("| CLIP + L_s + L_n |")
+        and "of 8 parts" in capsys.readouterr().out
+    )
 
 
 def test_one_seed_tells_nothing_and_a_missing_arm_is_left_out(tmp_path):
@@ -144,16 +199,33 @@ def test_runs_that_are_no_study_are_refused(tmp_path):
 
 
 def test_the_study_runs_eight_arms_a_seed_and_finds_their_folders():
-    """The folders are those of `clipkit-pretrain experiment=study_mini loss=... seed=S`, however many threads and wherever."""
+    """The folders are those of `clipkit-pretrain experiment=study_mini loss=... seed=S`, however many threads
+    and wherever.
+    """
     planned = study.arms("study_mini", [0, 1], ["logger=none"])
     losses = [next(entry for entry in job if entry.startswith("loss=")) for job in planned]
-    assert losses[:8] == ["loss=clip", "loss=cyclip", "loss=[clip,simcse]", "loss=[cyclip,simcse]", "loss=[clip,nli_contrastive]",
-                          "loss=[cyclip,nli_contrastive]", "loss=[clip,simcse,nli_contrastive]", "loss=[cyclip,simcse,nli_contrastive]"]
-    assert losses[8:] == losses[:8] and all("seed=0" in job for job in planned[:8]) and all("seed=1" in job for job in planned[8:])
+    assert losses[:8] == [
+        "loss=clip",
+        "loss=cyclip",
+        "loss=[clip,simcse]",
+        "loss=[cyclip,simcse]",
+        "loss=[clip,nli_contrastive]",
+        "loss=[cyclip,nli_contrastive]",
+        "loss=[clip,simcse,nli_contrastive]",
+        "loss=[cyclip,simcse,nli_contrastive]",
+    ]
+    assert (
+        losses[8:] == losses[:8]
+        and all("seed=0" in job for job in planned[:8])
+        and all("seed=1" in job for job in planned[8:])
+    )
     overrides.register_resolvers()
     overrides.start_hydra()
     found = [Path(job.run_dir) for job in sweep.plan(planned[:2], threads=1)]
-    assert found == [Path.cwd() / "runs" / cli.run_name(f"experiment=study_mini,loss={loss},seed=0") for loss in ("clip", "cyclip")]
+    assert found == [
+        Path.cwd() / "runs" / cli.run_name(f"experiment=study_mini,loss={loss},seed=0")
+        for loss in ("clip", "cyclip")
+    ]
     with pytest.raises(ValueError, match="sets loss, seed and experiment itself"):
         study.arms("study_mini", [0], ["loss=clip"])
     with pytest.raises(ValueError, match="whole numbers"):
@@ -164,33 +236,71 @@ def test_the_study_runs_eight_arms_a_seed_and_finds_their_folders():
 
 CUT_DOWN = {
     "study_mini": ["text_tower.width=64", "text_tower.layers=1", "text_tower.heads=2"],
-    "study_cc3m": ["image_tower=timm", "image_tower.model=test_resnet", "image_tower.image_size=32", "text_tower.width=64",
-                   "text_tower.layers=1", "text_tower.heads=2", "embed_dim=32", "precision=fp32", "data.num_workers=0"],
+    "study_cc3m": [
+        "image_tower=timm",
+        "image_tower.model=test_resnet",
+        "image_tower.image_size=32",
+        "text_tower.width=64",
+        "text_tower.layers=1",
+        "text_tower.heads=2",
+        "embed_dim=32",
+        "precision=fp32",
+        "data.num_workers=0",
+    ],
 }
 
 
 @pytest.mark.parametrize("experiment", CUT_DOWN)
 def test_every_arm_takes_two_steps(tmp_path, test_data, experiment):
     shards, sentences = test_data("flickr8k-mini/train"), test_data("nli-mini/triplets.jsonl")
-    losses = [entry.removeprefix("loss=") for job in study.arms(experiment, [0], []) for entry in job if entry.startswith("loss=")]
+    losses = [
+        entry.removeprefix("loss=")
+        for job in study.arms(experiment, [0], [])
+        for entry in job
+        if entry.startswith("loss=")
+    ]
     output = run(
-        "-m", f"experiment={experiment}", f"loss={','.join(losses)}", *CUT_DOWN[experiment], f"data.train={shards}/000000.tar",
-        f"data.sentences.triplets={sentences}", "data.sentences.batch_size=8", "batch_size=8", "epochs=null", "steps=2",
-        "optim.warmup_steps=1", "eval=none", "final_eval=[]", "logger=none", "log_every=1", "num_threads=1", f"output_dir={tmp_path}")
+        "-m",
+        f"experiment={experiment}",
+        f"loss={','.join(losses)}",
+        *CUT_DOWN[experiment],
+        f"data.train={shards}/000000.tar",
+        f"data.sentences.triplets={sentences}",
+        "data.sentences.batch_size=8",
+        "batch_size=8",
+        "epochs=null",
+        "steps=2",
+        "optim.warmup_steps=1",
+        "eval=none",
+        "final_eval=[]",
+        "logger=none",
+        "log_every=1",
+        "num_threads=1",
+        f"output_dir={tmp_path}",
+    )
     assert "8 of 8 jobs finished." in output
     terms = set()
     for record in tmp_path.rglob("metrics.jsonl"):
         first, second = lines(record.parent)
         assert all(0 < line["train/loss"] < 100 for line in (first, second))
-        terms.add(frozenset(key.removeprefix("train/") for key in first) & {"infonce", "cyclic", "simcse", "nli_contrastive"})
+        terms.add(
+            frozenset(key.removeprefix("train/") for key in first)
+            & {"infonce", "cyclic", "simcse", "nli_contrastive"}
+        )
     assert terms == {frozenset({"infonce", *names}) for names in TERMS.values()}
 
 
 def test_the_cc3m_study_differs_from_the_published_settings_by_its_dropout_and_evaluation_alone():
     overrides.register_resolvers()
     overrides.start_hydra()
-    ours, published = (overrides.compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m"))
-    changed = {key for key in published if key not in ("hydra", "eval", "loss") and ours[key] != published[key]}
+    ours, published = (
+        overrides.compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m")
+    )
+    changed = {
+        key for key in published if key not in ("hydra", "eval", "loss") and ours[key] != published[key]
+    }
     assert changed == {"text_tower", "data", "final_eval"}
     assert (ours.text_tower.dropout, published.text_tower.dropout) == (0.1, 0.0)
-    assert jobs.distinct(jobs.Job(["a=1", "b=2"]), [jobs.Job(["a=1", "b=2"]), jobs.Job(["a=1", "b=3"])]) == "b=2"
+    assert (
+        jobs.distinct(jobs.Job(["a=1", "b=2"]), [jobs.Job(["a=1", "b=2"]), jobs.Job(["a=1", "b=3"])]) == "b=2"
+    )

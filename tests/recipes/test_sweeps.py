@@ -1,4 +1,6 @@
-"""Sweeps as a user runs them: every launcher, a job that fails, the same command again, and the table at the end."""
+"""Sweeps as a user runs them: every launcher, a job that fails, the same command again, and the table at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipkit.evals.comparison import as_json, compare, csv_table, markdown_tables, text_tables, write_comparison
+from clipkit.evals.comparison import (
+    as_json,
+    compare,
+    csv_table,
+    markdown_tables,
+    text_tables,
+    write_comparison,
+)
 from clipkit.recipes import cli, jobs, overrides, sweep
 from tests.recipes.runs import SMALL, lines, run, start, weights
 
@@ -33,7 +42,11 @@ LAUNCHERS = {
 
 def folder_of(output: Path, *overrides: str) -> Path:
     """The run folder of a job: its overrides in alphabetical order, less those that do not make another run."""
-    kept = sorted(entry for entry in overrides if not entry.startswith(("num_threads=", "log_every=", "logger=", "output_dir=")))
+    kept = sorted(
+        entry
+        for entry in overrides
+        if not entry.startswith(("num_threads=", "log_every=", "logger=", "output_dir="))
+    )
     return output / cli.run_name(",".join(kept))
 
 
@@ -61,7 +74,7 @@ def test_a_sweep_outlives_a_failed_job_and_completes_when_repeated(tmp_path, sha
     first = summaries(runs)
     assert len(first) == 3 and failing not in first
     assert "3 of 4 jobs finished:" in output
-    told = output[output.index("3 of 4 jobs finished:"):]
+    told = output[output.index("3 of 4 jobs finished:") :]
     assert "failed: " in told and "holds a run of other settings" in told and told.count("repeat:") == 1
     repeat = shlex.split(re.search(r"repeat: (.*)", told).group(1))
     assert repeat[0] == "clipkit-pretrain" and {"loss=[cyclip,simcse]", "seed=0"} <= set(repeat)
@@ -74,16 +87,31 @@ def test_a_sweep_outlives_a_failed_job_and_completes_when_repeated(tmp_path, sha
     assert "4 of 4 jobs finished." in output and output.count("step 3/3") <= 1
     assert not list(failing.glob("error.txt")) and not (runs / ".sweeps").exists()
     # The table's mean is that of the two runs, by hand.
-    values = [json.loads((folder_of(runs, *settings, "loss=clip", f"seed={seed}") / "summary.json").read_text()) for seed in (0, 1)]
+    values = [
+        json.loads((folder_of(runs, *settings, "loss=clip", f"seed={seed}") / "summary.json").read_text())
+        for seed in (0, 1)
+    ]
     values = [value["metrics"]["zero_shot/top5"] for value in values]
-    cell = f"{sum(values) / 2:.4f} ± {abs(values[0] - values[1]) / 2 ** 0.5:.4f}"
-    (row,) = [line for line in output[output.rindex("\nzero_shot"):].splitlines() if line.startswith("infonce ")]
+    cell = f"{sum(values) / 2:.4f} ± {abs(values[0] - values[1]) / 2**0.5:.4f}"
+    (row,) = [
+        line for line in output[output.rindex("\nzero_shot") :].splitlines() if line.startswith("infonce ")
+    ]
     assert cell in row and row.split()[1] == "2"
 
 
 def test_a_signal_stops_a_sweep_and_not_only_its_job(tmp_path, shapes):
     """The running job saves; the next never begins; the same command goes on where it stopped."""
-    settings = ["-m", *SMALL, shapes, f"output_dir={tmp_path}", "save_every=0", "eval=none", "logger=none", "loss=clip", "seed=0,1"]
+    settings = [
+        "-m",
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "save_every=0",
+        "eval=none",
+        "logger=none",
+        "loss=clip",
+        "seed=0,1",
+    ]
     process = start(*settings, "steps=100000")
     while "step 2/" not in process.stdout.readline():
         assert process.poll() is None
@@ -96,29 +124,63 @@ def test_a_signal_stops_a_sweep_and_not_only_its_job(tmp_path, shapes):
 
 
 def test_a_sweep_under_torchrun_is_refused_with_the_command_to_type():
-    output = run("-m", "loss=clip,[cyclip,simcse]", "seed=0,1", env={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, status=1)
-    assert "clipkit-sweep --processes 2 'loss=clip,[cyclip,simcse]' seed=0,1" in output and "Traceback" not in output
+    output = run(
+        "-m",
+        "loss=clip,[cyclip,simcse]",
+        "seed=0,1",
+        env={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        status=1,
+    )
+    assert (
+        "clipkit-sweep --processes 2 'loss=clip,[cyclip,simcse]' seed=0,1" in output
+        and "Traceback" not in output
+    )
 
 
 def test_a_search_marks_a_failed_trial_and_goes_on(tmp_path, shapes):
     """Three trials, drawn from two losses of which one has no data here: those fail, the others are ranked."""
-    settings = [*SMALL, shapes, f"output_dir={tmp_path}", "steps=3", "logger=none", "objective=zero_shot/top5", "optim.lr=interval(1e-3,2e-3)"]
-    command = ["-m", *settings, "hydra/sweeper=search", "hydra.sweeper.n_trials=3", "loss=clip,nli_contrastive"]
+    settings = [
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "steps=3",
+        "logger=none",
+        "objective=zero_shot/top5",
+        "optim.lr=interval(1e-3,2e-3)",
+    ]
+    command = [
+        "-m",
+        *settings,
+        "hydra/sweeper=search",
+        "hydra.sweeper.n_trials=3",
+        "loss=clip,nli_contrastive",
+    ]
     output = run(*command, status=1)
     trials = re.findall(r"#\d : (.*)", output)
     fit = [trial for trial in trials if "loss=clip" in trial]
     assert len(trials) == 3 and 0 < len(fit) < 3, "seed 0 of the sampler drew one loss only"
-    assert f"{len(fit)} of 3 jobs finished:" in output and output.count("data.sentences.triplets=FILE") >= 3 - len(fit)
+    assert f"{len(fit)} of 3 jobs finished:" in output and output.count(
+        "data.sentences.triplets=FILE"
+    ) >= 3 - len(fit)
     best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
-    scores = [json.loads((folder / "summary.json").read_text())["metrics"]["zero_shot/top5"] for folder in summaries(tmp_path)]
+    scores = [
+        json.loads((folder / "summary.json").read_text())["metrics"]["zero_shot/top5"]
+        for folder in summaries(tmp_path)
+    ]
     assert best["best_value"] == max(scores) and best["best_params"]["loss"] == "clip"
     finished = summaries(tmp_path)
-    assert set(re.findall(r"#\d : (.*)", run(*command, status=1))) == set(trials) and summaries(tmp_path) == finished
+    assert (
+        set(re.findall(r"#\d : (.*)", run(*command, status=1))) == set(trials)
+        and summaries(tmp_path) == finished
+    )
 
 
 SEARCHES = {
     "no objective": (["hydra/sweeper=search"], "objective=TASK/METRIC"),
-    "no direction": (["hydra/sweeper=optuna", "objective=zero_shot/top1"], "hydra.sweeper.direction=maximize"),
+    "no direction": (
+        ["hydra/sweeper=optuna", "objective=zero_shot/top1"],
+        "hydra.sweeper.direction=maximize",
+    ),
     "no such launcher": (["hydra/launcher=jobib"], "Did you mean 'joblib'?"),
 }
 
@@ -142,7 +204,11 @@ def test_an_objective_that_no_task_gives_is_named():
 
 def test_comma_lists_expand_as_hydra_expands_them():
     assert jobs.expand(["loss=clip,[cyclip,simcse]", "seed=range(0,2)"]) == [
-        ["loss=clip", "seed=0"], ["loss=clip", "seed=1"], ["loss=[cyclip,simcse]", "seed=0"], ["loss=[cyclip,simcse]", "seed=1"]]
+        ["loss=clip", "seed=0"],
+        ["loss=clip", "seed=1"],
+        ["loss=[cyclip,simcse]", "seed=0"],
+        ["loss=[cyclip,simcse]", "seed=1"],
+    ]
 
 
 def test_every_job_is_checked_before_the_first_begins(tmp_path):
@@ -156,7 +222,10 @@ def test_every_job_is_checked_before_the_first_begins(tmp_path):
     with pytest.raises(ValueError, match="launchers and sweepers are for clipkit-pretrain -m"):
         sweep.plan(jobs.expand(["seed=0,1", "hydra/launcher=joblib"]))
     (job,) = sweep.plan([["seed=3", "loss=cyclip", output]], threads=2)
-    assert Path(job.run_dir) == tmp_path / cli.run_name("loss=cyclip,seed=3") and "num_threads=2" in job.overrides
+    assert (
+        Path(job.run_dir) == tmp_path / cli.run_name("loss=cyclip,seed=3")
+        and "num_threads=2" in job.overrides
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -184,14 +253,29 @@ def test_jobs_of_two_processes_fail_alone_and_are_made_up_for(tmp_path, shapes):
     settings = [*JOB, shapes, f"output_dir={runs}", "loss=cyclip"]
     failing, good = (folder_of(runs, *settings, f"seed={seed}") for seed in (0, 1))
     planted_obstacle(failing)
-    command = [*settings, "seed=0,1", "--processes", "2", "--threads", "1", "--output", str(tmp_path / "table")]
+    command = [
+        *settings,
+        "seed=0,1",
+        "--processes",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        str(tmp_path / "table"),
+    ]
     output = clipkit_sweep(*command, status=1)
     assert "[1/2] failed after" in output and "[2/2] finished after" in output
-    told = output[output.index("1 of 2 jobs finished:"):]
-    assert "failed: seed=0" in told and "holds a run of other settings" in told and "clipkit-sweep --processes 2 " in told
+    told = output[output.index("1 of 2 jobs finished:") :]
+    assert (
+        "failed: seed=0" in told
+        and "holds a run of other settings" in told
+        and "clipkit-sweep --processes 2 " in told
+    )
     assert list(summaries(runs)) == [good]
     # Both ranks trained: each has half of the batch of 32, and three steps were logged once.
-    assert [line["step"] for line in lines(good) if "train/loss" in line] == [1, 2, 3] and (good / "output.log").stat().st_size
+    assert [line["step"] for line in lines(good) if "train/loss" in line] == [1, 2, 3] and (
+        good / "output.log"
+    ).stat().st_size
 
     shutil.rmtree(failing)
     before = summaries(runs)
@@ -199,13 +283,20 @@ def test_jobs_of_two_processes_fail_alone_and_are_made_up_for(tmp_path, shapes):
     assert "[2/2] seed=1: is finished already" in output and "2 of 2 jobs finished." in output
     assert summaries(runs)[good] == before[good] and set(summaries(runs)) == {failing, good}
     written = json.loads((tmp_path / "table.json").read_text())["groups"]
-    values = [json.loads((folder / "summary.json").read_text())["metrics"]["zero_shot/top5"] for folder in (failing, good)]
-    assert [group["metrics"]["zero_shot/top5"]["mean"] for group in written] == [pytest.approx(sum(values) / 2)]
+    values = [
+        json.loads((folder / "summary.json").read_text())["metrics"]["zero_shot/top5"]
+        for folder in (failing, good)
+    ]
+    assert [group["metrics"]["zero_shot/top5"]["mean"] for group in written] == [
+        pytest.approx(sum(values) / 2)
+    ]
 
 
 def child_of(process: subprocess.Popen, word: str) -> int:
     """The process id of a child whose command line holds `word`."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     (found,) = [int(pid) for pid, parent, args in rows if int(parent) == process.pid and word in args]
     return found
@@ -227,30 +318,51 @@ def test_a_killed_job_is_a_failure_and_ends_no_other(tmp_path, shapes):
     assert "another process is training in this folder" in clipkit_sweep(*settings, "steps=100000", status=1)
     os.kill(child_of(process, "pretrain.py"), signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1 and "[1/2] failed after" in output and "killed by SIGKILL" in output, output
+    assert process.returncode == 1 and "[1/2] failed after" in output and "killed by SIGKILL" in output, (
+        output
+    )
     assert "[2/2] finished after" in output and "1 of 2 jobs finished:" in output
     assert list(summaries(tmp_path)) == [folder_of(tmp_path, *settings, "steps=3")]
 
 
 def test_a_signal_reaches_the_ranks_of_a_job_which_save(tmp_path, shapes):
-    settings = [*SMALL, shapes, f"output_dir={tmp_path}", "eval=none", "logger=none", "save_every=0", "steps=100000"]
+    settings = [
+        *SMALL,
+        shapes,
+        f"output_dir={tmp_path}",
+        "eval=none",
+        "logger=none",
+        "save_every=0",
+        "steps=100000",
+    ]
     process = start(*settings, "seed=0,1", "--processes", "2", "--threads", "1", recipe="sweep.py")
     folder = folder_of(tmp_path, *settings, "seed=0")
     wait_for_steps(folder, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 75 and "stopped: seed=0" in output and "not started: seed=1" in output, output
+    assert process.returncode == 75 and "stopped: seed=0" in output and "not started: seed=1" in output, (
+        output
+    )
     assert weights(folder) and not summaries(tmp_path)
 
 
 def made_up(root: Path) -> Path:
     """Two losses by three and two seeds, the last not finished, with numbers whose mean and spread are plain."""
-    values = {("clip", 0): 0.1, ("clip", 1): 0.2, ("clip", 2): 0.6, ("cyclip", 0): 0.5, ("cyclip", 1): 0.7, ("cyclip", 2): 0.9}
+    values = {
+        ("clip", 0): 0.1,
+        ("clip", 1): 0.2,
+        ("clip", 2): 0.6,
+        ("cyclip", 0): 0.5,
+        ("cyclip", 1): 0.7,
+        ("cyclip", 2): 0.9,
+    }
     for (loss, seed), value in values.items():
         folder = root / f"{loss}-{seed}"
         folder.mkdir(parents=True)
         terms = {"infonce": {}, **({"cyclic": {}} if loss == "cyclip" else {})}
-        (folder / "config.yaml").write_text(yaml.safe_dump({"loss": terms, "seed": seed, "batch_size": 8}, sort_keys=False))
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump({"loss": terms, "seed": seed, "batch_size": 8}, sort_keys=False)
+        )
         line = {"step": 9, "eval/retrieval/text_to_image_R@1": value, "eval/zero_shot/top1": 0.25}
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         (folder / "summary.json").write_text(json.dumps({"finished": (loss, seed) != ("cyclip", 2)}))
@@ -258,7 +370,9 @@ def made_up(root: Path) -> Path:
 
 
 def test_the_comparison_holds_the_mean_and_the_spread_worked_out_by_hand(tmp_path):
-    """(0.1 + 0.2 + 0.6) / 3 = 0.3 and sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458; 0.6 and sqrt(0.02 / 1) = 0.14142."""
+    """(0.1 + 0.2 + 0.6) / 3 = 0.3 and sqrt((0.04 + 0.01 + 0.09) / 2) = 0.26458; 0.6 and sqrt(0.02 / 1) =
+    0.14142.
+    """
     groups = compare([made_up(tmp_path)], order="retrieval/text_to_image_R@1")
     assert [group.label for group in groups] == ["infonce+cyclic", "infonce"]
     assert "0.3000 ± 0.2646" in text_tables(groups) and "0.6000 ± 0.1414" in text_tables(groups)
@@ -266,10 +380,21 @@ def test_the_comparison_holds_the_mean_and_the_spread_worked_out_by_hand(tmp_pat
     assert "| infonce+cyclic | 2 | 0.6000 ± 0.1414 |" in markdown_tables(groups)
     rows = {(row["group"], row["metric"]): row for row in csv.DictReader(io.StringIO(csv_table(groups)))}
     row = rows["infonce", "retrieval/text_to_image_R@1"]
-    assert row["n"] == "3" and float(row["mean"]) == pytest.approx(0.3) and float(row["standard_deviation"]) == pytest.approx(0.07 ** 0.5)
-    assert row["values"] == "0.1 0.2 0.6" and float(rows["infonce", "zero_shot/top1"]["standard_deviation"]) == 0
+    assert (
+        row["n"] == "3"
+        and float(row["mean"]) == pytest.approx(0.3)
+        and float(row["standard_deviation"]) == pytest.approx(0.07**0.5)
+    )
+    assert (
+        row["values"] == "0.1 0.2 0.6" and float(rows["infonce", "zero_shot/top1"]["standard_deviation"]) == 0
+    )
     found = as_json(groups)["groups"][0]["metrics"]["retrieval/text_to_image_R@1"]
-    assert found == {"n": 2, "mean": pytest.approx(0.6), "standard_deviation": pytest.approx(0.02 ** 0.5), "values": [0.5, 0.7]}
+    assert found == {
+        "n": 2,
+        "mean": pytest.approx(0.6),
+        "standard_deviation": pytest.approx(0.02**0.5),
+        "values": [0.5, 0.7],
+    }
 
 
 def test_the_page_draws_a_dot_a_run(tmp_path):
@@ -277,12 +402,14 @@ def test_the_page_draws_a_dot_a_run(tmp_path):
     assert [path.name for path in paths] == ["v1.2.md", "v1.2.csv", "v1.2.json", "v1.2.html"]
     page = paths[-1].read_text()
     charts = page.split("<figure>")[1:]
-    assert [chart.count('r="3.2"') for chart in charts[:2]] == [5, 5] and "http" not in page.replace("http-equiv", "")
+    assert [chart.count('r="3.2"') for chart in charts[:2]] == [5, 5] and "http" not in page.replace(
+        "http-equiv", ""
+    )
 
 
 def test_reading_finished_runs_trains_nothing(tmp_path):
     output = clipkit_sweep("--table", str(made_up(tmp_path / "runs")))
-    assert "0.3000 ± 0.2646" in output and "cyclip-2" in output[output.index("Not finished"):]
+    assert "0.3000 ± 0.2646" in output and "cyclip-2" in output[output.index("Not finished") :]
     assert statistics.stdev([0.1, 0.2, 0.6]) == pytest.approx(0.2646, abs=5e-5)
     assert "there is no folder" in clipkit_sweep("--table", str(tmp_path / "nowhere"), status=1)
     assert "trains nothing" in clipkit_sweep("seed=1", "--table", str(tmp_path / "runs"), status=1)

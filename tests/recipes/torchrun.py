@@ -12,10 +12,21 @@ from tests.recipes.runs import ROOT
 
 def torchrun(*overrides: str, ranks: int = 2) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-         str(ROOT / "recipes" / "pretrain.py"), *overrides],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            str(ROOT / "recipes" / "pretrain.py"),
+            *overrides,
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -36,7 +47,9 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 
 def descendants(root: int) -> list[int]:
     """Every process below one, parents before children: torchrun starts each rank in a session of its own."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
     parents = dict(tuple(map(int, line.split())) for line in listed.splitlines())
     found = [root]
     for pid in found:
