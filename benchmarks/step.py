@@ -36,12 +36,17 @@ from typing import Any
 import torch
 from harness import header, quantiles, report, table
 
+from clipkit.data import create_augment
 from clipkit.export import open_clip_config, open_clip_state_dict
 from clipkit.grad_cache import cached_backward
+from clipkit.loggers import Loggers
 from clipkit.losses import create_loss
 from clipkit.model import create_model
 from clipkit.optim import create_optimizer, create_schedule
-from clipkit.recipes import pretrain
+from clipkit.recipes.pretrain import train
+from clipkit.training import feed, process
+from clipkit.training.progress import Progress
+from clipkit.training.record import Record
 
 INPUTS = ("image_features", "text_features", "logit_scale")
 TOKENS = SimpleNamespace(vocab_size=49408, context_length=77, pad_id=0, sot_id=49406, eot_id=49407)
@@ -161,49 +166,40 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
     """
     model, folder = setting.model(), Path(tempfile.mkdtemp(prefix="clipkit-step-"))
     if compiled:
-        pretrain.session.compile_towers(model, by_block=False)
+        process.compile_towers(model, by_block=False)
     if setting.device.type == "cpu":
         model.image_tower.to(memory_format=torch.channels_last)
     optimizer, schedule = optimizer_of(model)
-    config = {
-        "logger": {},
-        "log_every": 20,
-        "batch_size": setting.batch_size,
-        "seed": 0,
-        "data": {"augmentation": None},
-        "eval": {},
-        "final_eval": [],
-        "best_metric": None,
-        "precision": "bf16" if setting.bf16 else "fp32",
-        "micro_batch_size": None,
-        "clip_grad_norm": 1.0,
-        "max_logit_scale": 100.0,
-        "eval_every": 0,
-        "save_every": 0,
-        "max_minutes": None,
-        "loss_spike": 3.0,
-    }
     loss = create_loss("infonce")
-    first = first_loss(loss)
-    state = pretrain.State(
-        config, folder, setting.device, 0, 1, model, loss, None, None, None, optimizer, schedule, total=0
-    )
-    pretrain.saving.save = lambda *_, **__: None
-    pretrain.finish = lambda *_, **__: None
+    first, done = first_loss(loss), [0]
 
     def run(count: int) -> float:
-        state.total += count
-
-        class Stream:
-            def __iter__(self):
-                return setting.drawn(count, clock)
-
-            def report(self):
-                return {}
-
-        state.stream = Stream()
+        steps = range(done[0], done[0] + count)
+        progress = Progress(total=steps.stop, batch_size=setting.batch_size, every=20)
+        progress.start(steps.start)
+        loggers = Loggers(folder, {}, shown={}, start_step=steps.start)
         with contextlib.redirect_stdout(io.StringIO()):
-            pretrain.train(state)
+            train(
+                model,
+                loss,
+                feed.on_device(setting.drawn(count, clock), setting.device),
+                optimizer,
+                schedule,
+                average=None,
+                augment=create_augment(None, seed=0),
+                steps=steps,
+                device=setting.device,
+                precision="bf16" if setting.bf16 else "fp32",
+                micro_batch_size=None,
+                clip_grad_norm=1.0,
+                max_logit_scale=100.0,
+                record=Record(folder, progress=progress, loggers=loggers, log_every=20, loss_spike=3.0),
+                evaluation=SimpleNamespace(after=lambda step: {}),
+                checkpoints=SimpleNamespace(after=lambda step, metrics, stopping: None),
+                stop=process.StopRequest(),
+                metrics={},
+            )
+        done[0] = steps.stop
         return first[0]
 
     return run

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from clipkit.files import flush
+
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 
@@ -41,26 +43,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either the old text or the new, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def rng_state() -> dict[str, Any]:
@@ -245,13 +227,13 @@ def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float]
         "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
     }
     for path in files:
-        _flush(path)
+        flush(path)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _flush(temporary / MANIFEST)
+    flush(temporary / MANIFEST)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _flush(folder)
+    flush(folder)
     return final
 
 

@@ -8,13 +8,13 @@ twice.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from clipkit.files import write_text
 from clipkit.registry import Registry
 
 loggers = Registry("logger")
@@ -40,9 +40,7 @@ class JSONLines:
             kept = [
                 line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line, start_step)
             ]
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,7 +64,7 @@ def _step(line: str, last: int) -> bool:
 class TensorBoard:
     """Scalars as TensorBoard events in RUN/tensorboard."""
 
-    def __init__(self, run_dir: Path, *, config: Mapping[str, Any], start_step: int):
+    def __init__(self, run_dir: Path, *, shown: Mapping[str, Any], start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
@@ -96,7 +94,7 @@ class WeightsAndBiases:
         self,
         run_dir: Path,
         *,
-        config: Mapping[str, Any],
+        shown: Mapping[str, Any],
         start_step: int,
         project: str = "clipkit",
         entity: str | None = None,
@@ -114,7 +112,7 @@ class WeightsAndBiases:
             mode=mode,
             dir=str(run_dir),
             name="/".join(run_dir.parts[-2:]),
-            config=dict(config),
+            config=dict(shown),
             settings=wandb.Settings(init_timeout=init_timeout, silent=True),
         )
 
@@ -141,8 +139,8 @@ class Loggers:
 
     Args:
         run_dir: the run's folder.
-        chosen: {"tensorboard": {}, "wandb": {"mode": "offline"}}: what `cfg.logger` holds.
-        config: the resolved config, for loggers that show it.
+        chosen: {"tensorboard": {}, "wandb": {"mode": "offline"}}: a name and its settings.
+        shown: settings of the run, for loggers that show them beside the numbers.
         start_step: the step a run resumes from, 0 for a new one.
 
     Raises:
@@ -154,7 +152,7 @@ class Loggers:
         run_dir: str | Path,
         chosen: Mapping[str, Mapping[str, Any]],
         *,
-        config: Mapping,
+        shown: Mapping[str, Any],
         start_step: int,
     ):
         self._record = JSONLines(Path(run_dir) / "metrics.jsonl", start_step=start_step)
@@ -164,7 +162,7 @@ class Loggers:
             self._guard(
                 name,
                 lambda name=name, factory=factory: self._others.__setitem__(
-                    name, factory(Path(run_dir), config=config, start_step=start_step, **(chosen[name] or {}))
+                    name, factory(Path(run_dir), shown=shown, start_step=start_step, **(chosen[name] or {}))
                 ),
             )
 

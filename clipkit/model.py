@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
 
@@ -290,6 +291,7 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
         ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it
             holds.
     """
+    tolerate_broken_wandb()
     optional = ("init_logit_scale", "init_logit_bias", "mlm_probability", "channels_last")
     check_keys(config, ("embed_dim", "image_tower", "text_tower", *optional), "the model")
     for key in ("embed_dim", "image_tower", "text_tower"):

@@ -17,40 +17,48 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clipkit.data import check, pack, stats
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The console command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="clipkit-data", description="Make shards, look at shards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser(
+    pack_parser = commands.add_parser(
         "pack", help="write shards from a table of pictures or a folder; run again to resume"
     )
-    pack.add_argument(
+    pack_parser.add_argument(
         "source", help=".csv, .tsv, .jsonl, .parquet, or a folder of pictures with NAME.txt beside them"
     )
-    pack.add_argument("folder", help="where the shards go")
-    pack.add_argument(
+    pack_parser.add_argument("folder", help="where the shards go")
+    pack_parser.add_argument(
         "--image", default="image", help="column with paths (or bytes, in Parquet); default image"
     )
-    pack.add_argument(
+    pack_parser.add_argument(
         "--caption", default=["caption"], nargs="+", help="column or columns with captions; default caption"
     )
-    pack.add_argument("--root", help="folder that paths are relative to; default: the source's")
-    pack.add_argument("--samples-per-shard", type=int, default=10_000, help="rows a shard; default 10000")
-    pack.add_argument(
+    pack_parser.add_argument("--root", help="folder that paths are relative to; default: the source's")
+    pack_parser.add_argument(
+        "--samples-per-shard", type=int, default=10_000, help="rows a shard; default 10000"
+    )
+    pack_parser.add_argument(
         "--resize",
         type=int,
         help="reduce larger pictures to this shorter side, pixels; default: keep the bytes",
     )
-    pack.add_argument("--workers", type=int, default=1, help="processes; default 1")
-    check = commands.add_parser("check", help="decode everything; count faults, duplicates and overlap")
-    check.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
-    check.add_argument("--overlap", nargs="+", help="shards of an evaluation set to compare with")
-    check.add_argument("--max-bad-fraction", type=float, default=0.05, help="status 1 above it; default 0.05")
-    check.add_argument("--workers", type=int, default=1, help="processes; default 1")
-    stats = commands.add_parser("stats", help="samples, sizes and captions, without decoding")
-    stats.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
-    for command in (pack, check, stats):
+    pack_parser.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    check_parser = commands.add_parser(
+        "check", help="decode everything; count faults, duplicates and overlap"
+    )
+    check_parser.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
+    check_parser.add_argument("--overlap", nargs="+", help="shards of an evaluation set to compare with")
+    check_parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.05, help="status 1 above it; default 0.05"
+    )
+    check_parser.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    stats_parser = commands.add_parser("stats", help="samples, sizes and captions, without decoding")
+    stats_parser.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
+    for command in (pack_parser, check_parser, stats_parser):
         command.add_argument("--json", help="write the numbers to this file")
     options = parser.parse_args(arguments)
     try:
@@ -65,8 +73,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _pack(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from clipkit.data.packing import pack
-
     report = pack(
         options.source,
         options.folder,
@@ -81,16 +87,12 @@ def _pack(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def _check(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from clipkit.data.checking import check
-
     report = check(options.shards, overlap_with=options.overlap, workers=options.workers)
     bad = sum(report["faults"].values())
     return report, 1 if not report["good"] or bad > options.max_bad_fraction * report["samples"] else 0
 
 
 def _stats(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from clipkit.data.checking import stats
-
     return stats(options.shards), 0
 
 

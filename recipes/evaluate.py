@@ -10,34 +10,30 @@ clipkit-evaluate checkpoint=sentence_transformers:FOLDER eval=sts
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from clipkit.recipes import run_folder
-from clipkit.recipes.cli import run
+import torch
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-def main() -> None:
-    """The console command."""
-    run(evaluate_checkpoint, "evaluate")
+from clipkit.checkpoint import find_checkpoint, load_model
+from clipkit.evals import evaluate as score
+from clipkit.evals.models import load_any
+from clipkit.files import write_json
+from clipkit.training.process import choose_device
+from clipkit.training.run_folder import flatten, table
 
 
-def evaluate_checkpoint(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
-    """Load what `checkpoint` names, run the tasks, print the table and write the JSON; returns
-    {"task/metric": value}.
+def evaluate(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
+    """Score the model, print the table, write the numbers with what they were computed from.
+
+    Args:
+        config: the settings of conf/evaluate.yaml.
+        run_dir: hydra's; nothing is written there.
+
+    Returns:
+        {"task/metric": value}.
     """
-    import torch
-    from omegaconf import OmegaConf
-
-    from clipkit.checkpoint import find_checkpoint, load_model, write_json
-    from clipkit.evals import evaluate
-    from clipkit.evals.models import load_any
-    from clipkit.recipes.session import choose_device
-
-    config = OmegaConf.to_container(cfg, resolve=True)
     device = choose_device(config["device"])
     source, tasks = config["checkpoint"], config["eval"]
     if source.partition(":")[0] in ("open_clip", "sentence_transformers"):
@@ -50,14 +46,14 @@ def evaluate_checkpoint(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         default_output = path.parent.parent / "evaluations" / path.name
     if not tasks:
         raise ValueError(f"no task to score {source} by: give eval=NAME")
-    results = evaluate(model, tokenizer, tasks, device=device, batch_size=config["batch_size"])
-    metrics = run_folder.flatten(results)
+    metrics = flatten(score(model, tokenizer, tasks, device=device, batch_size=config["batch_size"]))
     output = Path(config["output"] or f"{default_output}-{'-'.join(tasks)}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"checkpoint": source, "tasks": tasks, "metrics": metrics, "torch": torch.__version__})
-    print(f"{source}\n{run_folder.table(metrics)}\nwritten to {output}")
+    print(f"{source}\n{table(metrics)}\nwritten to {output}")
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    from clipkit.command import run
+
+    run("evaluate")

@@ -1,7 +1,7 @@
 """Write a trained model for other libraries: open_clip, sentence-transformers, or plain safetensors.
 
-    python recipes/export.py checkpoint=runs/quickstart/default
-    python recipes/export.py checkpoint=runs/quickstart/default to=sentence_transformers output=encoder
+    clipkit-export checkpoint=runs/quickstart/default
+    clipkit-export checkpoint=runs/quickstart/default to=sentence_transformers output=encoder
 
 open_clip loads the first by `open_clip.create_model_and_transforms("local-dir:FOLDER")`,
 sentence-transformers the second by `SentenceTransformer("FOLDER")`, with the features that clipkit computes.
@@ -9,47 +9,41 @@ sentence-transformers the second by `SentenceTransformer("FOLDER")`, with the fe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from clipkit.recipes.cli import run
+from safetensors.torch import save_file
+
+from clipkit.checkpoint import find_checkpoint, load_model
+from clipkit.export import save_open_clip, save_sentence_transformer
 from clipkit.registry import unknown
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 TARGETS = ("open_clip", "safetensors", "sentence_transformers")
 
 
-def main() -> None:
-    """The console command."""
-    run(export, "export")
+def export(config: Mapping[str, Any], run_dir: Path) -> Path:
+    """Load the checkpoint, write the folder, say how to load it; returns the folder.
 
-
-def export(cfg: DictConfig, run_dir: Path) -> Path:
-    """Load the checkpoint, write the folder, say how to load it; returns the folder."""
-    if cfg.to not in TARGETS:
-        raise unknown("export target", cfg.to, TARGETS)
-    from clipkit.checkpoint import find_checkpoint, load_model
-
-    path = find_checkpoint(cfg.checkpoint)
-    folder = Path(cfg.output) if cfg.output else path.parent.parent / "export" / f"{path.name}-{cfg.to}"
+    Args:
+        config: the settings of conf/export.yaml.
+        run_dir: hydra's; nothing is written there.
+    """
+    target = config["to"]
+    if target not in TARGETS:
+        raise unknown("export target", target, TARGETS)
+    path = find_checkpoint(config["checkpoint"])
+    folder = Path(config["output"] or path.parent.parent / "export" / f"{path.name}-{target}")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds files: give output=ANOTHER, or remove them")
     model, tokenizer, _ = load_model(path)
-    if cfg.to == "open_clip":
-        from clipkit.export import save_open_clip
-
+    if target == "open_clip":
         save_open_clip(model, folder, tokenizer=tokenizer)
         load = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
-    elif cfg.to == "sentence_transformers":
-        from clipkit.export import save_sentence_transformer
-
-        save_sentence_transformer(model, folder, tokenizer=tokenizer, project=cfg.project)
+    elif target == "sentence_transformers":
+        save_sentence_transformer(model, folder, tokenizer=tokenizer, project=config["project"])
         load = f'SentenceTransformer("{folder}")'
     else:
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         # T5 names one embedding twice, and safetensors refuses shared memory.
         weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -61,4 +55,6 @@ def export(cfg: DictConfig, run_dir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    from clipkit.command import run
+
+    run("export")

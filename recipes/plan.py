@@ -13,98 +13,46 @@ no data and needs no GPU: see clipkit.planner for what is counted and what is de
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from clipkit.recipes.cli import run
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from clipkit.data import create_tokenizer
+from clipkit.files import write_json
+from clipkit.planner import GPU, Assumptions, Measured, Planner
 
 ASSUMED_VOCABULARY = 10_000
-# What a plan reads of a training config; the rest, such as eval's folders, may name what is not here.
-_KEYS = (
-    "embed_dim",
-    "image_tower",
-    "text_tower",
-    "loss",
-    "optim",
-    "init_logit_scale",
-    "init_logit_bias",
-    "mlm_probability",
-    "channels_last",
-    "batch_size",
-    "micro_batch_size",
-    "precision",
-    "parallel",
-    "ema_decay",
-)
 
 
-def main() -> None:
-    """The console command."""
-    sys.argv[1:] = [_argument(argument) for argument in sys.argv[1:]]
-    run(plan, "plan")
+def plan(config: Mapping[str, Any], run_dir: Path) -> None:
+    """Print the plan, and write it to `output`; a ValueError at the end says what to lower where nothing fits.
 
-
-def _argument(argument: str) -> str:
-    """`--json` and `gpus=1,8` in hydra's words, where a bare comma would mean a sweep."""
-    if argument == "--json":
-        return "json=true"
-    if argument.startswith("gpus=") and not argument.startswith("gpus=["):
-        return f"gpus=[{argument.removeprefix('gpus=')}]"
-    return argument
-
-
-def plan(cfg: DictConfig, run_dir: Path) -> None:
-    """Print the plan, and write it to `output`; a ValueError at the end says what to lower where nothing
-    fits.
+    Args:
+        config: the settings of conf/plan.yaml, which holds conf/pretrain.yaml's.
+        run_dir: hydra's; nothing is written there.
     """
-    from clipkit.planner import GPU, Assumptions, Measured, Planner
-
-    config = resolved(cfg)
-    tokenizer, assumed = vocabulary(config["data"]["tokenizer"], cfg.vocab_size)
-    figures = {field.name: cfg.gpu[field.name] for field in fields(GPU)}
-    gpu = GPU(**{**figures, "capability": cfg.gpu.capability and tuple(cfg.gpu.capability)}).measured()
+    if not config["loss"]:
+        raise ValueError("the loss is empty: name at least one term, such as loss=clip")
+    tokenizer, assumed = vocabulary(config["data"]["tokenizer"], config["vocab_size"])
+    capability = config["gpu"]["capability"]
+    gpu = GPU(**{**config["gpu"], "capability": capability and tuple(capability)}).measured()
     measured = Measured(config, tokenizer, fused_attention=gpu.capability is not None)
-    planner = Planner(config, measured, gpu, Assumptions(cfg.efficiency, cfg.launch_us, cfg.reserve_gb))
-    plans = [planner.plan(world_size) for world_size in cfg.gpus]
+    assumptions = Assumptions(config["efficiency"], config["launch_us"], config["reserve_gb"])
+    planner = Planner(config, measured, gpu, assumptions)
+    plans = [planner.plan(world_size) for world_size in config["gpus"]]
     for one in plans:
         one["largest"] = largest(planner, one["gpus"])
     result = {"parameters": measured.parameters, "assumed": assumed, "plans": plans}
-    if cfg.output:
-        Path(cfg.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result) if cfg.json else text(result))
+    if config["output"]:
+        write_json(Path(config["output"]), result)
+    print(json.dumps(result) if config["json"] else text(result))
     if not any(one["fits"] for one in plans):
         raise ValueError(planner.advice(plans[-1]))
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The keys that a plan reads, as plain values."""
-    from omegaconf import OmegaConf
-
-    if not cfg.get("loss"):
-        raise ValueError("the loss is empty: name at least one term, such as loss=clip")
-    values = {key: cfg[key] for key in _KEYS if key in cfg}
-    config = {
-        key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-        for key, v in values.items()
-    }
-    data = {key: cfg.data[key] for key in ("tokenizer", "sentences")}
-    config["data"] = {
-        key: OmegaConf.to_container(value, resolve=True) for key, value in data.items() if value is not None
-    }
-    return config
-
-
 def vocabulary(spec: dict[str, Any], vocab_size: int | None) -> tuple[Any, list[str]]:
     """(the tokenizer's sizes and special ids, what of them is assumed)."""
-    from types import SimpleNamespace
-
-    from clipkit.data import create_tokenizer
-
     if spec["name"] != "words" or spec.get("path"):
         return create_tokenizer(spec), []
     size = vocab_size or ASSUMED_VOCABULARY
@@ -120,7 +68,7 @@ def vocabulary(spec: dict[str, Any], vocab_size: int | None) -> tuple[Any, list[
     ), assumed
 
 
-def largest(planner: Any, world_size: int) -> dict[str, int | None]:
+def largest(planner: Planner, world_size: int) -> dict[str, int | None]:
     """The most that fits: the micro-batch of this batch; the batch at once; the batch in micro-batches."""
     micro = planner.largest_micro_batch(world_size)
     wanted = planner.config["micro_batch_size"] or micro
@@ -210,4 +158,6 @@ def scaling(plans: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from clipkit.command import plan as command
+
+    command()

@@ -17,7 +17,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+
+from clipkit.evals.classification import read_classes
+from clipkit.predict import Predictor, load_embeddings, save_embeddings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,8 +33,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def embed(given: argparse.Namespace) -> None:
     """Write the embeddings of images or of a text file's lines."""
-    from clipkit.evals.predict import save_embeddings
-
     predictor = _predictor(given)
     if given.images:
         keys, features = predictor.embed_images(given.images)
@@ -46,8 +46,6 @@ def embed(given: argparse.Namespace) -> None:
 
 def search(given: argparse.Namespace) -> None:
     """Print the files nearest to a text."""
-    from clipkit.evals.predict import load_embeddings
-
     predictor = _predictor(given)
     if Path(given.where).suffix in (".npy", ".parquet"):
         keys, features = load_embeddings(given.where)
@@ -60,8 +58,6 @@ def search(given: argparse.Namespace) -> None:
 
 def classify(given: argparse.Namespace) -> None:
     """Print every file's likeliest labels."""
-    from clipkit.evals.classification import read_classes
-
     labels = given.labels.split(",") if "," in given.labels else given.labels
     classes, _ = read_classes([label.strip() for label in labels] if isinstance(labels, list) else labels)
     predictor = _predictor(given)
@@ -76,13 +72,11 @@ def classify(given: argparse.Namespace) -> None:
     _tell_skipped(predictor)
 
 
-def _predictor(given: argparse.Namespace) -> Any:
-    from clipkit.evals.predict import Predictor
-
+def _predictor(given: argparse.Namespace) -> Predictor:
     return Predictor(given.model, device=given.device, batch_size=given.batch_size)
 
 
-def _tell_skipped(predictor: Any) -> None:
+def _tell_skipped(predictor: Predictor) -> None:
     for path, reason in predictor.skipped.items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
 

@@ -24,6 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from clipkit.data import check
+
 PUBLISHED = {"train": 3_318_333, "val": 15_840}
 
 
@@ -140,8 +142,6 @@ def command(folder: Path, image_size: int, processes: int, threads: int) -> list
 
 def report(folder: Path, listed: int, workers: int, overlap: list[str] | None) -> int:
     """Check the shards, write FOLDER/check.json and print how many pairs survived."""
-    from clipkit.data.checking import check
-
     found = check(str(folder / "*.tar"), overlap_with=overlap, workers=workers)
     (folder / "check.json").write_text(json.dumps(found, indent=1) + "\n")
     print(

@@ -5,155 +5,113 @@
     clipkit-pretrain experiment=cyclip_rn50_cc3m 'loss=[cyclip,simcse]'
     clipkit-pretrain -m 'loss=clip,cyclip,[cyclip,simcse]' seed=0,1  # six runs, six folders
 
-The same command finds the same folder: it resumes a run that was stopped, and only reports one that is
-finished. Nothing imported at the top imports torch, so the command line answers at once.
+The same command finds the same folder: it resumes a run that was stopped, and only reports one that is finished.
+clipkit.command composes the settings from conf/pretrain.yaml and calls `pretrain` here, once on every rank.
+
+A batch goes from shards through two towers to unit features, and from there to the loss:
+
+    image (B, 3, H, W), text (B, L)  --model-->  image_features (B, D), text_features (B, D), logit_scale ()
+    features  --loss-->  {"loss": (), and each term: ()}       for `loss=clip` on one process, in three lines:
+
+        logits = logit_scale * image_features @ text_features.T           # (N, N), the pairs on its diagonal
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clipkit.recipes import batches, run_folder, saving, session
-from clipkit.recipes.cli import run
-from clipkit.recipes.progress import Progress
-from clipkit.registry import unknown
+import torch
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-def main() -> None:
-    """The console command."""
-    run(pretrain, "pretrain")
-
-
-def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
-    """One run from its config; returns the final metrics."""
-    device = session.choose_device(cfg.device)
-    with (
-        session.process_group(device, cfg.timeout_minutes) as (rank, world_size),
-        run_folder.failure_recorded(run_dir),
-    ):
-        config = session.on_rank_0_first(lambda: resolved(cfg))
-        finished = session.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
-        if finished:
-            if rank == 0:
-                print(
-                    f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:"
-                )
-                print(run_folder.table(finished["metrics"]))
-            return finished["metrics"]
-        state = build(config, run_dir, device, rank, world_size)
-        saving.resume(state)
-        return train(state)
+from clipkit.checkpoint import model_config
+from clipkit.data import Augment, create_augment, create_stream, create_tokenizer, train_captions
+from clipkit.distributed import gather_objects, rank, world_size
+from clipkit.grad_cache import cached_backward
+from clipkit.loggers import Loggers
+from clipkit.losses import WeightedSum, create_loss
+from clipkit.model import DualEncoder, create_model
+from clipkit.optim import WeightAverage, create_optimizer, create_schedule
+from clipkit.sharding import optimizer_parameters, shard
+from clipkit.training import feed, process, run_folder
+from clipkit.training.evaluation import Evaluation
+from clipkit.training.progress import Progress
+from clipkit.training.record import Record
+from clipkit.training.saving import Checkpoints
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain values. Generated data is written first, so that `${data.val}` names real shards."""
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import InterpolationResolutionError
+def pretrain(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
+    """Enter the run folder and train, unless the run in it is finished.
 
-    from clipkit.data import resolve_data
+    Args:
+        config: the settings of conf/pretrain.yaml, composed and resolved.
+        run_dir: the run's folder; it is made, or gone on with.
 
-    with open_dict(cfg):
-        cfg.data = resolve_data(OmegaConf.to_container(cfg.data, resolve=True))
-        # An empty choice, such as eval=[], leaves its group out altogether.
-        for group in ("loss", "eval", "logger"):
-            cfg[group] = cfg.get(group) or {}
-    try:
-        return OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationResolutionError as error:
-        raise ValueError(
-            f"{error.full_key} reads a setting that is not there ({str(error).splitlines()[0]}). If this data has no such part, "
-            "choose another eval= (eval=none for no evaluation)"
-        ) from error
-
-
-@dataclass
-class State:
-    """Everything a run holds; `step` steps are done."""
-
-    config: dict[str, Any]
-    run_dir: Path
-    device: Any
-    rank: int
-    world_size: int
-    model: Any
-    loss: Any
-    tokenizer: Any
-    stream: Any
-    sentences: Any
-    optimizer: Any
-    schedule: Any
-    total: int
-    average: Any = None
-    step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    saving: Any = None
-    saving_group: Any = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
-
-def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_size: int) -> State:
-    """Make what the config names; everything that can be wrong with it is an error here, before the first
-    step.
+    Returns:
+        The final metrics, {"task/metric": value}.
     """
-    import torch
+    device = process.choose_device(config["device"])
+    with process.process_group(device, config["timeout_minutes"]), run_folder.failure_recorded(run_dir):
+        finished = process.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
+        if finished is None:
+            return build_and_train(config, run_dir, device)
+        if rank() == 0:
+            print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
+            print(run_folder.table(finished["metrics"]))
+        return finished["metrics"]
 
-    from clipkit.checkpoint import model_config
-    from clipkit.data import create_stream, create_tokenizer, train_captions
-    from clipkit.evals import create_tasks
-    from clipkit.loggers import tolerate_broken_wandb
-    from clipkit.losses import create_loss
-    from clipkit.model import create_model
-    from clipkit.optim import WeightAverage, create_optimizer, create_schedule
-    from clipkit.sharding import shard
 
-    tolerate_broken_wandb()
+def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.device) -> dict[str, float]:
+    """Make what the config names, train it, and leave the summary that marks the run as finished.
+
+    Whatever can be wrong with the config is an error here, before the first step.
+    """
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
+    share = {"seed": config["seed"], "rank": rank(), "world_size": world_size()}
+    # Every rank draws the same weights.
     torch.manual_seed(config["seed"])
-    loss = create_loss(config["loss"])
+
+    # Data. The tokenizer comes first, for the model has a row of weights for each of its tokens.
     data = config["data"]
     tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
-    model = create_model(model_config(config), tokenizer=tokenizer)
-    model.check_inputs(loss.inputs)
-    model, loss = model.to(device), loss.to(device)
-    sharded = session.sharded(config["parallel"])
+
+    # Model: image tower, text tower, projections, logit_scale.
+    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
+    sharded = process.sharded(config["parallel"])
     if config["channels_last"] and not sharded:
         # FSDP2 takes contiguous weights alone; the images come in channels_last all the same.
         model.image_tower.to(memory_format=torch.channels_last)
     if config["compile"]:
-        session.compile_towers(model, by_block=sharded)
-    if sharded:
-        model, loss = shard(model), shard(loss)
-    share = {"seed": config["seed"], "rank": rank, "world_size": world_size}
+        process.compile_towers(model, by_block=sharded)
+
+    # Loss: a weighted sum. What its terms read decides which passes the model makes and what data is read.
+    loss = create_loss(config["loss"]).to(device)
+    model.check_inputs(loss.inputs)
     stream = create_stream(
         data,
         tokenizer=tokenizer,
         image_size=model.image_tower.image_size,
         num_workers=data["num_workers"],
-        batch_size=batches.split(config["batch_size"], world_size, "batch_size"),
+        batch_size=feed.split(config["batch_size"], world_size(), "batch_size"),
         **share,
     )
-    sentences = batches.sentence_stream(config, loss.inputs, tokenizer, share)
-    create_tasks(config["eval"])
-    for task in config["final_eval"]:
-        if task not in config["eval"]:
-            raise unknown("task of final_eval", task, config["eval"])
-    if config["best_metric"] and config["best_metric"].split("/")[0] not in config["eval"]:
-        raise unknown(
-            "task of best_metric", config["best_metric"], [f"{task}/..." for task in config["eval"]]
-        )
-    total = batches.total_steps(config, stream.batches_per_epoch)
+    sentences = feed.sentence_stream(data["sentences"], loss.inputs, tokenizer=tokenizer, **share)
+    augment = create_augment(data["augmentation"], seed=config["seed"])
+
+    # Optimizer and schedule, over the parts of the weights that this rank holds.
+    if sharded:
+        model, loss = shard(model), shard(loss)
+    total_steps = feed.total_steps(
+        config["steps"],
+        config["epochs"],
+        batch_size=config["batch_size"],
+        batches_per_epoch=stream.batches_per_epoch,
+    )
     optim = dict(config["optim"])
     schedule = {
         "name": optim.pop("schedule"),
@@ -161,183 +119,169 @@ def build(config: dict[str, Any], run_dir: Path, device: Any, rank: int, world_s
         "final": optim.pop("final"),
     }
     optimizer = create_optimizer([model, loss], **optim)
-    schedule = create_schedule(optimizer, total_steps=total, **schedule)
+    schedule = create_schedule(optimizer, total_steps=total_steps, **schedule)
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
-    # Ranks start from the same weights, and go on with dropout masks of their own.
-    torch.manual_seed(config["seed"] * world_size + rank)
-    return State(
-        config,
+
+    # What watches the loop: scores, checkpoints, numbers.
+    evaluation = Evaluation(
+        model,
+        tokenizer,
+        config["eval"],
+        model_config=model_config(config, pretrained=False),
+        device=device,
+        batch_size=config["batch_size"],
+        total_steps=total_steps,
+        average=average,
+        at_end=config["final_eval"],
+        every=config["eval_every"],
+        best_metric=config["best_metric"],
+    )
+    progress = Progress(
+        total=total_steps, batch_size=config["batch_size"], every=config["log_every"], enabled=rank() == 0
+    )
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=schedule,
+        stream=stream,
+        sentences=sentences,
+        average=average,
+        tokenizer=tokenizer,
+        config=config,
+        total_steps=total_steps,
+        every=config["save_every"],
+        keep=config["keep"],
+        best_metric=config["best_metric"],
+        say=progress.say,
+    )
+    # From here on ranks draw dropout masks of their own.
+    torch.manual_seed(config["seed"] * world_size() + rank())
+    step, metrics = checkpoints.resume()
+    progress.start(step)
+    progress.say(f"run folder {run_dir}" + (f", resumed at step {step}" if step else ""))
+    loggers = Loggers(run_dir, config["logger"], shown=config, start_step=step) if rank() == 0 else None
+    record = Record(
         run_dir,
-        device,
-        rank,
-        world_size,
+        progress=progress,
+        loggers=loggers,
+        log_every=config["log_every"],
+        loss_spike=config["loss_spike"],
+    )
+
+    # Loop.
+    metrics = train(
         model,
         loss,
-        tokenizer,
-        stream,
-        sentences,
+        feed.on_device(feed.joined(stream, sentences), device),
         optimizer,
         schedule,
-        total,
-        average,
-        saving_group=torch.distributed.new_group(backend="gloo") if sharded else None,
+        average=average,
+        augment=augment,
+        steps=range(step, total_steps),
+        device=device,
+        precision=config["precision"],
+        micro_batch_size=config["micro_batch_size"],
+        clip_grad_norm=config["clip_grad_norm"],
+        max_logit_scale=config["max_logit_scale"],
+        record=record,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        stop=process.StopRequest(config["max_minutes"]),
+        metrics=metrics,
     )
+    reports = gather_objects(stream.report())
+    if rank() == 0:
+        run_folder.finish(run_dir, total_steps, metrics, reports, seconds=record.seconds)
+    return metrics
 
 
-def train(state: State) -> dict[str, float]:
-    """The loop: batch, features, losses, backward, step; then the final evaluation and summary."""
+def train(
+    model: DualEncoder,
+    loss: WeightedSum,
+    batches: Iterator[feed.Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    average: WeightAverage | None,
+    augment: Augment,
+    steps: range,
+    device: torch.device,
+    precision: str,
+    micro_batch_size: int | None,
+    clip_grad_norm: float | None,
+    max_logit_scale: float,
+    record: Record,
+    evaluation: Evaluation,
+    checkpoints: Checkpoints,
+    stop: process.StopRequest,
+    metrics: dict[str, float],
+) -> dict[str, float]:
+    """The loop: batch, features, loss, backward, step.
 
-    from clipkit.data import create_augment
-    from clipkit.distributed import barrier, gather_objects
-    from clipkit.grad_cache import cached_backward
-    from clipkit.loggers import Loggers
-    from clipkit.sharding import optimizer_parameters
+    Args:
+        batches: this rank's shares, on `device`.
+        steps: those to take; the first is more than 0 in a run that resumes.
+        precision: "fp32" or "bf16", of the towers.
+        micro_batch_size: pairs that activations are held for at once; None: all of this rank's.
+        metrics: of the last evaluation, returned where no step is left.
 
-    config, model, loss = state.config, state.model, state.loss
-    loggers = None
-    if state.rank == 0:
-        loggers = Loggers(state.run_dir, config["logger"], config=config, start_step=state.step)
-    progress = Progress(
-        step=state.step,
-        total=state.total,
-        batch_size=config["batch_size"],
-        every=config["log_every"],
-        enabled=state.rank == 0,
-    )
-    progress.say(f"run folder {state.run_dir}" + (f", resumed at step {state.step}" if state.step else ""))
-    parameters = optimizer_parameters(state.optimizer)
+    Returns:
+        The metrics of the evaluation after the last step.
+    """
     wanted = (*loss.inputs, *loss.optional_inputs)
-    augment = create_augment(config["data"]["augmentation"], seed=config["seed"])
-    encode = session.data_parallel(model, state.device, wanted=wanted)
-    loss = session.data_parallel(loss, state.device)
-    autocast = session.autocast(config["precision"], state.device)
-    stop = session.StopRequest(config["max_minutes"])
-    spikes = run_folder.SpikeRecord(state.run_dir, config["loss_spike"])
-    source = batches.joined(state.stream, state.sentences)
-    started = time.monotonic()
+    # Ranks encode their own rows; DDP averages the towers' gradients. FSDP2 has put that into the model already.
+    encode = process.data_parallel(model, device, wanted=wanted)
+    loss = process.data_parallel(loss, device)
+    autocast = process.autocast(precision, device)
+    parameters = optimizer_parameters(optimizer)
     model.train()
-    while state.step < state.total:
-        waited = time.monotonic()
-        batch = batches.to_device(next(source), state.device)
-        batch = batches.augmented(batch, augment, wanted, state.step * state.world_size + state.rank)
-        waited = time.monotonic() - waited
-        if config["micro_batch_size"]:
+    for step in steps:
+        asked = time.monotonic()
+        batch = feed.augmented(next(batches), augment, wanted, draw=step * world_size() + rank())
+        waited = time.monotonic() - asked
+
+        if micro_batch_size:
+            # Summing the losses of micro-batches would contrast each within itself alone. The gradient cache takes
+            # the loss over all pairs at once, and runs the towers again to carry its gradient back.
             terms = cached_backward(
-                encode,
-                loss,
-                batch,
-                micro_batch_size=config["micro_batch_size"],
-                inputs=wanted,
-                autocast=autocast(),
+                encode, loss, batch, micro_batch_size=micro_batch_size, inputs=wanted, autocast=autocast()
             )
         else:
             with autocast():
                 features = encode(batch, wanted)
+            # Outside autocast: similarities and their softmax are fp32 whatever the towers' precision. The loss
+            # gathers the other ranks' features, so its value and gradient are those of the global batch.
             terms = loss(features)
             terms["loss"].backward()
-        norm = session.clip_grad_norm(parameters, config["clip_grad_norm"] or math.inf)
+        norm = process.clip_grad_norm(parameters, clip_grad_norm or math.inf)
         keys = batch.get("key", [])
-        numbers = run_folder.checked_finite(
-            {**terms, "grad_norm": norm}, state.run_dir, step=state.step + 1, keys=keys
-        )
-        state.optimizer.step()
-        state.schedule.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        model.clamp_logit_scale(config["max_logit_scale"])
-        if state.average:
-            state.average.update(model)
-        state.step += 1
-        state.metrics = {}
+        # A loss that is not finite stops every rank here, with the weights as they were.
+        numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        # The learned temperature may not sharpen without bound (CLIP, section 2.5).
+        model.clamp_logit_scale(max_logit_scale)
+        if average:
+            average.update(model)
 
-        last = state.step == state.total
-        lr = state.schedule.get_last_lr()[0]
-        if last or due(state.step, config["log_every"]):
-            logit_scale = model.logit_scale.item()
-            if loggers:
-                loggers.log(
-                    state.step,
-                    {
-                        **{f"train/{name}": value for name, value in numbers.items()},
-                        "train/lr": lr,
-                        "train/logit_scale": logit_scale,
-                        "train/data_seconds": waited,
-                        "train/seconds": time.monotonic() - started,
-                    },
-                )
-        progress.show(state.step, {**{name: numbers[name] for name in terms}, "lr": lr})
-        spikes.see(state.step, numbers["loss"], keys, progress)
-        if last or due(state.step, config["eval_every"]):
-            state.metrics = score(state)
-            if loggers and state.metrics:
-                loggers.log(state.step, {f"eval/{name}": value for name, value in state.metrics.items()})
-            if not last:
-                progress.say(f"step {state.step} evaluation\n{run_folder.table(state.metrics)}")
-        perhaps_best = bool(state.metrics and config["best_metric"])
-        if stop.agree(state.device) or last or perhaps_best or due(state.step, config["save_every"]):
-            saving.save(state, progress, now=last or stop.reason is not None)
-        if stop.reason and not last:
-            progress.close()
-            if loggers:
-                loggers.close()
-                print(
-                    f"stopped by {stop.reason} at step {state.step}, saved; run the same command to go on",
-                    flush=True,
-                )
-            # A rank that leaves is taken for failed and the others are ended: rank 0 must have saved.
-            barrier()
-            sys.exit(session.STOPPED)
-    progress.close()
-    reports = gather_objects(state.stream.report())
-    if loggers:
-        loggers.close()
-        finish(state, reports, seconds=time.monotonic() - started)
-    return state.metrics
-
-
-def finish(state: State, reports: list[dict[str, Any]], *, seconds: float) -> None:
-    """The summary on disk, which marks the run as finished, and the final table."""
-    run_folder.write_summary(
-        state.run_dir,
-        finished=True,
-        step=state.step,
-        metrics=state.metrics,
-        data=run_folder.joined_reports(reports),
-        seconds_this_session=round(seconds, 1),
-    )
-    scores = (
-        f"(fractions, 1 is perfect):\n{run_folder.table(state.metrics)}"
-        if state.metrics
-        else "none: eval= names no task"
-    )
-    print(f"\nFinal numbers after {state.step} steps {scores}")
-    print(f"Everything is in {state.run_dir}: metrics.jsonl, checkpoints/, summary.json")
-
-
-def score(state: State) -> dict[str, float]:
-    """The evaluation tasks due at this step: {"task/metric": value}."""
-    from clipkit.evals import evaluate
-
-    tasks = state.config["eval"]
-    if state.step < state.total:
-        tasks = {name: task for name, task in tasks.items() if name not in state.config["final_eval"]}
-    with session.evaluated_model(state) as model:
-        results = evaluate(
-            model,
-            state.tokenizer,
-            tasks,
-            device=state.device,
-            batch_size=state.config["batch_size"],
-            group="auto",
-        )
-    metrics, best = run_folder.flatten(results), state.config["best_metric"]
-    if best and best not in metrics:
-        raise unknown("best_metric", best, metrics)
+        done = step + 1
+        lr = schedule.get_last_lr()[0]
+        record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
+        metrics = evaluation.after(done)
+        record.evaluation(done, metrics)
+        stopping = stop.agree(device)
+        checkpoints.after(done, metrics, stopping=stopping is not None)
+        if stopping and done < steps.stop:
+            record.close()
+            stop.leave(done)
+    record.close()
     return metrics
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 if __name__ == "__main__":
-    main()
+    from clipkit.command import run
+
+    run("pretrain")

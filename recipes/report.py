@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from clipkit.reports.page import write_report
+
 
 def main(arguments: list[str] | None = None) -> None:
     """The console command."""
@@ -34,9 +36,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--no-models", action="store_true", help="leave out what needs a checkpoint and its data"
     )
     given = parser.parse_args(arguments)
-
-    from clipkit.evals.report import write_report
-
     try:
         path = write_report(
             given.runs,

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from clipkit.recipes import cli
-from clipkit.recipes.pretrain import resolved
+from clipkit.command.compose import register_resolvers, resolved, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -19,6 +18,7 @@ CHOICES = [path.relative_to(CONF) for path in FILES if path.parent != CONF]
 
 
 def composed(*overrides: str, name: str = "pretrain"):
+    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, overrides=list(overrides), return_hydra_config=False)
 
@@ -57,7 +57,7 @@ def test_composes(path, shapes):
         shapes = []
     # The one group that clipkit-plan alone has.
     command = "plan" if group == "gpu" else "pretrain"
-    config = resolved(composed(f"{group}={name}", *shapes, name=command))
+    config = resolved(composed(f"{group}={name}", *shapes, name=command), command)
     assert config["loss"] and config["image_tower"]["name"] and config["text_tower"]["name"]
 
 
@@ -87,11 +87,11 @@ def test_the_cc3m_experiments_hold_the_published_settings(variant):
 
 
 def test_the_same_overrides_name_the_same_folder():
-    assert cli.run_name("") == "quickstart/default"
-    assert cli.run_name("experiment=flickr8k_tiny") == "flickr8k_tiny/default"
-    first, second = cli.run_name("loss=[cyclip,simcse],seed=1"), cli.run_name("loss=[cyclip,simcse],seed=2")
-    assert first != second and first == cli.run_name("loss=[cyclip,simcse],seed=1")
-    assert len(cli.run_name("a=" + "x" * 500)) < 100
+    assert run_name("") == "quickstart/default"
+    assert run_name("experiment=flickr8k_tiny") == "flickr8k_tiny/default"
+    first, second = run_name("loss=[cyclip,simcse],seed=1"), run_name("loss=[cyclip,simcse],seed=2")
+    assert first != second and first == run_name("loss=[cyclip,simcse],seed=1")
+    assert len(run_name("a=" + "x" * 500)) < 100
 
 
 def command(*overrides: str, name: str = "pretrain.py") -> subprocess.CompletedProcess:
@@ -130,7 +130,7 @@ def test_a_typo_is_named_with_its_nearest_match(override, tmp_path):
 
 def test_the_command_line_answers_without_importing_torch():
     program = (
-        "import sys; import clipkit.recipes.pretrain, clipkit.recipes.evaluate, clipkit.recipes.plan; "
+        "import sys; import clipkit.command; from clipkit.recipes import sweep, study; "
         "print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )
     assert (

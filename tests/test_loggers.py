@@ -17,7 +17,7 @@ def read(path):
 
 
 def test_numbers_are_on_disk_at_once(tmp_path):
-    loggers = Loggers(tmp_path, {}, config={}, start_step=0)
+    loggers = Loggers(tmp_path, {}, shown={}, start_step=0)
     loggers.log(1, {"train/loss": 2.5})
     assert read(tmp_path) == [{"step": 1, "train/loss": 2.5}]
 
@@ -26,7 +26,7 @@ def test_resume_cuts_later_steps_and_a_half_written_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"'
     )
-    loggers = Loggers(tmp_path, {}, config={}, start_step=2)
+    loggers = Loggers(tmp_path, {}, shown={}, start_step=2)
     loggers.log(3, {"a": 30})
     loggers.close()
     assert read(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 3, "a": 30}]
@@ -35,7 +35,7 @@ def test_resume_cuts_later_steps_and_a_half_written_line(tmp_path):
 def test_tensorboard_holds_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loggers = Loggers(tmp_path, {"tensorboard": {}}, config={}, start_step=0)
+    loggers = Loggers(tmp_path, {"tensorboard": {}}, shown={}, start_step=0)
     loggers.log(5, {"train/loss": 0.25})
     loggers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
@@ -44,7 +44,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 
 def test_an_unknown_logger_names_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'wandb'"):
-        Loggers(tmp_path, {"wandbb": {}}, config={}, start_step=0)
+        Loggers(tmp_path, {"wandbb": {}}, shown={}, start_step=0)
 
 
 @pytest.mark.parametrize("broken", ["missing", "at init", "at log"])
@@ -58,7 +58,7 @@ def test_a_broken_wandb_is_said_once_and_training_goes_on(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "wandb", None if broken == "missing" else fake)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loggers = Loggers(tmp_path, {"wandb": {}}, config={}, start_step=0)
+        loggers = Loggers(tmp_path, {"wandb": {}}, shown={}, start_step=0)
         for step in range(1, 4):
             loggers.log(step, {"loss": 1.0})
         loggers.close()

@@ -13,11 +13,25 @@ Names are imported when first used, so that `import clipkit.data` costs nothing.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipkit.data.augment import Augment, create_augment
+    from clipkit.data.checking import check, stats
+    from clipkit.data.evalset import count_samples, iter_captions, iter_eval
+    from clipkit.data.faults import CAUSES, DataError
+    from clipkit.data.packing import pack
+    from clipkit.data.sentences import SentenceStream, create_sentences
+    from clipkit.data.shards import Stream, create_stream
+    from clipkit.data.spec import DATA_DEFAULTS, locate_data, resolve_data, train_captions
+    from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, write_shapes
+    from clipkit.data.tokenizers import create_tokenizer, list_tokenizers, load_tokenizer
+    from clipkit.data.urls import expand_shards
 
 _HOME = {
     "create_stream": "shards",
     "Stream": "shards",
+    "locate_data": "spec",
     "resolve_data": "spec",
     "train_captions": "spec",
     "DATA_DEFAULTS": "spec",
@@ -42,7 +56,33 @@ _HOME = {
     "stats": "checking",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Augment",
+    "CAUSES",
+    "DATA_DEFAULTS",
+    "DataError",
+    "SHAPE_CLASSES",
+    "SHAPE_TEMPLATES",
+    "SentenceStream",
+    "Stream",
+    "check",
+    "count_samples",
+    "create_augment",
+    "create_sentences",
+    "create_stream",
+    "create_tokenizer",
+    "expand_shards",
+    "iter_captions",
+    "iter_eval",
+    "list_tokenizers",
+    "load_tokenizer",
+    "locate_data",
+    "pack",
+    "resolve_data",
+    "stats",
+    "train_captions",
+    "write_shapes",
+]
 
 
 def __getattr__(name: str) -> Any:

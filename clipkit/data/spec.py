@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, shape_paths, write_shapes
 from clipkit.registry import check_keys, unknown
 
 # The meaning and unit of each key stand in conf/data/shapes.yaml.
@@ -78,36 +79,46 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with shard paths in place: generated shapes are written first when they are not there.
+def locate_data(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The completed settings with every path in place, those of generated shapes too; nothing is written.
 
     Returns:
-        The completed settings in which `train` and `val` are shards, and `zeroshot` is None or {"shards":
-        ..., "classes": [...], "templates": [...]}.
+        The settings in which `train` and `val` are shards, and `zeroshot` is None or {"shards": ..., "classes":
+        [...], "templates": [...]}.
     """
     full = complete(spec)
     if full["kind"] == "shapes":
-        from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, write_shapes
-
-        shapes = full["shapes"] or {}
-        check_keys(shapes, _SHAPES, "data.shapes")
-        shapes = {**_SHAPES, **shapes}
-        name = "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
-        paths = write_shapes(
-            Path(shapes["folder"]) / name,
-            train=shapes["train"],
-            val=shapes["val"],
-            seed=shapes["seed"],
-            image_size=shapes["image_size"],
-        )
+        full["shapes"] = _complete_shapes(full["shapes"])
+        paths = shape_paths(_shapes_folder(full["shapes"]), **_pick(full["shapes"], "train", "val"))
         full["train"], full["val"] = full["train"] or paths["train"], full["val"] or paths["val"]
         full["zeroshot"] = full["zeroshot"] or {
             "shards": paths["zeroshot"],
             "classes": SHAPE_CLASSES,
             "templates": SHAPE_TEMPLATES,
         }
-        full["kind"] = "shards"
     return full
+
+
+def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """`locate_data`'s settings; generated shapes are written first when they are not there."""
+    full = locate_data(spec)
+    if full["kind"] == "shapes":
+        shapes = full["shapes"]
+        write_shapes(_shapes_folder(shapes), **_pick(shapes, "train", "val", "seed", "image_size"))
+    return full
+
+
+def _complete_shapes(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    check_keys(given or {}, _SHAPES, "data.shapes")
+    return {**_SHAPES, **(given or {})}
+
+
+def _shapes_folder(shapes: Mapping[str, Any]) -> Path:
+    return Path(shapes["folder"]) / "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
+
+
+def _pick(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names}
 
 
 def sources(train: Any) -> list[dict[str, Any]]:

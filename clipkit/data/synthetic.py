@@ -84,6 +84,15 @@ def write_shapes(
     return _move_in_place(part, folder, settings)
 
 
+def shape_paths(folder: str | Path, *, train: int, val: int) -> dict[str, list[str]]:
+    """{"train", "val", "zeroshot": shard paths} that `write_shapes` leaves in a folder; nothing is written."""
+    sizes = {"train": train, "val": val, "zeroshot": -(-val // len(SHAPE_CLASSES)) * len(SHAPE_CLASSES)}
+    return {
+        name: [str(Path(folder) / name / f"{n:06d}.tar") for n in range(-(-size // _SHARD))]
+        for name, size in sizes.items()
+    }
+
+
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]] | None:
     """The shard paths of a finished folder with these settings, or None."""
     try:

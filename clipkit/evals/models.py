@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit.loggers import tolerate_broken_wandb
+from clipkit.registry import unknown
+
 
 def load_any(name: str, *, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) as clipkit.evals.Encoder takes them, in evaluation mode.
@@ -69,9 +72,8 @@ def load_open_clip(
     architecture: str, weights: str = "", *, device: str | torch.device = "cpu"
 ) -> tuple[OpenCLIP, Any]:
     """An open_clip architecture with random weights, a checkpoint file, or a pretrained tag."""
+    tolerate_broken_wandb()
     import open_clip
-
-    from clipkit.registry import unknown
 
     if architecture not in open_clip.list_models():
         raise unknown("open_clip model", architecture, open_clip.list_models())

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,8 +61,6 @@ class GPU:
         """With this machine's figures in place of None: its memory, and the rates of a matrix product and of
         a copy.
         """
-        import os
-
         found = {
             "memory_gb": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
             "bf16_tflops": lambda: _product_rate(torch.bfloat16) / 1e12,

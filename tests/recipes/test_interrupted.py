@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from clipkit.checkpoint import list_checkpoints, load_checkpoint, load_model
-from clipkit.recipes.progress import Progress
-from clipkit.recipes.run_folder import SpikeRecord, checked_finite
+from clipkit.training.progress import Progress
+from clipkit.training.record import Record, SpikeRecord
 from tests.recipes.runs import SMALL, lines, only_run, run, weights
 
 SETTINGS = [*SMALL, "eval=none", "logger=none", "save_every=2", "keep=9", "steps=8", "loss=[clip,simcse]"]
@@ -135,7 +135,7 @@ def test_the_average_is_kept_scored_and_resumed(tmp_path, shapes):
 def test_a_loss_spike_is_recorded_with_its_samples(tmp_path, capsys):
     """Thirty losses around 2 (median 2), then 5.9 (not three times as much) and 6.1."""
     spikes = SpikeRecord(tmp_path, 3.0)
-    progress = Progress(step=0, total=40, batch_size=2, every=1)
+    progress = Progress(total=40, batch_size=2, every=1)
     for step in range(30):
         spikes.see(step, 2 + (step % 3 - 1) / 10, ["a", "b"], progress)
     spikes.see(30, 5.9, ["c", "d"], progress)
@@ -146,7 +146,7 @@ def test_a_loss_spike_is_recorded_with_its_samples(tmp_path, capsys):
 
 
 def test_early_losses_and_a_factor_of_none_record_nothing(tmp_path):
-    progress = Progress(step=0, total=40, batch_size=2, every=1, enabled=False)
+    progress = Progress(total=40, batch_size=2, every=1, enabled=False)
     for factor, start in ((3.0, 1.0), (None, 1.0)):
         spikes = SpikeRecord(tmp_path, factor)
         for step in range(19 if factor else 60):
@@ -157,11 +157,9 @@ def test_early_losses_and_a_factor_of_none_record_nothing(tmp_path):
 @pytest.mark.parametrize("bad", ["loss", "grad_norm"])
 def test_what_is_not_finite_is_named_with_the_keys(tmp_path, bad):
     terms = {"loss": torch.tensor(1.5), "infonce": torch.tensor(1.5), "grad_norm": torch.tensor(2.0)}
-    assert checked_finite(terms, tmp_path, step=3, keys=["k"]) == {
-        "loss": 1.5,
-        "infonce": 1.5,
-        "grad_norm": 2.0,
-    }
+    progress = Progress(total=9, batch_size=2, every=1, enabled=False)
+    record = Record(tmp_path, progress=progress, loggers=None, log_every=1, loss_spike=None)
+    assert record.finite(3, terms, ["k"]) == {"loss": 1.5, "infonce": 1.5, "grad_norm": 2.0}
     with pytest.raises(RuntimeError, match=f"the {bad} is not finite at step 4"):
-        checked_finite({**terms, bad: torch.tensor(float("nan"))}, tmp_path, step=4, keys=["k", "l"])
+        record.finite(4, {**terms, bad: torch.tensor(float("nan"))}, ["k", "l"])
     assert json.loads((tmp_path / "nonfinite_step_4.json").read_text())["keys"] == ["k", "l"]

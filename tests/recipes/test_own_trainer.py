@@ -14,10 +14,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from clipkit.data import create_augment
+from clipkit.loggers import Loggers
+from clipkit.losses import create_loss
+from clipkit.recipes import pretrain
+from clipkit.training.evaluation import Evaluation
+from clipkit.training.process import StopRequest
+from clipkit.training.progress import Progress
+from clipkit.training.record import Record
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "own_trainer"
 STEPS, BATCH = 8, 32
@@ -158,28 +168,9 @@ def test_open_clip_model_with_either_loss(example):
     torch.testing.assert_close(curve("open_clip_loss.py", ranks=2), expected, **TOLERANCE)
 
 
-class Batches:
-    """The examples' batches where the recipe expects its stream."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __iter__(self):
-        return iter(self.pairs.batches(self.pairs.make_pairs(STEPS * BATCH), BATCH))
-
-    def report(self):
-        return {"samples_seen": STEPS * BATCH, "skipped": {}}
-
-
 @pytest.mark.parametrize("micro_batch_size", [None, 8])
-def test_the_recipes_own_loop_reaches_the_same_curve(
-    example, pairs_curve, monkeypatch, tmp_path, micro_batch_size
-):
+def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_path, micro_batch_size):
     """recipes/pretrain.py's train() on the examples' model and batches; no checkpoint, no score."""
-    needs("omegaconf", "hydra")
-    from clipkit.losses import create_loss
-    from clipkit.recipes import pretrain
-
     pairs = example("pairs")
 
     class Model(pairs.SmallDualEncoder):
@@ -190,20 +181,36 @@ def test_the_recipes_own_loop_reaches_the_same_curve(
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=pairs.LEARNING_RATE, weight_decay=0.0)
-    config = {
-        "logger": {}, "log_every": 1, "batch_size": BATCH, "seed": 0, "data": {"augmentation": None},
-        "compile": False, "precision": "fp32", "micro_batch_size": micro_batch_size, "clip_grad_norm": None,
-        "max_logit_scale": 100.0, "eval_every": 0, "save_every": 0,
-        "max_minutes": None, "loss_spike": None,
-    }  # fmt: skip
-    state = pretrain.State(
-        config=config, run_dir=tmp_path, device=torch.device("cpu"), rank=0, world_size=1, model=model,
-        loss=create_loss(pairs.LOSS), tokenizer=None, stream=Batches(pairs), sentences=None,
-        optimizer=optimizer, schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), total=STEPS,
-    )  # fmt: skip
-    monkeypatch.setattr(pretrain.saving, "save", lambda state, progress, now: None)
-    monkeypatch.setattr(pretrain, "score", lambda state: {})
-    pretrain.train(state)
+    record = Record(
+        tmp_path,
+        progress=Progress(total=STEPS, batch_size=BATCH, every=1),
+        loggers=Loggers(tmp_path, {}, shown={}, start_step=0),
+        log_every=1,
+        loss_spike=None,
+    )
+    device = torch.device("cpu")
+    pretrain.train(
+        model,
+        create_loss(pairs.LOSS),
+        pairs.batches(pairs.make_pairs(STEPS * BATCH), BATCH),
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        average=None,
+        augment=create_augment(None, seed=0),
+        steps=range(STEPS),
+        device=device,
+        precision="fp32",
+        micro_batch_size=micro_batch_size,
+        clip_grad_norm=None,
+        max_logit_scale=100.0,
+        record=record,
+        evaluation=Evaluation(
+            model, None, {}, model_config={}, device=device, batch_size=1, total_steps=STEPS
+        ),
+        checkpoints=SimpleNamespace(after=lambda step, metrics, stopping: None),
+        stop=StopRequest(),
+        metrics={},
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = torch.tensor([line["train/loss"] for line in lines if "train/loss" in line])
     torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipkit.evals.comparison import compare
-from clipkit.evals.findings import (
+from clipkit.command import compose, jobs, processes
+from clipkit.recipes import study
+from clipkit.reports import study as findings_of
+from clipkit.reports.comparison import compare
+from clipkit.reports.findings import (
     OPPOSITE,
     SHOWS,
     UNTOLD,
@@ -22,7 +25,6 @@ from clipkit.evals.findings import (
     t_cumulative,
     t_quantile,
 )
-from clipkit.recipes import cli, jobs, overrides, study, sweep
 from tests.recipes.runs import lines, run
 
 TERMS = {
@@ -102,7 +104,7 @@ def numbers(arm: str, seed: int) -> dict[str, float]:
         # L_s hurts retrieval by 0.2 for CLIP, and helps CyCLIP by 0.4: the opposite, then as published.
         **{
             f"retrieval/{name}": SEEDS[seed] + s * (0.4 if cyclic else -0.2) + 0.3 * n * cyclic + own
-            for name in study.RECALLS
+            for name in findings_of.RECALLS
         },
         # Smaller than its spread over seeds.
         "cifar10/top1": SEEDS[seed] + 0.005 * s + own,
@@ -187,15 +189,15 @@ def test_runs_that_are_no_study_are_refused(tmp_path):
         study.main(["--table", str(mixed)])
     groups = compare([mixed])
     with pytest.raises(ValueError, match="differ by more than the loss: batch_size: 8 and 16"):
-        study.labelled(groups)
+        findings_of.labelled(groups)
     twice = runs_under(tmp_path / "twice", arms=("CLIP",))
     runs_under(twice / "again", arms=("CLIP",), seeds=(1,))
     with pytest.raises(ValueError, match="CLIP has seed 1 twice"):
-        study.labelled(compare([twice]))
+        findings_of.labelled(compare([twice]))
     runs_under(tmp_path / "lr", arms=("CLIP",), lr=0.1)
     runs_under(tmp_path / "lr" / "more", arms=("CLIP",), lr=0.2)
     with pytest.raises(ValueError, match="CLIP has runs of different settings"):
-        study.labelled(compare([tmp_path / "lr"]))
+        findings_of.labelled(compare([tmp_path / "lr"]))
 
 
 def test_the_study_runs_eight_arms_a_seed_and_finds_their_folders():
@@ -219,11 +221,11 @@ def test_the_study_runs_eight_arms_a_seed_and_finds_their_folders():
         and all("seed=0" in job for job in planned[:8])
         and all("seed=1" in job for job in planned[8:])
     )
-    overrides.register_resolvers()
-    overrides.start_hydra()
-    found = [Path(job.run_dir) for job in sweep.plan(planned[:2], threads=1)]
+    compose.register_resolvers()
+    compose.start_hydra()
+    found = [Path(job.run_dir) for job in processes.plan(planned[:2], threads=1)]
     assert found == [
-        Path.cwd() / "runs" / cli.run_name(f"experiment=study_mini,loss={loss},seed=0")
+        Path.cwd() / "runs" / compose.run_name(f"experiment=study_mini,loss={loss},seed=0")
         for loss in ("clip", "cyclip")
     ]
     with pytest.raises(ValueError, match="sets loss, seed and experiment itself"):
@@ -291,10 +293,10 @@ def test_every_arm_takes_two_steps(tmp_path, test_data, experiment):
 
 
 def test_the_cc3m_study_differs_from_the_published_settings_by_its_dropout_and_evaluation_alone():
-    overrides.register_resolvers()
-    overrides.start_hydra()
+    compose.register_resolvers()
+    compose.start_hydra()
     ours, published = (
-        overrides.compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m")
+        compose.compose("pretrain", [f"experiment={name}"]) for name in ("study_cc3m", "cyclip_rn50_cc3m")
     )
     changed = {
         key for key in published if key not in ("hydra", "eval", "loss") and ours[key] != published[key]

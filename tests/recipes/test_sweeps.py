@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipkit.evals.comparison import (
+from clipkit.command import compose, jobs, processes, programs
+from clipkit.reports.comparison import (
     as_json,
     compare,
     csv_table,
@@ -28,7 +29,6 @@ from clipkit.evals.comparison import (
     text_tables,
     write_comparison,
 )
-from clipkit.recipes import cli, jobs, overrides, sweep
 from tests.recipes.runs import SMALL, lines, run, start, weights
 
 JOB = [*SMALL, "steps=3", "logger=none", "eval=shapes"]
@@ -47,7 +47,7 @@ def folder_of(output: Path, *overrides: str) -> Path:
         for entry in overrides
         if not entry.startswith(("num_threads=", "log_every=", "logger=", "output_dir="))
     )
-    return output / cli.run_name(",".join(kept))
+    return output / compose.run_name(",".join(kept))
 
 
 def planted_obstacle(folder: Path) -> None:
@@ -194,12 +194,12 @@ def test_a_mistaken_search_is_refused_before_its_first_trial(case, tmp_path):
 
 def test_an_objective_that_no_task_gives_is_named():
     with pytest.raises(ValueError, match=r"unknown task of objective 'retreival/R@1'.*retrieval/\.\.\."):
-        cli.check_objective({"objective": "retreival/R@1", "eval": {"retrieval": {}}})
+        programs.check_objective({"objective": "retreival/R@1", "eval": {"retrieval": {}}})
     with pytest.raises(ValueError, match="Did you mean 'zero_shot/top1'"):
-        cli.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top11")
+        programs.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top11")
     with pytest.raises(ValueError, match="cannot be ranked"):
-        cli.objective_value({"zero_shot/top1": float("nan")}, "zero_shot/top1")
-    assert cli.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top1") == 0.5
+        programs.objective_value({"zero_shot/top1": float("nan")}, "zero_shot/top1")
+    assert programs.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top1") == 0.5
 
 
 def test_comma_lists_expand_as_hydra_expands_them():
@@ -212,18 +212,18 @@ def test_comma_lists_expand_as_hydra_expands_them():
 
 
 def test_every_job_is_checked_before_the_first_begins(tmp_path):
-    overrides.register_resolvers()
-    overrides.start_hydra()
+    compose.register_resolvers()
+    compose.start_hydra()
     output = f"output_dir={tmp_path}"
     with pytest.raises(ValueError, match="optim.lr='abc' is text"):
-        sweep.plan([["seed=0", output], ["seed=1", "optim.lr=abc", output]])
+        processes.plan([["seed=0", output], ["seed=1", "optim.lr=abc", output]])
     with pytest.raises(ValueError, match="two jobs would be one run"):
-        sweep.plan([["seed=0", output], ["seed=0", "log_every=3", output]])
+        processes.plan([["seed=0", output], ["seed=0", "log_every=3", output]])
     with pytest.raises(ValueError, match="launchers and sweepers are for clipkit-pretrain -m"):
-        sweep.plan(jobs.expand(["seed=0,1", "hydra/launcher=joblib"]))
-    (job,) = sweep.plan([["seed=3", "loss=cyclip", output]], threads=2)
+        processes.plan(jobs.expand(["seed=0,1", "hydra/launcher=joblib"]))
+    (job,) = processes.plan([["seed=3", "loss=cyclip", output]], threads=2)
     assert (
-        Path(job.run_dir) == tmp_path / cli.run_name("loss=cyclip,seed=3")
+        Path(job.run_dir) == tmp_path / compose.run_name("loss=cyclip,seed=3")
         and "num_threads=2" in job.overrides
     )
     assert not list(tmp_path.iterdir())
@@ -231,17 +231,17 @@ def test_every_job_is_checked_before_the_first_begins(tmp_path):
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path):
     """As when a YAML file has changed since; what the run's version did not know yet is no change."""
-    overrides.register_resolvers()
-    overrides.start_hydra()
+    compose.register_resolvers()
+    compose.start_hydra()
     settings = ["seed=3", f"output_dir={tmp_path}"]
-    folder = overrides.job_folder("pretrain", settings)
+    folder = processes.job_folder("pretrain", settings)
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text('{"finished": true}')
     (folder / "config.yaml").write_text("seed: 3\nbatch_size: 256\n")
-    assert overrides.job_folder("pretrain", settings) == folder
+    assert processes.job_folder("pretrain", settings) == folder
     (folder / "config.yaml").write_text("seed: 3\nbatch_size: 64\n")
     with pytest.raises(ValueError, match=r"finished run of other settings \(batch_size: 64 -> 256\)"):
-        sweep.plan([settings])
+        processes.plan([settings])
 
 
 def clipkit_sweep(*arguments: str, status: int = 0) -> str:

@@ -9,21 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Settings that do not make another experiment.
-SAME = (
-    "seed",
-    "name",
-    "output_dir",
-    "resume",
-    "device",
-    "num_threads",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep",
-    "logger",
-    "objective",
-)
+import yaml
+
+from clipkit.settings import experiment
 
 
 @dataclass
@@ -92,8 +80,6 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """Read one run folder; a half-written last line is left out."""
-    import yaml
-
     lines = []
     for text in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
         try:
@@ -121,14 +107,18 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.final))
 
 
+def without_seed(run: Run) -> dict[str, Any]:
+    """The settings that make another experiment: those of the run, but for its seed."""
+    return {key: value for key, value in experiment(run.config).items() if key != "seed"}
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs whose settings agree but for the seed stand together; labels say what differs between groups."""
     keyed: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.config.items() if key not in SAME}
-        keyed.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+        keyed.setdefault(json.dumps(without_seed(run), sort_keys=True, default=str), []).append(run)
     groups = list(keyed.values())
-    flat = [flatten({k: v for k, v in group[0].config.items() if k not in SAME}) for group in groups]
+    flat = [flatten(without_seed(group[0])) for group in groups]
     labels = [_label(i, flat, group[0]) for i, group in enumerate(groups)]
     return [
         Group(label if labels.count(label) == 1 else f"{label} ({group[0].path.name})", group)

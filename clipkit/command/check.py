@@ -1,27 +1,20 @@
-"""A command line's overrides: composed with conf/ by hydra, checked, and told apart from a run folder's.
+"""A command line's overrides checked before anything is built, and hydra's errors made to say what to do.
 
-Errors say what to do: hydra's own suggest nothing, and YAML alone takes what nobody reads. Nothing here
-imports torch.
+hydra's own errors suggest nothing, and YAML alone takes what nobody reads. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import importlib.util
-import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from clipkit.recipes import run_folder
+from clipkit.command.compose import compose, fixed, loader
 from clipkit.registry import suggest
 
 # Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories
@@ -35,132 +28,6 @@ PLUGINS = {
     # The sweeper asks for Optuna 2, whose storage is written for SQLAlchemy 1.
     "optuna": "hydra-optuna-sweeper 'sqlalchemy<2'",
 }
-
-
-def config_path() -> str:
-    """hydra's name for conf/: the installed package, or the repository's folder when that shadows the
-    package.
-    """
-    try:
-        if importlib.util.find_spec("clipkit.conf") is not None:
-            return "pkg://clipkit.conf"
-    except ModuleNotFoundError:
-        pass
-    return str(Path(__file__).resolve().parent.parent / "conf")
-
-
-def run_name(overrides: str) -> str:
-    """A run folder's name from the overrides: the same command finds the same folder, and so resumes.
-
-    Args:
-        overrides: hydra's `override_dirname`, such as "experiment=quickstart,loss=cyclip,seed=1".
-    """
-    experiment = re.search(r"(?:^|,)experiment=([\w\-]+)", overrides)
-    rest = re.sub(r"(?:^|,)experiment=[\w\-]+", "", overrides).strip(",")
-    # No "=": the folder is to be given to hydra as checkpoint=FOLDER.
-    slug = re.sub(r"[^\w.+]+", "-", rest).strip("-")[:60]
-    # Raw overrides overflow a path's length, and two may share a slug: the hash tells them apart.
-    name = f"{slug}-{hashlib.sha256(rest.encode()).hexdigest()[:6]}" if rest else "default"
-    return f"{experiment.group(1) if experiment else 'quickstart'}/{name}"
-
-
-def register_resolvers() -> None:
-    """What the YAML files call as `${name:...}`; each process of a launcher registers them anew."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-
-
-def start_hydra(config_dir: str | None = None) -> Any:
-    """hydra's config loader over conf/, and over the user's `--config-dir` before it."""
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-
-    path = create_config_search_path(config_path())
-    if config_dir:
-        path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
-    GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2(task_name="clipkit", config_search_path=path).config_loader
-
-
-def _with_loader(config_name: str) -> Any:
-    """hydra's config loader, also after a failed composition has torn hydra down."""
-    return (
-        GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else start_hydra()
-    )
-
-
-def compose(config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-    """The config with these overrides, and hydra's own under `hydra`."""
-    # The resolvers `hydra:` and `run_name:` are not evaluated here, only keys and types are looked at.
-    return _with_loader(config_name).load_configuration(
-        config_name=config_name, overrides=overrides, run_mode=mode
-    )
-
-
-def fixed(overrides: list[str]) -> list[str]:
-    """The overrides that are the same for every job of a sweep."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return [
-        entry.input_line
-        for entry in OverridesParser.create().parse_overrides(overrides)
-        if not entry.is_sweep_override()
-    ]
-
-
-def is_hydras(override: str) -> bool:
-    """Whether an override is of hydra's own settings, such as hydra/launcher=joblib."""
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def job_folder(config_name: str, overrides: list[str]) -> Path:
-    """The run folder that these overrides have, all of them checked.
-
-    Raises:
-        ValueError: a mistake that the command itself would refuse, or an override of hydra's own settings.
-        hydra.errors.HydraException: one that hydra refuses.
-    """
-    own = [entry for entry in overrides if is_hydras(entry)]
-    if own:
-        raise ValueError(
-            f"{own[0]}: the jobs of this command are its own processes; launchers and sweepers are for clipkit-{config_name} -m"
-        )
-    cfg = compose(config_name, overrides)
-    check_overrides(cfg, config_name, overrides)
-    folder = Path(os.path.abspath(cfg.hydra.run.dir))
-    if run_folder.read_summary(folder).get("finished"):
-        check_unchanged(cfg, folder)
-    return folder
-
-
-def check_unchanged(cfg: DictConfig, folder: Path) -> None:
-    """ValueError when a finished run was made from other settings than these overrides now give: a YAML file
-    has changed.
-
-    Settings that are null here, or read what is not known before the run, such as where generated data is,
-    are not compared.
-    """
-    record = OmegaConf.load(folder / "config.yaml")
-    changed = []
-    for key, _ in _leaves(cfg):
-        # Drawn data is read from the shards it was written to.
-        if (
-            key.split(".")[0] in ("hydra", *run_folder.FREE)
-            or key == "data.kind"
-            or OmegaConf.is_missing(cfg, key)
-        ):
-            continue
-        new = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        new = OmegaConf.to_container(new) if OmegaConf.is_config(new) else new
-        # A setting that is younger than the run stands for what the run did.
-        old = OmegaConf.select(record, key, default=new)
-        old = OmegaConf.to_container(old) if OmegaConf.is_config(old) else old
-        if new is not None and new != {} and old != new:
-            changed.append(f"{key}: {old!r} -> {new!r}")
-    if changed:
-        raise ValueError(
-            f"{folder} holds a finished run of other settings ({'; '.join(changed[:5])}): give name=ANOTHER to train beside it, or "
-            "delete the folder"
-        )
 
 
 def explain(error: BaseException, config_name: str) -> str:
@@ -192,7 +59,7 @@ def explain(error: BaseException, config_name: str) -> str:
 
 
 def _unknown_choice(group: str, name: str, config_name: str) -> str:
-    options = sorted(_with_loader(config_name).get_group_options(group))
+    options = sorted(loader(config_name).get_group_options(group))
     if name in PLUGINS and name not in options:
         return f"{group}={name} needs a plugin that is not installed: pip install 'clipkit[sweep]', or pip install {PLUGINS[name]}"
     return f"unknown {group} {name!r}.{suggest(name, options)} Valid names: {', '.join(options)}."
@@ -219,7 +86,7 @@ def _unknown_key(key: str, config_name: str) -> str:
 
 
 def _is_group(key: str, config_name: str) -> bool:
-    return bool(_with_loader(config_name).get_group_options(key.lstrip("+~").split("@")[0]))
+    return bool(loader(config_name).get_group_options(key.lstrip("+~").split("@")[0]))
 
 
 def _group_choices(overrides: list[str], config_name: str) -> list[str]:

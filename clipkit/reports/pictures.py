@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkit.evals.charts import Series, heat_map, jpeg_uri, scatter
 from clipkit.evals.classification import image_labels, zero_shot_classifier
 from clipkit.evals.encoder import Encoder
-from clipkit.evals.runs import Run
 from clipkit.evals.tasks import create_tasks
+from clipkit.reports.charts import Series, heat_map, jpeg_uri, scatter
+from clipkit.reports.runs import Run
 
 THUMBNAIL = 96
 

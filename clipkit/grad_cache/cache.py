@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.batch_norm import UpdateOnce, WholeBatch
+from clipkit.grad_cache.batch_norm import UpdateOnce, WholeBatch
 from clipkit.registry import unknown
 
 Features = dict[str, Any]

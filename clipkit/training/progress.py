@@ -6,26 +6,30 @@ import sys
 import time
 from collections.abc import Mapping
 
+from tqdm import tqdm
+
 
 class Progress:
     """Shows step, loss terms, learning rate, speed and time left; silent on ranks other than 0.
 
     Args:
-        step: where the run starts, more than 0 when it resumes.
         total: steps in all.
         batch_size: pairs a step, for the speed.
         every: steps between plain lines.
         enabled: False on ranks other than 0.
     """
 
-    def __init__(self, *, step: int, total: int, batch_size: int, every: int, enabled: bool = True):
+    def __init__(self, *, total: int, batch_size: int, every: int, enabled: bool = True):
         self.total, self.batch_size, self.every, self.enabled = total, batch_size, every, enabled
-        self.first, self.started = step, time.monotonic()
-        self.bar = None
-        if enabled and sys.stderr.isatty():
-            from tqdm import tqdm
+        self.bar: tqdm | None = None
+        self.start(0)
 
-            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    def start(self, step: int) -> None:
+        """Steps are about to be taken; `step` are done, more than 0 when a run resumes."""
+        self.first, self.started = step, time.monotonic()
+        self.close()
+        if self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
         """Report one finished step; `numbers` are shown as they are named."""
@@ -56,3 +60,4 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None

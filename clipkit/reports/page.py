@@ -1,21 +1,21 @@
 """A page about some runs: one HTML file that holds everything it shows.
 
 `write_report(runs, output)` reads what the run folders hold; what needs the model (gallery, confusion,
-similarities) comes from clipkit.evals.pictures and is left out where a run has no checkpoint or its data is
+similarities) comes from clipkit.reports.pictures and is left out where a run has no checkpoint or its data is
 gone, with the reason on the page.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from clipkit.evals.charts import PALETTE, DotRow, Series, dot_chart, line_chart
-from clipkit.evals.runs import Group, find_runs, flatten, group_runs, metric_names
+from clipkit.files import write_text
+from clipkit.reports.charts import PALETTE, DotRow, Series, dot_chart, line_chart
+from clipkit.reports.runs import Group, find_runs, flatten, group_runs, metric_names
 
 # Metrics of which less is better.
 LOWER = ("rank", "align_l2", "uniform_", "modality_gap", "loss")
@@ -88,7 +88,7 @@ def write_page(
 
     Args:
         notes: HTML set before the final numbers.
-        pictures: settings of clipkit.evals.pictures.group_pictures; None leaves out what needs a checkpoint.
+        pictures: settings of clipkit.reports.pictures.group_pictures; None leaves out what needs a checkpoint.
     """
     groups = list(groups)
     colours = {group.label: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
@@ -99,7 +99,7 @@ def write_page(
         _curves(groups, colours, "Evaluation during training", "eval/"),
     ]
     if pictures:
-        from clipkit.evals.pictures import group_pictures
+        from clipkit.reports.pictures import group_pictures
 
         for group in groups:
             parts.append(f"<h2>{escape(group.label)}: what the model finds</h2>")
@@ -113,16 +113,8 @@ def write_page(
         f"<body>{''.join(parts)}</body></html>"
     )
     output = Path(output)
-    write_whole(output, page)
+    write_text(output, page)
     return output
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of text, its folder made, so that it is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _head(title: str, groups: list[Group]) -> str:

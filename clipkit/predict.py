@@ -1,6 +1,6 @@
 """Using a trained model on one's own files.
 
-from clipkit.evals.predict import Predictor
+from clipkit.predict import Predictor
 predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
 keys, features = predictor.embed_images("photos/")
 for key, score in predictor.search("a red circle", keys, features, k=5): ...

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.evals.report import number, write_page, write_whole
-from clipkit.evals.runs import Group, find_runs, flatten, group_runs, metric_names
+from clipkit.files import write_text
+from clipkit.reports.page import number, write_page
+from clipkit.reports.runs import Group, find_runs, flatten, group_runs, metric_names
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -190,6 +191,12 @@ def write_comparison(
     for suffix, text in texts.items():
         # Not with_suffix: the name may hold a dot of its own.
         path = output.with_name(output.name + suffix)
-        write_whole(path, text)
+        write_text(path, text)
         paths.append(path)
     return [*paths, write_page(groups, output.with_name(f"{output.name}.html"), title=title, notes=html)]
+
+
+def unfinished(paths: Sequence[str | Path]) -> str:
+    """Which runs a comparison leaves out, for a terminal; empty where all are finished."""
+    left = [str(run.path) for run in find_runs(paths) if not run.summary.get("finished")]
+    return f"\nNot finished, so left out: {', '.join(left)}" if left else ""

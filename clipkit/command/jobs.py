@@ -20,7 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipkit.recipes.session import STOPPED
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from clipkit.files import write_json
+from clipkit.reports.comparison import compare, text_tables
+from clipkit.training.run_folder import STOPPED
 
 FINISHED, FAILED, STOPPED_EARLY, RUNNING, WAITING = (
     "finished",
@@ -72,9 +77,6 @@ def expand(overrides: Sequence[str], loader: Any = None) -> list[list[str]]:
         hydra.errors.HydraException: an override that cannot be parsed, or a search space such as
             `interval(...)`.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(job) for job in jobs]
@@ -99,11 +101,8 @@ class Records:
 
     def write(self, job: Job) -> None:
         """Record a job's state, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{Path(job.run_dir).parent.name}-{Path(job.run_dir).name}.json"
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        write_json(self.folder / name, asdict(job))
 
     def read(self, planned: Sequence[Sequence[str]] = ()) -> list[Job]:
         """Every job on record, in the order of the plan; a planned one that never began is among them."""
@@ -214,8 +213,6 @@ class Outcome:
         folders = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
         if len(folders) < 2:
             return
-        from clipkit.evals.comparison import compare, text_tables
-
         tables = text_tables(compare(folders, order=objective))
         if tables:
             print(

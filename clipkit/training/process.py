@@ -1,28 +1,29 @@
-"""The process a recipe runs in: its device, precision, rank in a torchrun, and the signals that ask it to
-stop.
-"""
+"""The process a program trains in: its device, precision, rank in a torchrun, and what asks it to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import NoReturn, TypeVar
 
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit.distributed import barrier, is_distributed, rank
+from clipkit.model import DualEncoder
 from clipkit.registry import unknown
+from clipkit.training.run_folder import STOPPED
 
-if TYPE_CHECKING:
-    import torch
-
-    from clipkit.recipes.pretrain import State
-
-# sysexits' EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on.
-STOPPED = 75
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -47,28 +48,34 @@ class StopRequest:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._receive)
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._code and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._code = StopRequest.received = number
 
     def agree(self, device: torch.device) -> str | None:
         """The reason any rank has: ranks must stop at the same step. Called by all ranks, once a step."""
-        import torch
-
-        from clipkit.distributed import is_distributed
-
         # A signal's number, or one that no signal has.
         code = self._code or (_TIME_IS_UP if self._deadline and time.monotonic() > self._deadline else 0)
         if is_distributed():
             seen = torch.tensor(code, device=device)
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+            distributed.all_reduce(seen, distributed.ReduceOp.MAX)
             code = int(seen)
         if code:
             self.reason = (
                 f"max_minutes={self._minutes:g}" if code == _TIME_IS_UP else signal.Signals(code).name
             )
         return self.reason
+
+    def leave(self, step: int) -> NoReturn:
+        """Say why and exit with the status of a stopped run; called by all ranks, once everything is saved."""
+        if rank() == 0:
+            print(
+                f"stopped by {self.reason} at step {step}, saved; run the same command to go on", flush=True
+            )
+        # A rank that leaves is taken for failed and the others are ended: rank 0 must have saved.
+        barrier()
+        sys.exit(STOPPED)
 
 
 _TIME_IS_UP = 1000
@@ -78,8 +85,6 @@ def choose_device(name: str) -> torch.device:
     """The torch device a setting means; under torchrun on GPUs, this rank's own. ValueError when it is not
     there.
     """
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -97,9 +102,6 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
     When a rank dies, its neighbours' collectives fail (gloo: at once; NCCL: torchrun ends them, or after
     `timeout_minutes`), which is raised as an error that says so.
     """
-    import torch
-    from torch import distributed
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield 0, 1
@@ -129,8 +131,6 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
 
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed for want of its peers."""
-    from torch import distributed
-
     if isinstance(error, distributed.DistError):
         return True
     # gloo raises a plain RuntimeError that names its source file.
@@ -139,8 +139,6 @@ def lost_a_rank(error: RuntimeError) -> bool:
 
 def autocast(name: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Makes autocast contexts for `precision=fp32|bf16`."""
-    import torch
-
     if name == "fp32":
         return contextlib.nullcontext
     if name == "bf16":
@@ -154,10 +152,6 @@ def data_parallel(
     """The module under DistributedDataParallel when several ranks run and it has something to train; else as
     it is.
     """
-    from torch.nn.parallel import DistributedDataParallel
-
-    from clipkit.distributed import is_distributed
-
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # FSDP2 has done it already.
     if not is_distributed() or not trained or hasattr(trained[0], "full_tensor"):
@@ -176,14 +170,12 @@ def data_parallel(
 
 def sharded(parallel: str) -> bool:
     """Whether `parallel=ddp|fsdp` splits the weights: with one rank there is nothing to split over."""
-    from clipkit.distributed import is_distributed
-
     if parallel not in ("ddp", "fsdp"):
         raise unknown("parallel", parallel, ("ddp", "fsdp"))
     return parallel == "fsdp" and is_distributed()
 
 
-def compile_towers(model: Any, *, by_block: bool) -> None:
+def compile_towers(model: DualEncoder, *, by_block: bool) -> None:
     """torch.compile both towers in place, names unchanged; by block under FSDP2, which acts between the
     blocks.
     """
@@ -194,44 +186,12 @@ def compile_towers(model: Any, *, by_block: bool) -> None:
 
 def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
     """Scale the gradients down to a global norm of `limit`; () the norm before, over all ranks' parts."""
-    import torch
-
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-@contextlib.contextmanager
-def evaluated_model(state: State) -> Iterator[Any]:
-    """The model to score: with the averaged weights where they are kept, and whole on every rank.
-
-    Ranks encode different numbers of batches, which FSDP2's gathering would wait for in vain: split weights
-    are put into a model of their own meanwhile.
-    """
-    import torch
-
-    from clipkit.checkpoint import model_config
-    from clipkit.model import create_model
-    from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
-
-    model, average = state.model, state.average
-    if is_sharded(model.state_dict()):
-        weights = average.weights if average else model.state_dict()
-        take_unsplit_of_rank_0(weights)
-        with torch.random.fork_rng():
-            model = create_model(model_config(state.config, pretrained=False), tokenizer=state.tokenizer)
-        model.load_state_dict(whole(weights))
-        yield model.to(state.device)
-    elif average:
-        with average.applied(model):
-            yield model
-    else:
-        yield model
-
-
-def on_rank_0_first(make: Callable[[], Any]) -> Any:
+def on_rank_0_first(make: Callable[[], T]) -> T:
     """Call on rank 0, then on the others: what writes files does so once, and the others find them."""
-    from clipkit.distributed import barrier, rank
-
     if rank() == 0:
         value = make()
     barrier()

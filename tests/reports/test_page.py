@@ -17,10 +17,10 @@ import yaml
 
 from clipkit.checkpoint import save_checkpoint
 from clipkit.data import create_tokenizer, iter_captions, write_shapes
-from clipkit.evals.predict import Predictor, load_embeddings
-from clipkit.evals.report import write_report
-from clipkit.evals.runs import find_runs, group_runs, read_run
 from clipkit.model import create_model
+from clipkit.predict import Predictor, load_embeddings
+from clipkit.reports.page import write_report
+from clipkit.reports.runs import find_runs, group_runs, read_run
 
 VOID = {"meta", "img", "wbr", "br", "link", "input", "hr"}
 
@@ -226,7 +226,7 @@ def test_predictor_embeds_searches_and_classifies(runs, tmp_path):
 
 
 def test_embeddings_are_written_and_read_back(runs, tmp_path):
-    from clipkit.evals.predict import save_embeddings
+    from clipkit.predict import save_embeddings
 
     features = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     save_embeddings(tmp_path / "out" / "e.npy", ["a", "b", "c"], features)
@@ -241,7 +241,7 @@ def test_embeddings_are_written_and_read_back(runs, tmp_path):
 
 def test_parquet(tmp_path):
     pytest.importorskip("pyarrow", reason="pip install pyarrow")
-    from clipkit.evals.predict import save_embeddings
+    from clipkit.predict import save_embeddings
 
     features = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     save_embeddings(tmp_path / "e.parquet", ["a", "b", "c"], features)

@@ -1,11 +1,12 @@
-"""What every recipe shares of the command line: one run or a sweep under hydra, and errors that say what to
-do.
+"""One run of a program or a sweep of them under hydra: compose, check, then import the program and call it.
 
-Nothing here imports torch: the command line answers a TAB or a typo in a fraction of a second.
+A program is a function of recipes/ that takes its settings as plain values. Nothing here imports torch before a job
+starts: the command line answers a TAB or a typo in a fraction of a second.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shlex
@@ -13,13 +14,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -27,32 +29,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import clipkit
-from clipkit.recipes import jobs, run_folder, session
-from clipkit.recipes.overrides import (
-    check_overrides,
+from clipkit.command import jobs
+from clipkit.command.check import check_overrides, explain
+from clipkit.command.compose import (
+    CONFIG_PATH,
     compose,
-    config_path,
-    explain,
     fixed,
     is_hydras,
     register_resolvers,
-    run_name,
+    resolved,
     start_hydra,
 )
 from clipkit.registry import unknown
-
-__all__ = ["reported", "run", "run_name"]
+from clipkit.training import run_folder
 
 # Errors whose text is for the user; any other is a fault of ours, and comes with its traceback.
 REPORTED = (HydraException, ValueError, RuntimeError, OSError)
 
 
-def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
-    """Run `task(cfg, run_dir)` under hydra with the command line's overrides; exits with 1 and a message on
-    an error.
+def run(program: str) -> None:
+    """Run a program with the command line's overrides; exits with 1 and a message on an error.
 
-    With `-m` it runs every job of the sweep, and ends with their comparison and with the list of those that
-    failed.
+    With `-m` it runs every job of the sweep, and ends with their comparison and with the list of those that failed.
+
+    Args:
+        program: the name of a module of recipes/, of the function in it, and of its settings, conf/PROGRAM.yaml.
     """
     register_resolvers()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
@@ -60,26 +61,26 @@ def run(task: Callable[[DictConfig, Path], Any], config_name: str) -> Any:
     sweep = None
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
-            sweep = Sweep.from_command_line(config_name)
-        function = JobFunction(task, config_name, sweep.records if sweep else None)
-        hydra.main(version_base="1.3", config_path=config_path(), config_name=config_name)(function)()
+            sweep = Sweep.from_command_line(program)
+        job = JobFunction(program, sweep.records if sweep else None)
+        hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=program)(job)()
     except (KeyboardInterrupt, SystemExit) as stopped:
         if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
             sweep.end("a signal", signalled=True)
         raise
     except Exception as error:
         if sweep and sweep.records.read():
-            sweep.end(explain(error, config_name))
-        _fail(error, config_name)
+            sweep.end(explain(error, program))
+        _fail(error, program)
     if sweep:
         sweep.end()
 
 
-def _fail(error: Exception, config_name: str) -> None:
+def _fail(error: Exception, program: str) -> None:
     """Exit with 1 and the error's text; one that is not for the user is raised as it is."""
     if "CLIPKIT_TRACEBACK" in os.environ or not isinstance(error, REPORTED):
         raise error
-    print(f"\nError: {explain(error, config_name)}", file=sys.stderr)
+    print(f"\nError: {explain(error, program)}", file=sys.stderr)
     if isinstance(error, RuntimeError) and not _ours(error):
         traceback.print_exception(error)
     print("(CLIPKIT_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
@@ -87,67 +88,71 @@ def _fail(error: Exception, config_name: str) -> None:
 
 
 @contextmanager
-def reported(config_name: str) -> Iterator[None]:
+def reported(program: str) -> Iterator[None]:
     """For a command that is not hydra's but takes its overrides: an error inside is told as `run` tells it."""
     register_resolvers()
     try:
         yield
     except Exception as error:
-        _fail(error, config_name)
+        _fail(error, program)
 
 
 def _ours(error: BaseException) -> bool:
     """Whether clipkit raised it, with a message written for the user; one of torch's needs its traceback."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return any(
-        folder in raised_in.parents
-        for folder in (Path(__file__).resolve().parent, Path(clipkit.__file__).resolve().parent)
-    )
+    package = Path(clipkit.__file__).parent
+    return any(folder.resolve() in raised_in.parents for folder in (package, package / "recipes"))
 
 
 class JobFunction:
     """What hydra calls with each job's config, here or, pickled, in a launcher's other processes.
 
     Args:
-        task: called with the config and the run folder.
+        program: as for `run`.
         records: of a sweep, where every job leaves its state; None for a single run.
     """
 
-    def __init__(
-        self, task: Callable[[DictConfig, Path], Any], config_name: str, records: jobs.Records | None
-    ):
-        self.task, self.config_name, self.records, self.process = task, config_name, records, os.getpid()
+    def __init__(self, program: str, records: jobs.Records | None):
+        self.program, self.records, self.process = program, records, os.getpid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # In a fresh process the run folder's name is resolved before the job is called, but after it is
-        # unpickled.
+        # In a fresh process the run folder's name is resolved before the job is called, but after it is unpickled.
         register_resolvers()
 
     def __call__(self, cfg: DictConfig) -> Any:
         context = HydraConfig.get()
         run_dir, overrides = Path(context.runtime.output_dir), list(context.overrides.task)
         if self.records is None:
-            check_overrides(cfg, self.config_name, overrides)
-            return self.task(cfg, run_dir)
-        recorded = jobs.recorded(
-            self.records, overrides, run_dir, lambda error: explain(error, self.config_name)
-        )
+            return self._call(cfg, run_dir, overrides)
+        recorded = jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.program))
+        mine = os.getpid() == self.process
         try:
             with _handlers_kept(), recorded, run_folder.failure_recorded(run_dir):
-                check_overrides(cfg, self.config_name, overrides)
-                check_objective(cfg)
-                value = objective_value(self.task(cfg, run_dir), cfg.get("objective"))
+                value = objective_value(self._call(cfg, run_dir, overrides), cfg.get("objective"))
         except jobs.Stopped:
-            # A signal here tells the sweep to stop; in a worker, or when its minutes are up, it is this job
-            # alone.
-            if os.getpid() == self.process and session.StopRequest.received:
-                sys.exit(session.STOPPED)
+            # A signal here tells the sweep to stop; in a worker, or when its minutes are up, it is this job alone.
+            if mine and _signalled():
+                sys.exit(run_folder.STOPPED)
             raise
-        if session.StopRequest.received and os.getpid() == self.process:
+        if mine and _signalled():
             # It came too late to stop this job; it stops the sweep.
-            sys.exit(session.STOPPED)
+            sys.exit(run_folder.STOPPED)
         return value
+
+    def _call(self, cfg: DictConfig, run_dir: Path, overrides: list[str]) -> Any:
+        """Check the settings, then import the program, and torch with it."""
+        check_overrides(cfg, self.program, overrides)
+        check_objective(cfg)
+        config = resolved(cfg, self.program)
+        function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
+        return function(config, run_dir)
+
+
+def _signalled() -> bool:
+    """Whether a program in this process was asked to stop."""
+    process = sys.modules.get("clipkit.training.process")
+    return process is not None and process.StopRequest.received is not None
 
 
 @contextmanager
@@ -179,22 +184,18 @@ class Sweep:
     objective: str | None
 
     @classmethod
-    def from_command_line(cls, config_name: str) -> Sweep:
+    def from_command_line(cls, program: str) -> Sweep:
         """Read sys.argv; ValueError under torchrun, and for a search without an objective."""
-        from hydra._internal.utils import get_args_parser
-
         given = get_args_parser().parse_args(sys.argv[1:])
         refuse_torchrun(given.overrides)
         loader = start_hydra(given.config_dir)
-        cfg = compose(config_name, fixed(given.overrides), mode=RunMode.MULTIRUN)
+        cfg = compose(program, fixed(given.overrides), mode=RunMode.MULTIRUN)
         sweeper = cfg.hydra.runtime.choices["hydra/sweeper"]
         if sweeper != "basic" and "objective" in cfg:
             check_search(sweeper, cfg, given.overrides)
         own = [entry for entry in given.overrides if not is_hydras(entry)]
         planned = jobs.expand(own, loader) if sweeper == "basic" else []
-        command = [f"clipkit-{config_name}"] + (
-            ["--config-dir", given.config_dir] if given.config_dir else []
-        )
+        command = [f"clipkit-{program}"] + (["--config-dir", given.config_dir] if given.config_dir else [])
         # hydra.main starts its own.
         GlobalHydra.instance().clear()
         return cls(jobs.Records.under(cfg.get("output_dir") or "."), planned, command, cfg.get("objective"))

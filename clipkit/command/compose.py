@@ -1,0 +1,110 @@
+"""Settings composed from conf/ and a command line's overrides by hydra, as plain values for a program.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError
+
+from clipkit.data import locate_data
+from clipkit.settings import EXECUTION
+
+# hydra's name for conf/, wherever clipkit is imported from.
+CONFIG_PATH = "pkg://clipkit.conf"
+# Settings of clipkit-pretrain that a program reads nothing of: they may name what is not there.
+UNREAD = {"plan": ("eval", "logger", "hydra")}
+
+
+def run_name(overrides: str) -> str:
+    """A run folder's name from the overrides: the same command finds the same folder, and so resumes.
+
+    Args:
+        overrides: hydra's `override_dirname`, such as "experiment=quickstart,loss=cyclip,seed=1".
+    """
+    experiment = re.search(r"(?:^|,)experiment=([\w\-]+)", overrides)
+    rest = re.sub(r"(?:^|,)experiment=[\w\-]+", "", overrides).strip(",")
+    # No "=": the folder is to be given to hydra as checkpoint=FOLDER.
+    slug = re.sub(r"[^\w.+]+", "-", rest).strip("-")[:60]
+    # Raw overrides overflow a path's length, and two may share a slug: the hash tells them apart.
+    name = f"{slug}-{hashlib.sha256(rest.encode()).hexdigest()[:6]}" if rest else "default"
+    return f"{experiment.group(1) if experiment else 'quickstart'}/{name}"
+
+
+def register_resolvers() -> None:
+    """What the YAML files call as `${name:...}`; each process of a launcher registers them anew."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("execution_settings", lambda: list(EXECUTION), replace=True)
+
+
+def start_hydra(config_dir: str | None = None) -> Any:
+    """hydra's config loader over conf/, and over the user's `--config-dir` before it."""
+    path = create_config_search_path(CONFIG_PATH)
+    if config_dir:
+        path.prepend("command-line", f"file://{Path(config_dir).resolve()}")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2(task_name="clipkit", config_search_path=path).config_loader
+
+
+def loader(config_name: str) -> Any:
+    """hydra's config loader, also after a failed composition has torn hydra down."""
+    return (
+        GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else start_hydra()
+    )
+
+
+def compose(config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    """The config with these overrides, and hydra's own under `hydra`."""
+    # The resolvers `hydra:` and `run_name:` are not evaluated here, only keys and types are looked at.
+    return loader(config_name).load_configuration(config_name=config_name, overrides=overrides, run_mode=mode)
+
+
+def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
+    """The settings as plain values, interpolations replaced.
+
+    Raises:
+        ValueError: an interpolation of what is not there, such as the zero-shot set of data that has none.
+    """
+    with open_dict(cfg):
+        if "data" in cfg:
+            # Paths of generated data are known before it is drawn, so that `${data.val}` names real shards.
+            cfg.data = locate_data(OmegaConf.to_container(cfg.data, resolve=True))
+        # An empty choice, such as eval=[], leaves its group out altogether.
+        for group in ("loss", "eval", "logger"):
+            if group in cfg or "data" in cfg:
+                cfg[group] = cfg.get(group) or {}
+        for group in UNREAD.get(config_name, ()):
+            cfg.pop(group, None)
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:
+        raise ValueError(
+            f"{error.full_key} reads a setting that is not there ({str(error).splitlines()[0]}). If this data "
+            "has no such part, choose another eval= (eval=none for no evaluation)"
+        ) from error
+
+
+def fixed(overrides: Sequence[str]) -> list[str]:
+    """The overrides that are the same for every job of a sweep."""
+    return [
+        entry.input_line
+        for entry in OverridesParser.create().parse_overrides(overrides)
+        if not entry.is_sweep_override()
+    ]
+
+
+def is_hydras(override: str) -> bool:
+    """Whether an override is of hydra's own settings, such as hydra/launcher=joblib."""
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))

@@ -1,0 +1,43 @@
+"""Which of a run's settings say how it is carried out and watched, and so make no other run.
+
+This is the one list: a run folder's name leaves these settings out, a run may go on with other values of them, and
+runs that differ in nothing else count as the same experiment. Every other setting says what is learnt, from what and
+how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+EXECUTION = (
+    "output_dir",
+    "resume",
+    "device",
+    "num_threads",
+    "max_minutes",
+    "timeout_minutes",
+    "log_every",
+    "logger",
+    "loss_spike",
+    "eval_every",
+    "save_every",
+    "keep",
+    "objective",
+)
+# Asks for a folder of its own, and changes nothing else.
+NAME = "name"
+
+
+def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a run the one it is, its seed among them."""
+    return {key: value for key, value in config.items() if key not in (*EXECUTION, NAME)}
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested mappings differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}, key=str):
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new

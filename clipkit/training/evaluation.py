@@ -1,0 +1,100 @@
+"""Scoring the model of a training run: which tasks at which step, on whole weights or their average."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clipkit.evals import create_tasks, evaluate
+from clipkit.model import DualEncoder, create_model
+from clipkit.optim import WeightAverage
+from clipkit.registry import unknown
+from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
+from clipkit.training.record import due
+from clipkit.training.run_folder import flatten
+
+
+class Evaluation:
+    """The evaluation tasks of a run.
+
+    Args:
+        model: scored with `average`'s weights where there is one.
+        model_config: what makes another model of this kind (clipkit.checkpoint.model_config, pretrained=False);
+            split weights are put together in one.
+        tasks: {name: settings}, as clipkit.evals.evaluate takes them.
+        at_end: names of tasks that are scored after the last step alone.
+        every: steps between two evaluations; 0: only after the last.
+        total_steps: the run's last step.
+        best_metric: "task/metric" that names the best checkpoint, or None; it must come out of every evaluation.
+        batch_size: images or captions encoded at once.
+
+    Raises:
+        ValueError: unknown tasks or settings, in `at_end` and `best_metric` too.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: Any,
+        tasks: Mapping[str, Mapping[str, Any] | None],
+        *,
+        model_config: Mapping[str, Any],
+        device: torch.device,
+        batch_size: int,
+        total_steps: int,
+        average: WeightAverage | None = None,
+        at_end: Sequence[str] = (),
+        every: int = 0,
+        best_metric: str | None = None,
+    ):
+        create_tasks(tasks)
+        for name in at_end:
+            if name not in tasks:
+                raise unknown("task of final_eval", name, tasks)
+        if best_metric and best_metric.split("/")[0] not in tasks:
+            raise unknown("task of best_metric", best_metric, [f"{name}/..." for name in tasks])
+        self.model, self.tokenizer, self.average, self.model_config = model, tokenizer, average, model_config
+        self.device, self.batch_size = device, batch_size
+        self.tasks, self.at_end, self.every, self.total_steps = tasks, at_end, every, total_steps
+        self.best_metric = best_metric
+
+    def after(self, step: int) -> dict[str, float]:
+        """{"task/metric": value} of the tasks due after this step; empty where none is. Called by all ranks."""
+        last = step == self.total_steps
+        if not last and not due(step, self.every):
+            return {}
+        tasks = {name: task for name, task in self.tasks.items() if last or name not in self.at_end}
+        if not tasks:
+            return {}
+        with self._scored() as model:
+            results = evaluate(
+                model, self.tokenizer, tasks, device=self.device, batch_size=self.batch_size, group="auto"
+            )
+        metrics = flatten(results)
+        if self.best_metric and self.best_metric not in metrics:
+            raise unknown("best_metric", self.best_metric, metrics)
+        return metrics
+
+    @contextlib.contextmanager
+    def _scored(self) -> Iterator[DualEncoder]:
+        """The model to score: with the averaged weights where they are kept, and whole on every rank.
+
+        Ranks encode different numbers of batches, which FSDP2's gathering would wait for in vain: split
+        weights are put into a model of their own meanwhile.
+        """
+        model, average = self.model, self.average
+        if is_sharded(model.state_dict()):
+            weights = average.weights if average else model.state_dict()
+            take_unsplit_of_rank_0(weights)
+            with torch.random.fork_rng():
+                model = create_model(self.model_config, tokenizer=self.tokenizer)
+            model.load_state_dict(whole(weights))
+            yield model.to(self.device)
+        elif average:
+            with average.applied(model):
+                yield model
+        else:
+            yield model

@@ -1,0 +1,108 @@
+"""What the training loop is fed: image-text batches, sentence batches beside them, on the device and
+augmented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clipkit.data import Augment, SentenceStream, Stream, create_sentences
+
+Batch = dict[str, Any]
+
+
+def sentence_stream(
+    given: Mapping[str, Any] | None,
+    inputs: Sequence[str],
+    *,
+    tokenizer: Any,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> SentenceStream | None:
+    """The second stream, of NLI sentences, when a loss asks for it; None otherwise.
+
+    Args:
+        given: {"triplets": file, "pairs": file, "batch_size": over all ranks}.
+        inputs: what the losses read.
+
+    Raises:
+        ValueError: a loss learns from a file that is not given.
+    """
+    needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
+    if not any(needed.values()):
+        return None
+    given = given or {}
+    for name in (name for name in needed if needed[name]):
+        if not given.get(name):
+            raise ValueError(
+                f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave "
+                "it out"
+            )
+    return create_sentences(
+        {name: given[name] for name in needed if needed[name]},
+        tokenizer=tokenizer,
+        batch_size=split(given["batch_size"], world_size, "data.sentences.batch_size"),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def split(batch_size: int, world_size: int, name: str) -> int:
+    """A rank's share of a global batch."""
+    if batch_size < world_size or batch_size % world_size:
+        raise ValueError(
+            f"{name}={batch_size} does not divide evenly over {world_size} ranks: give a multiple of {world_size}"
+        )
+    return batch_size // world_size
+
+
+def total_steps(steps: int | None, epochs: int | None, *, batch_size: int, batches_per_epoch: int) -> int:
+    """The run's optimizer steps from `steps` or `epochs`, exactly one of which is given."""
+    if steps is not None and epochs is None:
+        total = steps
+    elif epochs is not None and steps is None:
+        total = epochs * batches_per_epoch
+    else:
+        raise ValueError(f"steps={steps} and epochs={epochs}: give exactly one of the two")
+    if total < 1:
+        raise ValueError(
+            f"{total} steps to train: steps={steps}, epochs={epochs} with {batches_per_epoch} batches an epoch; "
+            f"give more data or a batch_size smaller than {batch_size}"
+        )
+    return total
+
+
+def joined(stream: Stream, sentences: SentenceStream | None) -> Iterator[Batch]:
+    """Image-text batches, each with the next sentence batch's entries beside its own."""
+    second = iter(sentences) if sentences else None
+    for batch in stream:
+        yield {**batch, **next(second)} if second else batch
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with their tensors moved; keys and the like stay."""
+    for batch in batches:
+        yield {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+def augmented(batch: Batch, augment: Augment, wanted: Sequence[str], draw: int) -> Batch:
+    """The batch with its images augmented on the device, and the extra views that a loss asks for.
+
+    Args:
+        wanted: names of the features that the losses read.
+        draw: a number that no other step and rank has: the masks are a function of it and the seed.
+    """
+    views = {
+        f"image_view{n}": augment(batch["image"], draw=draw, view=n)
+        for n in (1, 2)
+        if f"image_features_view{n}" in wanted
+    }
+    return {**batch, **views, "image": augment(batch["image"], draw=draw)}

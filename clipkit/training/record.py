@@ -1,0 +1,154 @@
+"""What a training run says and keeps of its steps: progress, loggers, loss spikes, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from clipkit.distributed import rank
+from clipkit.files import write_json
+from clipkit.loggers import Loggers
+from clipkit.training.progress import Progress
+from clipkit.training.run_folder import table
+
+
+class Record:
+    """The steps of a run, on the terminal and in the loggers; every rank keeps the spikes of its own share.
+
+    Args:
+        progress: says nothing on ranks other than 0.
+        loggers: on rank 0, else None.
+        log_every: steps between two entries of the loggers.
+        loss_spike: factor of a SpikeRecord, or None.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        progress: Progress,
+        loggers: Loggers | None,
+        log_every: int,
+        loss_spike: float | None,
+    ):
+        self.progress, self._loggers, self._every = progress, loggers, log_every
+        self._run_dir, self._spikes = run_dir, SpikeRecord(run_dir, loss_spike)
+        self.started = time.monotonic()
+
+    def step(
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        *,
+        lr: float,
+        logit_scale: torch.Tensor,
+        data_seconds: float,
+        keys: Sequence[str],
+    ) -> None:
+        """Take in a finished step.
+
+        Args:
+            numbers: "loss", its terms and "grad_norm".
+            logit_scale: (), read from the device only when it is logged.
+            data_seconds: spent waiting for the batch.
+            keys: the batch's samples.
+        """
+        if self._loggers and (step == self.progress.total or due(step, self._every)):
+            entries = {f"train/{name}": value for name, value in numbers.items()}
+            entries |= {"train/lr": lr, "train/logit_scale": logit_scale.item()}
+            entries |= {"train/data_seconds": data_seconds, "train/seconds": self.seconds}
+            self._loggers.log(step, entries)
+        self.progress.show(step, {name: v for name, v in numbers.items() if name != "grad_norm"} | {"lr": lr})
+        self._spikes.see(step, numbers["loss"], keys, self.progress)
+
+    def finite(self, step: int, terms: Mapping[str, torch.Tensor], keys: Sequence[str]) -> dict[str, float]:
+        """A step's terms as numbers, before the weights change.
+
+        Every rank has the same loss and the same averaged gradient, so all of them stop, or none.
+
+        Args:
+            terms: () tensors, "loss" and "grad_norm" among them.
+            keys: the batch's samples.
+
+        Raises:
+            RuntimeError: the loss or its gradient is not finite; the batch's keys are on record.
+        """
+        # One copy from the device for all of them.
+        values = torch.stack([value.detach().float() for value in terms.values()]).tolist()
+        numbers = dict(zip(terms, values, strict=True))
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+        if not bad:
+            return numbers
+        path = self._run_dir / f"nonfinite_step_{step}{of_rank()}.json"
+        write_json(path, {"terms": {name: str(value) for name, value in numbers.items()}, "keys": list(keys)})
+        raise RuntimeError(
+            f"the {' and the '.join(bad)} is not finite at step {step} ({numbers}); the weights are unchanged "
+            f"and the batch's keys are in {path}. Lower optim.lr, set clip_grad_norm, or use precision=fp32; "
+            "the run resumes from its last checkpoint."
+        )
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log {"task/metric": value}; the last step's table is the program's to print."""
+        if self._loggers and metrics:
+            self._loggers.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if metrics and step < self.progress.total:
+            self.progress.say(f"step {step} evaluation\n{table(metrics)}")
+
+    @property
+    def seconds(self) -> float:
+        """Since training began, in this session."""
+        return time.monotonic() - self.started
+
+    def close(self) -> None:
+        self.progress.close()
+        if self._loggers:
+            self._loggers.close()
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something happens after this step that happens every so many; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def of_rank() -> str:
+    """What the name of a file ends in that each rank writes for its share of the batch; nothing on rank 0."""
+    return f"_rank_{rank()}" if rank() else ""
+
+
+class SpikeRecord:
+    """Steps whose loss stands out, with the keys of their samples: RUN/loss_spikes.jsonl, a file a rank.
+
+    Args:
+        factor: a spike is a loss above `factor` times the median of the 100 steps before; None: nothing is
+            recorded.
+    """
+
+    def __init__(self, run_dir: Path, factor: float | None):
+        self.path, self.factor = run_dir / f"loss_spikes{of_rank()}.jsonl", factor
+        self.recent: deque[float] = deque(maxlen=100)
+
+    def see(self, step: int, loss: float, keys: Sequence[str], progress: Progress) -> None:
+        """Take in a step's loss; the first 20 of a session are never spikes."""
+        usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
+        self.recent.append(loss)
+        if self.factor is None or loss <= self.factor * usual:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(
+                    json.dumps({"step": step, "loss": loss, "median": usual, "keys": list(keys)}) + "\n"
+                )
+        except OSError as error:
+            progress.say(f"warning: the loss spike at step {step} could not be recorded: {error}")
+            return
+        progress.say(
+            f"loss spike at step {step}: {loss:.4g}, {loss / usual:.1f} times the median before; its samples' "
+            f"keys are in {self.path}"
+        )

@@ -1,0 +1,219 @@
+"""A run's checkpoints: what goes into one, when the last one counts as written, and going on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import distributed, nn
+
+from clipkit.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    rng_state,
+    save_checkpoint,
+    save_sharded_checkpoint,
+    set_rng_state,
+    split_weights,
+)
+from clipkit.distributed import gather_objects, rank, world_size
+from clipkit.optim import WeightAverage
+from clipkit.sharding import (
+    is_sharded,
+    load_optimizer,
+    optimizer_parameters,
+    optimizer_settings,
+    optimizer_tensors,
+    split_as,
+    take_unsplit_of_rank_0,
+)
+from clipkit.training.record import due
+
+
+class Resumable(Protocol):
+    """What a run reads and can go on reading where it stopped."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Checkpoints:
+    """Saves a run and goes on from what was saved; every rank holds one and calls the same methods at the same step.
+
+    Args:
+        folder: where the checkpoints lie.
+        model, loss, average, optimizer, schedule, stream, sentences: what a checkpoint holds.
+        tokenizer: saved beside the weights.
+        config: the run's resolved settings, saved as config.json.
+        total_steps: the last step, whose checkpoint must be written.
+        every: steps between two checkpoints; 0: only after the last.
+        keep: newest checkpoints kept, besides the best by `best_metric`.
+        say: prints a warning, on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        stream: Resumable,
+        sentences: Resumable | None,
+        average: WeightAverage | None,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        total_steps: int,
+        every: int,
+        keep: int,
+        best_metric: str | None,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder, self.tokenizer, self.config, self.say = folder, tokenizer, config, say
+        self.model, self.loss, self.average = model, loss, average
+        self.optimizer, self.schedule, self.stream, self.sentences = optimizer, schedule, stream, sentences
+        self.total_steps, self.every, self.keep, self.best_metric = total_steps, every, keep, best_metric
+        # One that is written in the background, and its step.
+        self._pending: tuple[int, Future] | None = None
+        sharded = is_sharded(model.state_dict())
+        self._group = distributed.new_group(backend="gloo") if sharded else None
+
+    def after(self, step: int, metrics: Mapping[str, float], *, stopping: bool) -> None:
+        """Save where it is time: every so many steps, after the last, before a stop, and what may be the best."""
+        final = stopping or step == self.total_steps
+        if final or due(step, self.every) or (self.best_metric and metrics):
+            self.save(step, metrics, wait=final)
+
+    def save(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
+        """Write a checkpoint and drop old ones; a disk that is full leaves the last good one and a warning.
+
+        Args:
+            metrics: of the evaluation after this step, by which the best checkpoint is told.
+            wait: return when it is on the disk. Otherwise one of split tensors is written while training goes on.
+
+        Raises:
+            OSError: the last step's could not be written.
+        """
+        self._settle()
+        weights = self._weights()
+        sharded = is_sharded(weights)
+        if sharded:
+            take_unsplit_of_rank_0(weights)
+        ranks = gather_objects({"rng": rng_state(), "stream": self.stream.state_dict()})
+        train_state = {
+            "optimizer": optimizer_settings(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "ranks": ranks,
+            "sentences": self.sentences.state_dict() if self.sentences else None,
+            "average_updates": self.average.updates if self.average else None,
+        }
+        content: dict[str, Any] = {
+            "weights": weights,
+            "optimizer": optimizer_tensors(self.optimizer),
+            "config": self.config,
+            "tokenizer": self.tokenizer,
+            "metrics": metrics,
+            "train_state": train_state,
+        }
+        try:
+            if sharded:
+                writing = save_sharded_checkpoint(self.folder, step, **content, group=self._group)
+                self._pending = step, writing
+            elif rank() == 0:
+                save_checkpoint(self.folder, step, **content)
+        except OSError as error:
+            self._not_written(step, error)
+            return
+        if wait:
+            self._settle()
+        self._drop_old()
+
+    def resume(self) -> tuple[int, dict[str, float]]:
+        """Go on from the folder's newest good checkpoint, whatever number of ranks wrote it.
+
+        Returns:
+            The steps done and the metrics of the evaluation after them; (0, {}) where there is no checkpoint.
+        """
+        # Rank 0 alone reads it through to check it.
+        path = gather_objects(latest_checkpoint(self.folder) if rank() == 0 else None)[0]
+        if path is None:
+            return 0, {}
+        present, parameters = self._weights(), optimizer_parameters(self.optimizer)
+
+        def like(name: str) -> torch.Tensor | None:
+            return parameters[int(name.split(".")[1])] if name.startswith("optimizer.") else present.get(name)
+
+        loaded = load_checkpoint(path, verified=True, like=like)
+        weights = {name: _as_present(tensor, present.get(name)) for name, tensor in loaded["weights"].items()}
+        self.model.load_state_dict(split_weights(weights, "model"))
+        self.loss.load_state_dict(split_weights(weights, "loss"))
+        saved = loaded["train_state"]
+        if self.average:
+            average = {"updates": saved["average_updates"], "weights": split_weights(weights, "average")}
+            self.average.load_state_dict(average)
+        load_optimizer(self.optimizer, saved["optimizer"], loaded["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        if self.sentences:
+            self.sentences.load_state_dict(saved["sentences"])
+        if len(saved["ranks"]) == world_size():
+            mine = saved["ranks"][rank()]
+            set_rng_state(mine["rng"])
+            self.stream.load_state_dict(mine["stream"])
+        else:
+            # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
+            faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]]
+            position = saved["ranks"][0]["stream"]
+            self.stream.load_state_dict({**position, "faults": faults if rank() == 0 else []})
+        return loaded["step"], loaded["metrics"]
+
+    def _settle(self) -> None:
+        """Wait for the one that is being written in the background; every rank learns how it went."""
+        if self._pending is None:
+            return
+        (step, writing), self._pending, problem = self._pending, None, None
+        try:
+            writing.result()
+        except OSError as error:
+            problem = str(error)
+        problems = [text for text in gather_objects(problem) if text]
+        if problems:
+            self._not_written(step, OSError(problems[0]))
+        else:
+            self._drop_old()
+
+    def _not_written(self, step: int, error: OSError) -> None:
+        """Say so and go on; for the last step's checkpoint it is an error."""
+        kept = (list_checkpoints(self.folder) or [None])[-1]
+        if step == self.total_steps:
+            raise OSError(
+                f"the final checkpoint could not be written ({error}); the last good one is {kept}"
+            ) from error
+        self.say(f"warning: no checkpoint at step {step}: {error}; the last good one is {kept}")
+
+    def _drop_old(self) -> None:
+        if rank() == 0:
+            prune(self.folder, keep=self.keep, metric=self.best_metric)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Every weight as a checkpoint names it: "model.*", "loss.*", "average.*"."""
+        parts: dict[str, Mapping[str, Any]] = {
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+        }
+        if self.average:
+            parts["average"] = self.average.weights
+        return {
+            f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()
+        }
+
+
+def _as_present(tensor: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+    """A tensor that was read in full, split as the run's own is."""
+    return tensor if present is None or hasattr(tensor, "full_tensor") else split_as(tensor, present)
