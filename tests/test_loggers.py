@@ -70,7 +70,7 @@ def test_wandb_offline_leaves_a_run_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="logger")
-        loggers = Loggers(tmp_path, {"wandb": {"mode": "offline"}}, config={"seed": 1}, start_step=0)
+        loggers = Loggers(tmp_path, {"wandb": {"mode": "offline"}}, shown={"seed": 1}, start_step=0)
         loggers.log(1, {"loss": 1.0})
         loggers.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
