@@ -29,7 +29,14 @@ from typing import Any
 import torch
 
 from clipkit.checkpoint import model_config
-from clipkit.data import Augment, create_augment, create_stream, create_tokenizer, train_captions
+from clipkit.data import (
+    Augment,
+    create_augment,
+    create_stream,
+    create_tokenizer,
+    resolve_data,
+    train_captions,
+)
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.grad_cache import cached_backward
 from clipkit.loggers import Loggers
@@ -76,8 +83,9 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     # Every rank draws the same weights.
     torch.manual_seed(config["seed"])
 
-    # Data. The tokenizer comes first, for the model has a row of weights for each of its tokens.
-    data = config["data"]
+    # Data. The tokenizer comes first, for the model has a row of weights for each of its tokens; the shards are
+    # opened once the model has said its image size and the loss what it reads.
+    data = process.on_rank_0_first(lambda: resolve_data(config["data"]))
     tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
 
     # Model: image tower, text tower, projections, logit_scale.
@@ -112,14 +120,12 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         batch_size=config["batch_size"],
         batches_per_epoch=stream.batches_per_epoch,
     )
-    optim = dict(config["optim"])
-    schedule = {
-        "name": optim.pop("schedule"),
-        "warmup_steps": optim.pop("warmup_steps"),
-        "final": optim.pop("final"),
-    }
-    optimizer = create_optimizer([model, loss], **optim)
-    schedule = create_schedule(optimizer, total_steps=total_steps, **schedule)
+    settings = dict(config["optim"])
+    name, warmup, final = (settings.pop(key) for key in ("schedule", "warmup_steps", "final"))
+    optimizer = create_optimizer([model, loss], **settings)
+    schedule = create_schedule(
+        optimizer, name=name, total_steps=total_steps, warmup_steps=warmup, final=final
+    )
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
     # What watches the loop: scores, checkpoints, numbers.

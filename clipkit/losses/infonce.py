@@ -36,7 +36,13 @@ class InfoNCE(nn.Module):
         L = 1/(2N) sum_i [ -log e^{s_ii} / sum_j e^{s_ij}  -  log e^{s_ii} / sum_j e^{s_ji} ],
         s_ij = scale <x_i, y_j>
 
-    computed as softplus(log sum_{j != i} e^{s_ij} - s_ii), which stays exact when the loss is near zero.
+    which on one process is, with an N x N matrix that is not needed here,
+
+        logits = logit_scale * image_features @ text_features.T
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    It is computed as softplus(log sum_{j != i} e^{s_ij} - s_ii), which stays exact when the loss is near zero.
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.3
     and figure 3. N are the pairs of the whole group: own rows stay, the texts are gathered, the columns' sums
     meet by an all-reduce.
