@@ -39,13 +39,11 @@ from harness import header, quantiles, report, table
 from clipkit.data import create_augment
 from clipkit.export import open_clip_config, open_clip_state_dict
 from clipkit.grad_cache import cached_backward
-from clipkit.loggers import Loggers
 from clipkit.losses import create_loss
 from clipkit.model import create_model
 from clipkit.optim import create_optimizer, create_schedule
 from clipkit.recipes.pretrain import train
 from clipkit.training import feed, process
-from clipkit.training.progress import Progress
 from clipkit.training.record import Record
 
 INPUTS = ("image_features", "text_features", "logit_scale")
@@ -175,10 +173,11 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
 
     def run(count: int) -> float:
         steps = range(done[0], done[0] + count)
-        progress = Progress(total=steps.stop, batch_size=setting.batch_size, every=20)
-        progress.start(steps.start)
-        loggers = Loggers(folder, {}, shown={}, start_step=steps.start)
+        record = Record(
+            folder, total_steps=steps.stop, batch_size=setting.batch_size, log_every=20, loss_spike=3.0
+        )
         with contextlib.redirect_stdout(io.StringIO()):
+            record.start(steps.start)
             train(
                 model,
                 loss,
@@ -193,7 +192,7 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
                 micro_batch_size=None,
                 clip_grad_norm=1.0,
                 max_logit_scale=100.0,
-                record=Record(folder, progress=progress, loggers=loggers, log_every=20, loss_spike=3.0),
+                record=record,
                 evaluation=SimpleNamespace(after=lambda step: {}),
                 checkpoints=SimpleNamespace(after=lambda step, metrics, stopping: None),
                 stop=process.StopRequest(),

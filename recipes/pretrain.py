@@ -27,26 +27,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clipkit.checkpoint import model_config
 from clipkit.data import (
     Augment,
     create_augment,
-    create_stream,
     create_tokenizer,
     resolve_data,
     train_captions,
 )
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.grad_cache import cached_backward
-from clipkit.loggers import Loggers
 from clipkit.losses import WeightedSum, create_loss
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.sharding import optimizer_parameters, shard
 from clipkit.training import feed, process, run_folder
 from clipkit.training.evaluation import Evaluation
-from clipkit.training.progress import Progress
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
 
@@ -79,7 +77,6 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     """
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
-    share = {"seed": config["seed"], "rank": rank(), "world_size": world_size()}
     # Every rank draws the same weights.
     torch.manual_seed(config["seed"])
 
@@ -89,30 +86,22 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
 
     # Model: image tower, text tower, projections, logit_scale.
-    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
-    sharded = process.sharded(config["parallel"])
-    if config["channels_last"] and not sharded:
-        # FSDP2 takes contiguous weights alone; the images come in channels_last all the same.
-        model.image_tower.to(memory_format=torch.channels_last)
-    if config["compile"]:
-        process.compile_towers(model, by_block=sharded)
+    model = build_model(config, tokenizer, device)
 
     # Loss: a weighted sum. What its terms read decides which passes the model makes and what data is read.
     loss = create_loss(config["loss"]).to(device)
     model.check_inputs(loss.inputs)
-    stream = create_stream(
+    stream, sentences = feed.open_streams(
         data,
+        loss.inputs,
         tokenizer=tokenizer,
         image_size=model.image_tower.image_size,
-        num_workers=data["num_workers"],
-        batch_size=feed.split(config["batch_size"], world_size(), "batch_size"),
-        **share,
+        batch_size=config["batch_size"],
+        seed=config["seed"],
     )
-    sentences = feed.sentence_stream(data["sentences"], loss.inputs, tokenizer=tokenizer, **share)
-    augment = create_augment(data["augmentation"], seed=config["seed"])
 
     # Optimizer and schedule, over the parts of the weights that this rank holds.
-    if sharded:
+    if process.sharded(config["parallel"]):
         model, loss = shard(model), shard(loss)
     total_steps = feed.total_steps(
         config["steps"],
@@ -120,12 +109,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         batch_size=config["batch_size"],
         batches_per_epoch=stream.batches_per_epoch,
     )
-    settings = dict(config["optim"])
-    name, warmup, final = (settings.pop(key) for key in ("schedule", "warmup_steps", "final"))
-    optimizer = create_optimizer([model, loss], **settings)
-    schedule = create_schedule(
-        optimizer, name=name, total_steps=total_steps, warmup_steps=warmup, final=final
-    )
+    optimizer, schedule = build_optimizer(config["optim"], [model, loss], total_steps)
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
     # What watches the loop: scores, checkpoints, numbers.
@@ -142,8 +126,14 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         every=config["eval_every"],
         best_metric=config["best_metric"],
     )
-    progress = Progress(
-        total=total_steps, batch_size=config["batch_size"], every=config["log_every"], enabled=rank() == 0
+    record = Record(
+        run_dir,
+        total_steps=total_steps,
+        batch_size=config["batch_size"],
+        log_every=config["log_every"],
+        loss_spike=config["loss_spike"],
+        loggers=config["logger"],
+        shown=config,
     )
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -160,21 +150,12 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         every=config["save_every"],
         keep=config["keep"],
         best_metric=config["best_metric"],
-        say=progress.say,
+        say=record.say,
     )
     # From here on ranks draw dropout masks of their own.
     torch.manual_seed(config["seed"] * world_size() + rank())
     step, metrics = checkpoints.resume()
-    progress.start(step)
-    progress.say(f"run folder {run_dir}" + (f", resumed at step {step}" if step else ""))
-    loggers = Loggers(run_dir, config["logger"], shown=config, start_step=step) if rank() == 0 else None
-    record = Record(
-        run_dir,
-        progress=progress,
-        loggers=loggers,
-        log_every=config["log_every"],
-        loss_spike=config["loss_spike"],
-    )
+    record.start(step)
 
     # Loop.
     metrics = train(
@@ -184,7 +165,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         optimizer,
         schedule,
         average=average,
-        augment=augment,
+        augment=create_augment(data["augmentation"], seed=config["seed"]),
         steps=range(step, total_steps),
         device=device,
         precision=config["precision"],
@@ -201,6 +182,31 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     if rank() == 0:
         run_folder.finish(run_dir, total_steps, metrics, reports, seconds=record.seconds)
     return metrics
+
+
+def build_model(config: Mapping[str, Any], tokenizer: Any, device: torch.device) -> DualEncoder:
+    """The towers, on the device, compiled where that is asked for."""
+    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
+    sharded = process.sharded(config["parallel"])
+    if config["channels_last"] and not sharded:
+        # FSDP2 takes contiguous weights alone; the images come in channels_last all the same.
+        model.image_tower.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        process.compile_towers(model, by_block=sharded)
+    return model
+
+
+def build_optimizer(
+    settings: Mapping[str, Any], modules: list[nn.Module], total_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer over what the model and its losses train, and its learning rate over the steps."""
+    rest = dict(settings)
+    name, warmup, final = (rest.pop(key) for key in ("schedule", "warmup_steps", "final"))
+    optimizer = create_optimizer(modules, **rest)
+    schedule = create_schedule(
+        optimizer, name=name, total_steps=total_steps, warmup_steps=warmup, final=final
+    )
+    return optimizer, schedule
 
 
 def train(

@@ -9,47 +9,54 @@ from typing import Any
 
 import torch
 
-from clipkit.data import Augment, SentenceStream, Stream, create_sentences
+from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
+from clipkit.distributed import rank, world_size
 
 Batch = dict[str, Any]
 
 
-def sentence_stream(
-    given: Mapping[str, Any] | None,
+def open_streams(
+    data: Mapping[str, Any],
     inputs: Sequence[str],
     *,
     tokenizer: Any,
+    image_size: int,
+    batch_size: int,
     seed: int,
-    rank: int,
-    world_size: int,
-) -> SentenceStream | None:
-    """The second stream, of NLI sentences, when a loss asks for it; None otherwise.
+) -> tuple[Stream, SentenceStream | None]:
+    """This rank's share of the image-text pairs, and of the NLI sentences that a loss asks for beside them.
 
     Args:
-        given: {"triplets": file, "pairs": file, "batch_size": over all ranks}.
+        data: the data settings; `sentences` is {"triplets": file, "pairs": file, "batch_size": over all ranks}.
         inputs: what the losses read.
+        image_size: pixels a side.
+        batch_size: pairs a step, over all ranks.
 
     Raises:
-        ValueError: a loss learns from a file that is not given.
+        ValueError: a batch that does not divide over the ranks, or a loss that learns from a file that is not
+            given.
     """
+    share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
+    stream = create_stream(
+        data,
+        image_size=image_size,
+        num_workers=data["num_workers"],
+        batch_size=split(batch_size, world_size(), "batch_size"),
+        **share,
+    )
     needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
-    if not any(needed.values()):
-        return None
-    given = given or {}
-    for name in (name for name in needed if needed[name]):
-        if not given.get(name):
+    given = data["sentences"] or {}
+    files = {name: given.get(name) for name in needed if needed[name]}
+    for name, file in files.items():
+        if not file:
             raise ValueError(
                 f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave "
                 "it out"
             )
-    return create_sentences(
-        {name: given[name] for name in needed if needed[name]},
-        tokenizer=tokenizer,
-        batch_size=split(given["batch_size"], world_size, "data.sentences.batch_size"),
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    if not files:
+        return stream, None
+    rows = split(given["batch_size"], world_size(), "data.sentences.batch_size")
+    return stream, create_sentences(files, batch_size=rows, **share)
 
 
 def split(batch_size: int, world_size: int, name: str) -> int:

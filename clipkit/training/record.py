@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,12 @@ class Record:
     """The steps of a run, on the terminal and in the loggers; every rank keeps the spikes of its own share.
 
     Args:
-        progress: says nothing on ranks other than 0.
-        loggers: on rank 0, else None.
-        log_every: steps between two entries of the loggers.
+        run_dir: the run's folder.
+        total_steps: the last step.
+        batch_size: pairs a step, over all ranks.
+        loggers: {name: settings} beside metrics.jsonl.
+        shown: settings of the run, for loggers that show them.
+        log_every: steps between two lines and between two entries of the loggers.
         loss_spike: factor of a SpikeRecord, or None.
     """
 
@@ -33,14 +37,32 @@ class Record:
         self,
         run_dir: Path,
         *,
-        progress: Progress,
-        loggers: Loggers | None,
+        total_steps: int,
+        batch_size: int,
         log_every: int,
-        loss_spike: float | None,
+        loss_spike: float | None = None,
+        loggers: Mapping[str, Mapping[str, Any]] | None = None,
+        shown: Mapping[str, Any] | None = None,
     ):
-        self.progress, self._loggers, self._every = progress, loggers, log_every
-        self._run_dir, self._spikes = run_dir, SpikeRecord(run_dir, loss_spike)
-        self.started = time.monotonic()
+        self._run_dir, self._every, self._chosen, self._shown = run_dir, log_every, loggers or {}, shown or {}
+        self._progress = Progress(
+            total=total_steps, batch_size=batch_size, every=log_every, enabled=rank() == 0
+        )
+        self._loggers: Loggers | None = None
+        self._spikes = SpikeRecord(run_dir, loss_spike)
+        self._started = time.monotonic()
+
+    def start(self, step: int) -> None:
+        """Steps are about to be taken; `step` are done, more than 0 in a run that resumes."""
+        self._progress.start(step)
+        self.say(f"run folder {self._run_dir}" + (f", resumed at step {step}" if step else ""))
+        if rank() == 0:
+            self._loggers = Loggers(self._run_dir, self._chosen, shown=self._shown, start_step=step)
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        self._progress.say(text)
 
     def step(
         self,
@@ -60,13 +82,15 @@ class Record:
             data_seconds: spent waiting for the batch.
             keys: the batch's samples.
         """
-        if self._loggers and (step == self.progress.total or due(step, self._every)):
+        if self._loggers and (step == self._progress.total or due(step, self._every)):
             entries = {f"train/{name}": value for name, value in numbers.items()}
             entries |= {"train/lr": lr, "train/logit_scale": logit_scale.item()}
             entries |= {"train/data_seconds": data_seconds, "train/seconds": self.seconds}
             self._loggers.log(step, entries)
-        self.progress.show(step, {name: v for name, v in numbers.items() if name != "grad_norm"} | {"lr": lr})
-        self._spikes.see(step, numbers["loss"], keys, self.progress)
+        self._progress.show(
+            step, {name: v for name, v in numbers.items() if name != "grad_norm"} | {"lr": lr}
+        )
+        self._spikes.see(step, numbers["loss"], keys, self._progress)
 
     def finite(self, step: int, terms: Mapping[str, torch.Tensor], keys: Sequence[str]) -> dict[str, float]:
         """A step's terms as numbers, before the weights change.
@@ -98,16 +122,16 @@ class Record:
         """Log {"task/metric": value}; the last step's table is the program's to print."""
         if self._loggers and metrics:
             self._loggers.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-        if metrics and step < self.progress.total:
-            self.progress.say(f"step {step} evaluation\n{table(metrics)}")
+        if metrics and step < self._progress.total:
+            self._progress.say(f"step {step} evaluation\n{table(metrics)}")
 
     @property
     def seconds(self) -> float:
         """Since training began, in this session."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self._started
 
     def close(self) -> None:
-        self.progress.close()
+        self._progress.close()
         if self._loggers:
             self._loggers.close()
 

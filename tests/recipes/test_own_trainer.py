@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from clipkit.data import create_augment
-from clipkit.loggers import Loggers
 from clipkit.losses import create_loss
 from clipkit.recipes import pretrain
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.process import StopRequest
-from clipkit.training.progress import Progress
 from clipkit.training.record import Record
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "own_trainer"
@@ -181,13 +179,8 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=pairs.LEARNING_RATE, weight_decay=0.0)
-    record = Record(
-        tmp_path,
-        progress=Progress(total=STEPS, batch_size=BATCH, every=1),
-        loggers=Loggers(tmp_path, {}, shown={}, start_step=0),
-        log_every=1,
-        loss_spike=None,
-    )
+    record = Record(tmp_path, total_steps=STEPS, batch_size=BATCH, log_every=1)
+    record.start(0)
     device = torch.device("cpu")
     pretrain.train(
         model,
