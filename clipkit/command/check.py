@@ -59,7 +59,7 @@ def explain(error: BaseException, config_name: str) -> str:
 
 
 def _unknown_choice(group: str, name: str, config_name: str) -> str:
-    options = sorted(loader(config_name).get_group_options(group))
+    options = sorted(loader().get_group_options(group))
     if name in PLUGINS and name not in options:
         return f"{group}={name} needs a plugin that is not installed: pip install 'clipkit[sweep]', or pip install {PLUGINS[name]}"
     return f"unknown {group} {name!r}.{suggest(name, options)} Valid names: {', '.join(options)}."
@@ -86,7 +86,7 @@ def _unknown_key(key: str, config_name: str) -> str:
 
 
 def _is_group(key: str, config_name: str) -> bool:
-    return bool(loader(config_name).get_group_options(key.lstrip("+~").split("@")[0]))
+    return bool(loader().get_group_options(key.lstrip("+~").split("@")[0]))
 
 
 def _group_choices(overrides: list[str], config_name: str) -> list[str]:

@@ -58,7 +58,7 @@ def start_hydra(config_dir: str | None = None) -> Any:
     return Hydra.create_main_hydra2(task_name="clipkit", config_search_path=path).config_loader
 
 
-def loader(config_name: str) -> Any:
+def loader() -> Any:
     """hydra's config loader, also after a failed composition has torn hydra down."""
     return (
         GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else start_hydra()
@@ -68,7 +68,7 @@ def loader(config_name: str) -> Any:
 def compose(config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
     """The config with these overrides, and hydra's own under `hydra`."""
     # The resolvers `hydra:` and `run_name:` are not evaluated here, only keys and types are looked at.
-    return loader(config_name).load_configuration(config_name=config_name, overrides=overrides, run_mode=mode)
+    return loader().load_configuration(config_name=config_name, overrides=overrides, run_mode=mode)
 
 
 def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
