@@ -1,8 +1,7 @@
 """The data path beside open_clip's: images and captions per CPU-second, and whether a worker's memory grows.
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install open_clip_torch==3.3.0 webdataset==0.2.86 pandas
-    python benchmarks/data.py --peer-python /tmp/peer/bin/python --output
-    benchmarks/results/DATE-HARDWARE-data.md
+    python benchmarks/data.py --peer-python /tmp/peer/bin/python --output benchmarks/results/2026-11-cpu2-data.md
 
 open_clip 3.3.0's training pipeline needs webdataset 0.2.86, hence its own environment; the two run in turns
 on the same shards, each alone on one thread, and CPU time is what is compared, so that another job on the

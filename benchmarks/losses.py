@@ -1,8 +1,7 @@
 """Time and memory of the losses on large batches, beside the peers, in one run.
 
-    python benchmarks/losses.py [--out benchmarks/results/2026-11-cpu2-losses.md]     # picks CUDA when there
-    is one python benchmarks/losses.py --device cpu --pairs 4096                             # smaller and
-    quicker
+    python benchmarks/losses.py --out benchmarks/results/2026-11-cpu2-losses.md      # on CUDA where there is one
+    python benchmarks/losses.py --device cpu --pairs 4096                            # smaller and quicker
 
 Parity comes first: every candidate's value and gradients against the definition in float64 on a small batch;
 a failure stops the run. On a CPU: chunked InfoNCE against open_clip's own ClipLoss, and cyclic in closed form

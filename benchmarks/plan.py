@@ -1,13 +1,12 @@
 """clipkit-plan's predictions beside what real steps take on this CPU: memory, time, operations.
 
-    python benchmarks/plan.py --out benchmarks/results/YYYY-MM-cpuN-plan.md
+    python benchmarks/plan.py --out benchmarks/results/2026-11-cpu2-plan.md
 
 Each step runs in a process of its own, one thread. Memory is what a step adds to weights and optimizer state,
-which are in place
-before: the highest sum of torch's own allocations (its profiler's events), and the process's high-water mark,
-which adds the workspaces of libraries and what the allocator keeps. Time is that of a step after the first,
-in seconds of the processor, which others may share; the prediction takes this machine's rates, measured
-before, at efficiency 1. Operations are compared with published counts.
+which are in place before: the highest sum of torch's own allocations (its profiler's events), and the
+process's high-water mark, which adds the workspaces of libraries and what the allocator keeps. Time is that
+of a step after the first, in seconds of the processor, which others may share; the prediction takes this
+machine's rates, measured before, at efficiency 1. Operations are compared with published counts.
 """
 
 from __future__ import annotations

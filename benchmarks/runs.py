@@ -1,8 +1,10 @@
 """Finished runs as a dated result file: what was run, on what, how long, and every final number.
 
-clipkit-pretrain -m seed=0,1,2
-python benchmarks/runs.py runs/quickstart/* --title "Quickstart, three seeds" --output
-benchmarks/results/2026-11-cpu2-quickstart.md
+    clipkit-pretrain -m seed=0,1,2
+    python benchmarks/runs.py runs/quickstart/* --title "Quickstart, three seeds" \\
+        --output benchmarks/results/2026-11-cpu2-quickstart.md
+
+A run that is not finished is refused.
 """
 
 from __future__ import annotations

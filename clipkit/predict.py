@@ -1,10 +1,12 @@
 """Using a trained model on one's own files.
 
-from clipkit.predict import Predictor
-predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
-keys, features = predictor.embed_images("photos/")
-for key, score in predictor.search("a red circle", keys, features, k=5): ...
-for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
+    from clipkit.predict import Predictor
+    predictor = Predictor("runs/quickstart/default")           # or "open_clip:ViT-B-32=weights.pt"
+    keys, features = predictor.embed_images("photos/")
+    for key, score in predictor.search("a red circle", keys, features, k=5): ...
+    for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
+
+`save_embeddings` and `load_embeddings` keep features between sessions.
 """
 
 from __future__ import annotations

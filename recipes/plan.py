@@ -1,13 +1,12 @@
-"""What a training config takes on a GPU: memory by part, operations, communication, time, and the largest
-batch that fits.
+"""What a training config takes on a GPU: memory by part, operations, communication, time, the largest batch.
 
     clipkit-plan experiment=cyclip_rn50_cc3m gpu=h100 gpus=8 batch_size=32768 micro_batch_size=512
     clipkit-plan experiment=cyclip_rn50_cc3m batch_size=32768 gpus=1,8,64,256,1024      # a table over numbers of GPUs
     clipkit-plan image_tower=clip_vit_b32 text_tower=transformer gpu=a100_80gb gpu.memory_gb=60 --json
 
 Groups and keys are clipkit-pretrain's; `clipkit-plan --help` lists them and the plan's own (conf/plan.yaml,
-conf/gpu). It reads
-no data and needs no GPU: see clipkit.planner for what is counted and what is derived or assumed.
+conf/gpu). It reads no data and needs no GPU: see clipkit.planner for what is counted and what is derived or
+assumed.
 """
 
 from __future__ import annotations

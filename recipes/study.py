@@ -1,9 +1,8 @@
-"""The language-encoder study: {CLIP, CyCLIP} x {no sentence loss, L_s, L_n, both} over seeds, a table, plots
-and findings.
+"""The language-encoder study: {CLIP, CyCLIP} x {no sentence loss, L_s, L_n, both} over seeds, with findings.
 
     clipkit-study --data FOLDER --threads 1 --parallel 2                # a laptop's size, 24 runs; FOLDER as tests use it
     clipkit-study --seeds 0 epochs=2                                    # overrides go to every run
-    clipkit-study --scale cc3m --processes 4 data.root=/data/cc3m \
+    clipkit-study --scale cc3m --processes 4 data.root=/data/cc3m \\
         data.sentences.triplets=/data/nli_for_simcse.csv
     clipkit-study --table runs/study_mini                               # from the finished runs alone
 

@@ -1,8 +1,8 @@
-"""Measure tile configurations on the GPU at hand and write the best: `python -m clipkit.kernels.tune
-OUT.json`.
+"""Measure tile configurations on the GPU at hand and write the best.
 
-    python -m clipkit.kernels.tune OUT.json [--dims 512,768,1024] [--rows 32768] [--kinds lse_sums,lse_coef]
-    [--dry-run] export CLIPKIT_KERNEL_CONFIGS=OUT.json
+    python -m clipkit.kernels.tune OUT.json --dims 512,768,1024 --rows 32768 --kinds lse_sums,lse_coef
+    python -m clipkit.kernels.tune OUT.json --dry-run
+    export CLIPKIT_KERNEL_CONFIGS=OUT.json
 
 Each kind of kernel is timed through the public path (forward for sums, backward for coefficients, so that
 block size and cuBLAS count too), the others at the table's entry. A configuration that does not fit the chip

@@ -39,7 +39,8 @@ class SimCSE(nn.Module):
 
     Args:
         temperature: t > 0.
-        head: whether to put the training-only head on the features.
+        head: whether to put the training-only head on the features. The paper has it and the YAML file turns it
+            on; here it is off, because its weights are no use before they reach your optimizer.
         embed_dim: D; needed by the head alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.

@@ -52,7 +52,8 @@ class SLIP(nn.Module):
 
     Args:
         temperature: t > 0.
-        head: whether to put the training-only head on the features.
+        head: whether to put the training-only head on the features. The paper has it and the YAML file turns it
+            on; here it is off, because its weights are no use before they reach your optimizer.
         embed_dim: D; needed by the head alone.
         hidden_dim: width of the head's two hidden layers.
         output_dim: width of the head's output.

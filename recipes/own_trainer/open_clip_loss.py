@@ -1,8 +1,8 @@
 """open_clip's model with clipkit's loss in place of its own.
 
     python recipes/own_trainer/open_clip_loss.py                       # clipkit's InfoNCE
-    python recipes/own_trainer/open_clip_loss.py --loss open_clip      # open_clip's ClipLoss: the same
-    numbers torchrun --standalone --nproc-per-node 2 recipes/own_trainer/open_clip_loss.py
+    python recipes/own_trainer/open_clip_loss.py --loss open_clip      # open_clip's ClipLoss: the same numbers
+    torchrun --standalone --nproc-per-node 2 recipes/own_trainer/open_clip_loss.py
 
 The swap is one line, since arguments and their order are ClipLoss's. On several ranks clipkit's needs no
 `rank`, no `world_size`, no `local_loss` and no `gather_with_grad`, and its gradients are those of one process
