@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from clipkit.command.compose import register_resolvers, resolved, run_name
+from tests.processes import ROOT
+from tests.recipes.runs import run
 
-ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 CHOICES = [path.relative_to(CONF) for path in FILES if path.parent != CONF]
@@ -94,15 +94,6 @@ def test_the_same_overrides_name_the_same_folder():
     assert len(run_name("a=" + "x" * 500)) < 100
 
 
-def command(*overrides: str, name: str = "pretrain.py") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / name), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 MISTAKES = {
     "loss=cyclp": ["unknown loss 'cyclp'", "Did you mean 'cyclip'?", "simcse"],
     "loss=[clip,simsce]": ["unknown loss 'simsce'", "Did you mean 'simcse'?", "nli_contrastive"],
@@ -120,11 +111,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_typo_is_named_with_its_nearest_match(override, tmp_path):
-    done = command(*override.split(), f"output_dir={tmp_path}/runs")
-    assert done.returncode == 1
+    output = run(*override.split(), f"output_dir={tmp_path}/runs", status=1)
     for text in MISTAKES[override]:
-        assert text in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+        assert text in output, output
+    assert "Traceback" not in output
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("checkpoints"))
 
 
