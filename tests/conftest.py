@@ -41,5 +41,10 @@ def test_data() -> Callable[[str], Path]:
     return find
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that the workers end together."""
+    items.sort(key=lambda item: item.path.parent.name != "recipes")
+
+
 def pytest_sessionfinish() -> None:
     processes.stop_server()
