@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import processes
+from tests.processes import ROOT
 
 # Tests run side by side, a process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may reach a hub; set before anything imports a library that would try.
 os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"})
+# Whatever tests start runs this checkout's code, wherever another may be installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+).rstrip(os.pathsep)
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    processes.end_started()
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +39,12 @@ def test_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that the workers end together."""
+    items.sort(key=lambda item: item.path.parent.name != "recipes")
+
+
+def pytest_sessionfinish() -> None:
+    processes.stop_server()

@@ -1,16 +1,14 @@
-"""Starting recipes as a user would, and reading what they leave."""
+"""Starting recipes, alone and as ranks, and reading what they leave."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.processes import ROOT, Started, command, fork, fork_ranks
+
 SMALL = [
     "data.shapes.train=600",
     "data.shapes.val=40",
@@ -21,26 +19,40 @@ SMALL = [
 ]
 
 
-def start(
-    *overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None
-) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / recipe), *overrides],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **(env or {})},
-        start_new_session=True,
-    )
+def start(*overrides: str, recipe: str = "pretrain.py", env: dict[str, str] | None = None) -> Started:
+    return fork(ROOT / "recipes" / recipe, *overrides, env=env)
 
 
 def run(
     *overrides: str, status: int = 0, recipe: str = "pretrain.py", env: dict[str, str] | None = None
 ) -> str:
-    process = start(*overrides, recipe=recipe, env=env)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == status, output
-    return output
+    return start(*overrides, recipe=recipe, env=env).finished(status)
+
+
+def typed(*overrides: str, recipe: str = "pretrain.py", status: int = 0, **given) -> str:
+    """As a user types it: a fresh python that imports everything itself."""
+    return command(ROOT / "recipes" / recipe, *overrides, **given).finished(status)
+
+
+def torchrun(*overrides: str) -> Started:
+    """Two ranks, as a user starts them."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return command(*launcher, ROOT / "recipes" / "pretrain.py", *overrides, env={"OMP_NUM_THREADS": "1"})
+
+
+def ranks(*overrides: str, world_size: int = 2) -> list[Started]:
+    return fork_ranks(world_size, ROOT / "recipes" / "pretrain.py", *overrides)
+
+
+def run_ranks(*overrides: str, world_size: int = 2) -> str:
+    """What all ranks printed, once they have all finished."""
+    return "".join([rank.finished() for rank in ranks(*overrides, world_size=world_size)])
+
+
+def kill(started: list[Started]) -> None:
+    """All of a job's ranks, as when the machine goes down."""
+    for rank in started:
+        rank.kill()
 
 
 def lines(folder: Path) -> list[dict]:

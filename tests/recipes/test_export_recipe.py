@@ -1,10 +1,6 @@
-"""The export recipe as a user runs it: a subprocess, then the other library."""
+"""The export recipe, then the other library."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,8 @@ from clipkit.checkpoint import save_checkpoint
 from clipkit.data import create_tokenizer
 from clipkit.model import create_model
 from clipkit.recipes import export as export_recipe
+from tests.processes import ROOT, fork
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "export.py"
 CONFIG = {
     "embed_dim": 16,
     "image_tower": {"name": "timm", "model": "test_resnet", "image_size": 32},
@@ -43,19 +39,19 @@ def trained(tmp_path_factory):
     return run_dir, model, tokenizer
 
 
-def export(tmp_path, *overrides):
-    command = [sys.executable, str(RECIPE), *overrides, f"output_dir={tmp_path / 'records'}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+def export(tmp_path, *overrides, status=0):
+    return fork(
+        ROOT / "recipes" / "export.py", *overrides, f"output_dir={tmp_path / 'records'}", cwd=tmp_path
+    ).finished(status)
 
 
 def test_open_clip_folder(tmp_path, trained):
     import open_clip
 
     run_dir, model, tokenizer = trained
-    done = export(tmp_path, f"checkpoint={run_dir}")
-    assert done.returncode == 0, done.stderr
+    output = export(tmp_path, f"checkpoint={run_dir}")
     folder = run_dir / "export" / "step_00000005-open_clip"
-    assert f"local-dir:{folder}" in done.stdout
+    assert f"local-dir:{folder}" in output
     peer, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     with torch.no_grad():
         text = tokenizer(CAPTIONS)
@@ -65,8 +61,8 @@ def test_open_clip_folder(tmp_path, trained):
 
 
 def test_a_wrong_target_points_to_the_right_one(tmp_path, trained):
-    wrong = export(tmp_path, f"checkpoint={trained[0]}", "to=openclip")
-    assert wrong.returncode == 1 and "Did you mean 'open_clip'" in wrong.stderr
+    wrong = export(tmp_path, f"checkpoint={trained[0]}", "to=openclip", status=1)
+    assert "Did you mean 'open_clip'" in wrong
 
 
 def called(trained, to, output):

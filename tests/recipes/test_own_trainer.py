@@ -10,10 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +23,9 @@ from clipkit.recipes import pretrain
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.process import StopRequest
 from clipkit.training.record import Record
+from tests.processes import ROOT, command
 
-FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "own_trainer"
+FOLDER = ROOT / "recipes" / "own_trainer"
 STEPS, BATCH = 8, 32
 # fp32, another order of sums and 8 steps of AdamW on losses of 3 to 5.
 TOLERANCE = {"rtol": 2e-5, "atol": 0.0}
@@ -41,19 +39,13 @@ def needs(*packages):
 
 def curve(script, *options, ranks=1):
     """The losses that an example prints as its last line."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*(start if ranks > 1 else [sys.executable]), str(FOLDER / script)]
-    command += ["--steps", str(STEPS), "--batch-size", str(BATCH), *options]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"losses"')]
-    assert len(lines) == 1, done.stdout
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    arguments = [*(start if ranks > 1 else []), FOLDER / script]
+    arguments += ["--steps", str(STEPS), "--batch-size", str(BATCH), *options]
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    output = command(*arguments, env=environment).finished()
+    lines = [line for line in output.splitlines() if line.startswith('{"losses"')]
+    assert len(lines) == 1, output
     losses = json.loads(lines[0])["losses"]
     assert len(losses) == STEPS
     return torch.tensor(losses)

@@ -1,4 +1,4 @@
-"""The recipe under torchrun on gloo: an exact resume after kills, and faults counted once."""
+"""The recipe on two gloo ranks: an exact resume after kills, and faults counted once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import random
 import tarfile
 import time
 
+import pytest
 import torch
 from PIL import Image
 
-from tests.recipes.runs import SMALL, lines, only_run, run, weights
-from tests.recipes.torchrun import finished, kill_tree, torchrun, wait_for
+from tests.recipes.runs import SMALL, kill, lines, only_run, ranks, run, run_ranks, weights
 
 # No BatchNorm and no dropout: what the ranks compute apart is then what one process computes together.
 EXACT = [
@@ -28,6 +28,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_ranks_resume_to_the_same_bits(tmp_path, shapes):
     """Killed CLIPKIT_KILLS times (1) at random moments."""
     settings = [*SMALL, *EXACT, shapes, "loss=[cyclip,simcse]", "text_tower.dropout=0.1"]
@@ -36,15 +37,14 @@ def test_killed_ranks_resume_to_the_same_bits(tmp_path, shapes):
     settings.remove("text_tower.dropout=0.0")
     settings[settings.index("save_every=2")] = "save_every=10"
     settings[settings.index("steps=8")] = f"steps={steps}"
-    finished(torchrun(*settings, f"output_dir={tmp_path}/whole"))
+    run_ranks(*settings, f"output_dir={tmp_path}/whole")
     moments = random.Random(20261122)
     for _ in range(kills):
-        process = torchrun(*settings, f"output_dir={tmp_path}/killed")
-        wait_for(process, "step ")
+        job = ranks(*settings, f"output_dir={tmp_path}/killed")
+        job[0].wait_for("step ")
         time.sleep(moments.uniform(0, 1.0))
-        kill_tree(process.pid)
-        process.communicate()
-    finished(torchrun(*settings, f"output_dir={tmp_path}/killed"))
+        kill(job)
+    run_ranks(*settings, f"output_dir={tmp_path}/killed")
     whole, killed = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
     assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     expected = weights(whole)
@@ -79,10 +79,9 @@ def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp
         "steps=15",
         f"output_dir={tmp_path}/runs",
     ]
-    process = torchrun(*settings, "save_every=1")
-    wait_for(process, "step 7/")
-    kill_tree(process.pid)
-    process.communicate()
+    job = ranks(*settings, "save_every=1")
+    job[0].wait_for("step 7/")
+    kill(job)
     assert "resumed at step" in run(*settings, "save_every=1")
     summary = json.loads((only_run(tmp_path / "runs") / "summary.json").read_text())
     assert summary["data"]["samples_seen"] == 15 * 8
@@ -90,12 +89,12 @@ def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, shapes):
-    process = torchrun(
+    job = ranks(
         *[s for s in SMALL if not s.startswith("batch_size")],
         *EXACT,
         shapes,
         "batch_size=33",
         f"output_dir={tmp_path}",
     )
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "batch_size=33 does not divide evenly over 2 ranks" in output
+    for rank in job:
+        assert "batch_size=33 does not divide evenly over 2 ranks" in rank.finished(status=1)

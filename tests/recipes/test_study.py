@@ -252,7 +252,7 @@ CUT_DOWN = {
 }
 
 
-@pytest.mark.parametrize("experiment", CUT_DOWN)
+@pytest.mark.parametrize("experiment", ["study_mini", pytest.param("study_cc3m", marks=pytest.mark.slow)])
 def test_every_arm_takes_two_steps(tmp_path, test_data, experiment):
     shards, sentences = test_data("flickr8k-mini/train"), test_data("nli-mini/triplets.jsonl")
     losses = [

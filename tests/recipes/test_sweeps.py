@@ -7,20 +7,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
 import statistics
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from clipkit.command import compose, jobs, processes, programs
+from clipkit.command import compose
 from clipkit.reports.comparison import (
     as_json,
     compare,
@@ -29,7 +26,9 @@ from clipkit.reports.comparison import (
     text_tables,
     write_comparison,
 )
-from tests.recipes.runs import SMALL, lines, run, start, weights
+from clipkit.settings import EXECUTION
+from tests.processes import Started, children, wait_until
+from tests.recipes.runs import SMALL, lines, run, start, typed, weights
 
 JOB = [*SMALL, "steps=3", "logger=none", "eval=shapes"]
 SWEPT = ["loss=clip,[cyclip,simcse]", "seed=0,1"]
@@ -42,11 +41,7 @@ LAUNCHERS = {
 
 def folder_of(output: Path, *overrides: str) -> Path:
     """The run folder of a job: its overrides in alphabetical order, less those that do not make another run."""
-    kept = sorted(
-        entry
-        for entry in overrides
-        if not entry.startswith(("num_threads=", "log_every=", "logger=", "output_dir="))
-    )
+    kept = sorted(entry for entry in overrides if entry.partition("=")[0] not in EXECUTION)
     return output / compose.run_name(",".join(kept))
 
 
@@ -62,15 +57,20 @@ def summaries(folder: Path) -> dict[Path, float]:
     return {path.parent: when for path, when in found.items() if json.loads(path.read_text())["finished"]}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(name, marks=pytest.mark.slow if name == "submitit" else ()) for name in LAUNCHERS],
+)
 def test_a_sweep_outlives_a_failed_job_and_completes_when_repeated(tmp_path, shapes, launcher):
     runs = tmp_path / "runs"
     settings = [*JOB, shapes, f"output_dir={runs}"]
     failing = folder_of(runs, *settings, "loss=[cyclip,simcse]", "seed=0")
     planted_obstacle(failing)
     command = ["-m", *settings, *SWEPT, *LAUNCHERS[launcher]]
+    # A launcher's own processes begin from a python of the user's.
+    program = run if launcher == "basic" else typed
 
-    output = run(*command, status=1)
+    output = program(*command, status=1)
     first = summaries(runs)
     assert len(first) == 3 and failing not in first
     assert "3 of 4 jobs finished:" in output
@@ -81,7 +81,7 @@ def test_a_sweep_outlives_a_failed_job_and_completes_when_repeated(tmp_path, sha
     assert "ValueError" in (failing / "error.txt").read_text()
 
     shutil.rmtree(failing)
-    output = run(*command)
+    output = program(*command)
     second = summaries(runs)
     assert set(second) == {*first, failing} and {path: second[path] for path in first} == first
     assert "4 of 4 jobs finished." in output and output.count("step 3/3") <= 1
@@ -113,11 +113,10 @@ def test_a_signal_stops_a_sweep_and_not_only_its_job(tmp_path, shapes):
         "seed=0,1",
     ]
     process = start(*settings, "steps=100000")
-    while "step 2/" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 75 and "0 of 2 jobs finished" in output, output
+    process.wait_for("step 2/")
+    process.signal(signal.SIGTERM)
+    output = process.finished(75)
+    assert "0 of 2 jobs finished" in output, output
     assert "stopped: seed=0" in output and "not started: seed=1" in output
     (folder,) = {path.parent for path in tmp_path.rglob("config.yaml") if "checkpoints" not in path.parts}
     assert weights(folder) and not (folder / "summary.json").exists()
@@ -192,58 +191,6 @@ def test_a_mistaken_search_is_refused_before_its_first_trial(case, tmp_path):
     assert message in output and "Traceback" not in output and not list(tmp_path.rglob("config.yaml"))
 
 
-def test_an_objective_that_no_task_gives_is_named():
-    with pytest.raises(ValueError, match=r"unknown task of objective 'retreival/R@1'.*retrieval/\.\.\."):
-        programs.check_objective({"objective": "retreival/R@1", "eval": {"retrieval": {}}})
-    with pytest.raises(ValueError, match="Did you mean 'zero_shot/top1'"):
-        programs.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top11")
-    with pytest.raises(ValueError, match="cannot be ranked"):
-        programs.objective_value({"zero_shot/top1": float("nan")}, "zero_shot/top1")
-    assert programs.objective_value({"zero_shot/top1": 0.5}, "zero_shot/top1") == 0.5
-
-
-def test_comma_lists_expand_as_hydra_expands_them():
-    assert jobs.expand(["loss=clip,[cyclip,simcse]", "seed=range(0,2)"]) == [
-        ["loss=clip", "seed=0"],
-        ["loss=clip", "seed=1"],
-        ["loss=[cyclip,simcse]", "seed=0"],
-        ["loss=[cyclip,simcse]", "seed=1"],
-    ]
-
-
-def test_every_job_is_checked_before_the_first_begins(tmp_path):
-    compose.register_resolvers()
-    compose.start_hydra()
-    output = f"output_dir={tmp_path}"
-    with pytest.raises(ValueError, match="optim.lr='abc' is text"):
-        processes.plan([["seed=0", output], ["seed=1", "optim.lr=abc", output]])
-    with pytest.raises(ValueError, match="two jobs would be one run"):
-        processes.plan([["seed=0", output], ["seed=0", "log_every=3", output]])
-    with pytest.raises(ValueError, match="launchers and sweepers are for clipkit-pretrain -m"):
-        processes.plan(jobs.expand(["seed=0,1", "hydra/launcher=joblib"]))
-    (job,) = processes.plan([["seed=3", "loss=cyclip", output]], threads=2)
-    assert (
-        Path(job.run_dir) == tmp_path / compose.run_name("loss=cyclip,seed=3")
-        and "num_threads=2" in job.overrides
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path):
-    """As when a YAML file has changed since; what the run's version did not know yet is no change."""
-    compose.register_resolvers()
-    compose.start_hydra()
-    settings = ["seed=3", f"output_dir={tmp_path}"]
-    folder = processes.job_folder("pretrain", settings)
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text('{"finished": true}')
-    (folder / "config.yaml").write_text("seed: 3\nbatch_size: 256\n")
-    assert processes.job_folder("pretrain", settings) == folder
-    (folder / "config.yaml").write_text("seed: 3\nbatch_size: 64\n")
-    with pytest.raises(ValueError, match=r"finished run of other settings \(batch_size: 64 -> 256\)"):
-        processes.plan([settings])
-
-
 def clipkit_sweep(*arguments: str, status: int = 0) -> str:
     return run(*arguments, recipe="sweep.py", status=status)
 
@@ -279,6 +226,8 @@ def test_jobs_of_two_processes_fail_alone_and_are_made_up_for(tmp_path, shapes):
 
     shutil.rmtree(failing)
     before = summaries(runs)
+    # The same jobs, however many processes each has.
+    command[command.index("--processes") + 1] = "1"
     output = clipkit_sweep(*command)
     assert "[2/2] seed=1: is finished already" in output and "2 of 2 jobs finished." in output
     assert summaries(runs)[good] == before[good] and set(summaries(runs)) == {failing, good}
@@ -292,22 +241,10 @@ def test_jobs_of_two_processes_fail_alone_and_are_made_up_for(tmp_path, shapes):
     ]
 
 
-def child_of(process: subprocess.Popen, word: str) -> int:
-    """The process id of a child whose command line holds `word`."""
-    listed = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    (found,) = [int(pid) for pid, parent, args in rows if int(parent) == process.pid and word in args]
-    return found
-
-
-def wait_for_steps(folder: Path, process: subprocess.Popen) -> None:
+def wait_for_steps(folder: Path, process: Started) -> None:
     """Until a job has logged steps."""
-    deadline = time.monotonic() + 200
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    record = folder / "metrics.jsonl"
+    wait_until(lambda: record.exists() and record.read_text(), process)
 
 
 def test_a_killed_job_is_a_failure_and_ends_no_other(tmp_path, shapes):
@@ -316,16 +253,16 @@ def test_a_killed_job_is_a_failure_and_ends_no_other(tmp_path, shapes):
     wait_for_steps(folder_of(tmp_path, *settings, "steps=100000"), process)
     # Another sweep leaves the folder of a job that lives alone.
     assert "another process is training in this folder" in clipkit_sweep(*settings, "steps=100000", status=1)
-    os.kill(child_of(process, "pretrain.py"), signal.SIGKILL)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1 and "[1/2] failed after" in output and "killed by SIGKILL" in output, (
-        output
-    )
+    (job,) = children(process.pid)
+    job.kill()
+    output = process.finished(status=1)
+    assert "[1/2] failed after" in output and "killed by SIGKILL" in output, output
     assert "[2/2] finished after" in output and "1 of 2 jobs finished:" in output
     assert list(summaries(tmp_path)) == [folder_of(tmp_path, *settings, "steps=3")]
 
 
-def test_a_signal_reaches_the_ranks_of_a_job_which_save(tmp_path, shapes):
+@pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_signal_reaches_the_ranks_of_a_job_which_save(tmp_path, shapes, ranks):
     settings = [
         *SMALL,
         shapes,
@@ -335,14 +272,12 @@ def test_a_signal_reaches_the_ranks_of_a_job_which_save(tmp_path, shapes):
         "save_every=0",
         "steps=100000",
     ]
-    process = start(*settings, "seed=0,1", "--processes", "2", "--threads", "1", recipe="sweep.py")
+    process = start(*settings, "seed=0,1", "--processes", ranks, "--threads", "1", recipe="sweep.py")
     folder = folder_of(tmp_path, *settings, "seed=0")
     wait_for_steps(folder, process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 75 and "stopped: seed=0" in output and "not started: seed=1" in output, (
-        output
-    )
+    process.signal(signal.SIGINT)
+    output = process.finished(75)
+    assert "stopped: seed=0" in output and "not started: seed=1" in output, output
     assert weights(folder) and not summaries(tmp_path)
 
 
