@@ -96,19 +96,33 @@ class Assumptions:
 
 
 class Planner:
-    """Plans for one config on one kind of GPU.
+    """Plans for one measured step on one kind of GPU.
 
     Args:
-        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None),
-            and optionally parallel ("ddp" or "fsdp") and ema_decay.
+        measured: the model, its optimizer and its losses.
+        gpu: with no figure left as None: see `GPU.measured`.
+        assumed: None: the defaults.
+        batch_size: pairs over all ranks.
+        micro_batch_size: pairs of a rank that activations are held for at once; None: all of the rank's.
+        parallel: "ddp" or "fsdp".
+        averaged: whether an average of the weights is kept beside them.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], measured: Measured, gpu: GPU, assumed: Assumptions | None = None
+        self,
+        measured: Measured,
+        gpu: GPU,
+        assumed: Assumptions | None = None,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        parallel: str = "ddp",
+        averaged: bool = False,
     ):
-        self.config, self.measured, self.gpu = config, measured, gpu
+        self.measured, self.gpu = measured, gpu
         self.assumed = assumed or Assumptions()
-        self.sharded = config.get("parallel", "ddp") == "fsdp"
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.sharded, self.averaged = parallel == "fsdp", averaged
 
     def plan(self, world_size: int) -> dict[str, Any]:
         """Everything about a step on `world_size` GPUs, in bytes, operations and seconds, for each rank.
@@ -116,7 +130,7 @@ class Planner:
         Raises:
             ValueError: batch_size is no multiple of world_size.
         """
-        batch, micro = self.config["batch_size"], self.config["micro_batch_size"]
+        batch, micro = self.batch_size, self.micro_batch_size
         pairs = _share(batch, world_size)
         size = min(micro or pairs, pairs)
         memory = self.memory(pairs, size, world_size)
@@ -126,7 +140,7 @@ class Planner:
             self.gpu.memory_gb * 1e9,
             self.peak(pairs, size, world_size),
         )
-        peak = (self.gpu.bf16_tflops if self.config["precision"] == "bf16" else self.gpu.fp32_tflops) * 1e12
+        peak = (self.gpu.bf16_tflops if self.measured.precision == "bf16" else self.gpu.fp32_tflops) * 1e12
         return {
             "gpu": self.gpu.name,
             "gpus": world_size,
@@ -157,7 +171,7 @@ class Planner:
         m, shards = self.measured, world_size if self.sharded else 1
         cached, cost = pairs > micro, self._loss(pairs, world_size, self.implementation(pairs, world_size))
         saved, working = self._activations(pairs, micro, world_size)
-        average = m.weights / shards + m.buffers if self.config.get("ema_decay") else 0
+        average = m.weights / shards + m.buffers if self.averaged else 0
         parts = {
             "weights": m.weights / shards + m.buffers,
             "gradients": m.trainable / (1 if cached else shards),
@@ -256,8 +270,8 @@ class Planner:
         }
 
     def largest_micro_batch(self, world_size: int) -> int | None:
-        """The most pairs that fit as one micro-batch of the config's batch; None when not even one does."""
-        pairs = _share(self.config["batch_size"], world_size)
+        """The most pairs that fit as one micro-batch of the batch; None when not even one does."""
+        pairs = _share(self.batch_size, world_size)
         fits = lambda micro: self._fits(pairs, micro, world_size)
         if not fits(1):
             return None
@@ -289,7 +303,7 @@ class Planner:
             lower.append(f"micro_batch_size={micro} fits")
         elif (batch := self.largest_batch(world_size, micro=1)) is not None:
             lower.append(f"no micro_batch_size does at this batch_size: at most batch_size={batch} would")
-        if not self._recomputes():
+        if not self.measured.checkpointing:
             lower.append(
                 "image_tower.activation_checkpointing=true and text_tower.activation_checkpointing=true need less"
             )
@@ -307,11 +321,8 @@ class Planner:
         """What impl=auto comes to (clipkit.kernels.pairs), or the one that the losses ask for."""
         from clipkit.kernels.pairs import DENSE_PAIRS
 
-        asked = {settings.get("impl", "auto") for settings in self.config["loss"].values() if settings} - {
-            "auto"
-        }
-        if asked:
-            return "dense" if "dense" in asked else asked.pop()
+        if asked := self.measured.impls:
+            return next(impl for impl in IMPLEMENTATIONS if impl in asked)
         if "triton" in self._runnable():
             return "triton"
         return "dense" if pairs * pairs * world_size <= DENSE_PAIRS else "chunked"
@@ -324,11 +335,6 @@ class Planner:
 
     def _fits(self, pairs: int, micro: int, world_size: int) -> bool:
         return self.peak(pairs, micro, world_size) <= self.gpu.memory_gb * 1e9
-
-    def _recomputes(self) -> bool:
-        return any(
-            self.config[tower].get("activation_checkpointing") for tower in ("image_tower", "text_tower")
-        )
 
     def _passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Any, float]]:
         """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
