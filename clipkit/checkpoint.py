@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -52,7 +52,8 @@ def rng_state() -> dict[str, Any]:
     import numpy
 
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    legacy = cast("tuple[str, Any, int, int, float]", numpy.random.get_state())
+    kind, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],
@@ -142,8 +143,8 @@ def save_sharded_checkpoint(
     Raises:
         OSError: on every rank, from the call or from the future, as in `save_checkpoint`.
     """
-    from torch.distributed import checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save
 
     from clipkit.distributed import gather_objects, rank
 
@@ -164,7 +165,7 @@ def save_sharded_checkpoint(
     tensors = {name: tensor.detach() for name, tensor in {**weights, **optimizer}.items()}
     writer = HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
     # It copies every tensor before it returns, so training may go on.
-    written = distributed_checkpoint.async_save(tensors, storage_writer=writer, process_group=group)
+    written = cast(Future, async_save(tensors, storage_writer=writer, process_group=group))
 
     def finish() -> Path | None:
         with _nothing_half_written(temporary):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit.model import DualEncoder
 
@@ -83,10 +83,12 @@ def open_clip_state_dict(model: DualEncoder) -> dict[str, Tensor]:
     peer = _open_clip_shapes(model)
     projection = model.image_projection
     state = {f"visual.{name}": tensor for name, tensor in _image_weights(model).items()}
-    if getattr(projection, "weight", None) is not None:
+    if isinstance(projection, nn.Linear):
         state["visual.head.proj.weight"] = projection.weight
     state |= {
-        name: tensor for name, tensor in model.text_tower.body.state_dict().items() if name.startswith(_TEXT)
+        name: tensor
+        for name, tensor in model.text_tower.get_submodule("body").state_dict().items()
+        if name.startswith(_TEXT)
     }
     state["text_projection"] = model.text_projection.weight.T
     state["logit_scale"] = model.log_logit_scale[0]
@@ -239,8 +241,8 @@ def _settings(tower: Any) -> dict[str, Any]:
 def _image_weights(model: DualEncoder) -> dict[str, Tensor]:
     tower = model.image_tower
     if hasattr(tower, "trunk"):
-        return {f"trunk.{name}": tensor for name, tensor in tower.trunk.state_dict().items()}
-    return tower.body.state_dict()
+        return {f"trunk.{name}": tensor for name, tensor in tower.get_submodule("trunk").state_dict().items()}
+    return tower.get_submodule("body").state_dict()
 
 
 def _open_clip_shapes(model: DualEncoder) -> dict[str, torch.Size]:
@@ -267,7 +269,7 @@ def _sentence_modules() -> Any:
         from sentence_transformers.sentence_transformer import modules
     except ImportError:
         # Before sentence-transformers 5.
-        from sentence_transformers import models as modules
+        from sentence_transformers import models as modules  # pyright: ignore[reportAttributeAccessIssue]
     return modules
 
 

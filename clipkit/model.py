@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.distributed import full_tensor
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
@@ -63,6 +64,9 @@ class DualEncoder(nn.Module):
     parameters.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
         image_tower: ImageTower,
@@ -105,8 +109,7 @@ class DualEncoder(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """() multiplier of the cosines, exp of the parameter. Under FSDP it is gathered: ask on all ranks."""
-        log = self.log_logit_scale
-        log = log.full_tensor() if hasattr(log, "full_tensor") else log
+        log = full_tensor(self.log_logit_scale)
         # A sum of one: FSDP warns of outputs that are views.
         return log.float().exp().sum()
 
@@ -195,9 +198,9 @@ class DualEncoder(nn.Module):
                 features[name] = _entry(batch, name, name, source)
         if "logit_scale" in inputs:
             features["logit_scale"] = self.logit_scale
-        if "logit_bias" in inputs:
+        if "logit_bias" in inputs and self.logit_bias is not None:
             features["logit_bias"] = self.logit_bias.float().sum()
-        if "mlm_logits" in inputs or "mlm_labels" in inputs:
+        if ("mlm_logits" in inputs or "mlm_labels" in inputs) and self.mlm_head is not None:
             text = _entry(batch, "text", "mlm_logits", "data: shards with captions")
             features["mlm_logits"], features["mlm_labels"] = self.mlm_head(self.text_tower, text)
         return features

@@ -86,7 +86,8 @@ class Predictor:
         scores = features @ self.embed_texts([query])[0]
         best = scores.topk(min(k, len(keys)))
         return [
-            (keys[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            (keys[int(i)], float(score))
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
     def classify(
@@ -114,7 +115,7 @@ class Predictor:
         best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
         rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
         return [
-            (key, [(classes[i], p) for i, p in zip(found, values, strict=True)])
+            (key, [(classes[int(i)], float(p)) for i, p in zip(found, values, strict=True)])
             for key, found, values in rows
         ]
 

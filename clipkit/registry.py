@@ -56,9 +56,9 @@ class Registry:
 
         return add
 
-    def get(self, name: str) -> Any:
+    def get(self, name: object) -> Any:
         """The entry filed under `name`; ValueError with the nearest match and the list otherwise."""
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise unknown(self.what, name, self._entries)
         return self._entries[name]
 

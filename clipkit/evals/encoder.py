@@ -101,7 +101,7 @@ class Encoder:
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
         if not parts:
             raise ValueError(f"{source.identity} holds no image; check the path")
-        merged = {
+        merged: dict[str, Any] = {
             name: [x for part in parts for x in part[2][name]]
             for name in ("captions", "labels", "keys", "meta")
         }

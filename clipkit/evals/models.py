@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class OpenCLIP(nn.Module):
         image_size: pixels a side.
     """
 
+    # open_clip's classes share no typed interface.
+    model: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, *, mean: Tensor, std: Tensor, image_size: int):
         super().__init__()
         self.model = model
@@ -84,9 +89,10 @@ def load_open_clip(
             f"{weights or 'no weights'} does not fit open_clip's {architecture}: {error}"
         ) from error
     model = model.eval()
-    size = model.visual.image_size
-    mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    visual = cast(Any, model).visual
+    size = visual.image_size
+    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     wrapped = OpenCLIP(
         model,
         mean=torch.tensor(mean),

@@ -244,7 +244,9 @@ class _Towers(nn.Module):
             elif name == "logit_bias":
                 features[name] = self.logit_bias[0]
             elif name == "mlm_logits":
-                features[name] = self.mlm_head(self.text_tower(batch["tokens"]))
+                features[name] = self.get_submodule("mlm_head")(
+                    self.get_submodule("text_tower")(batch["tokens"])
+                )
             else:
                 features[name] = batch[name]
         return features
@@ -273,7 +275,7 @@ def _measure_all(cases: dict[str, ContractCase]) -> dict[str, tuple]:
     groups: dict[int | None, Any] = {None: None}
     for case in cases.values():
         size = case.hybrid_group
-        if size not in groups:
+        if size is not None and size not in groups:
             # Every rank takes part in making every group, and keeps its own.
             made = [dist.new_group(list(range(k, k + size))) for k in range(0, dist.get_world_size(), size)]
             groups[size] = made[rank() // size]
@@ -347,7 +349,7 @@ def _compare(case: ContractCase, world_size: int, ranks: list[tuple]) -> Gradien
     references = [_gradients(plain, slice(g * rows, (g + 1) * rows), settings) for g in range(groups)]
     parameters = []
     for name, gradient in ranks[0][1].items():
-        reference = sum(gradients[name] for _, gradients in references) / groups
+        reference = torch.stack([gradients[name] for _, gradients in references]).sum(0) / groups
         parameters.append(_parameter(name, gradient.double(), reference.double()))
     values = torch.tensor([value for value, _ in ranks], dtype=torch.float64).view(groups, -1)
     expected = torch.tensor([value for value, _ in references], dtype=torch.float64)[:, None]

@@ -71,6 +71,10 @@ class FastCLIP(nn.Module):
         )
     }
 
+    log_u1: Tensor
+    log_u2: Tensor
+    steps: Tensor
+
     def __init__(
         self,
         *,

@@ -107,7 +107,7 @@ class Sigmoid(nn.Module):
         positive = paired_logits(image_features, text_features, logit_scale)
         bias = logit_bias.to(positive.dtype).reshape(())
         loss = loss + softplus(-(positive + bias))
-        if ids is not None and not masked:
+        if all_ids is not None and not masked:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
             wide, own = texts.to(positive.dtype), slice(offset, offset + rows)
             shared, counts = shared_sums(wide, all_ids)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.checkpoint import model_config
 from clipkit.losses import create_loss
-from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, create_model
+from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
 
@@ -120,14 +120,15 @@ class Measured:
     ):
         self.tokenizer, self.precision, self.fused_attention = tokenizer, precision, fused_attention
         self.sentence_batch_size = sentence_batch_size
-        self.mlm_probability = model.get("mlm_probability")
+        self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = _fake_mode()
         with self._fake:
             self.model = create_model(_random_weights(model), tokenizer=tokenizer).train()
             self.loss = create_loss(loss)
-            self.impls = {m.impl for m in self.loss.modules() if hasattr(m, "impl")} - {"auto"}
+            self._by_impl: list[Any] = [part for part in self.loss.modules() if hasattr(part, "impl")]
+            self.impls = {part.impl for part in self._by_impl} - {"auto"}
             self.model.check_inputs(self.loss.inputs)
             self.inputs = tuple(self.loss.inputs)
             self.weights = _bytes(self.model.parameters()) + _bytes(self.loss.parameters())
@@ -142,8 +143,8 @@ class Measured:
         self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
         self.text = self._pass(self.model.encode_text, lambda rows: _texts(rows, length))
         self.mlm = None
-        if "mlm_logits" in self.inputs:
-            head, tower = self.model.mlm_head, self.model.text_tower
+        head, tower = self.model.mlm_head, self.model.text_tower
+        if "mlm_logits" in self.inputs and head is not None:
             self.mlm = self._pass(lambda text: head(tower, text)[0], lambda rows: _texts(rows, length))
 
     def rows(self, pairs: int, world_size: int) -> dict[str, int]:
@@ -169,10 +170,9 @@ class Measured:
         """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or
         "triton".
         """
-        for module in self.loss.modules():
-            if hasattr(module, "impl"):
-                # What Triton computes is asked for in chunks; the meter puts its figures in their place.
-                module.impl = "dense" if impl == "dense" else "chunked"
+        for part in self._by_impl:
+            # What Triton computes is asked for in chunks; the meter puts its figures in their place.
+            part.impl = "dense" if impl == "dense" else "chunked"
         with _ranks(world_size), self._fake:
             features = self._features(pairs, world_size)
             meter = Meter(
@@ -226,7 +226,7 @@ class Measured:
 
     def _run(self, encode: Any, inputs: Any, rows: int) -> tuple[int, int, list[Operator], list[Operator]]:
         bf16 = self.precision == "bf16"
-        share = self.mlm_probability or 0.15
+        share = self.mlm_probability
         with self._fake, FusedAttention() if self.fused_attention else contextlib.nullcontext():
             batch = inputs(rows)
             # Whatever a tower asks of a text's values, such as whether each has its end token, it has.
@@ -288,7 +288,7 @@ def _ranks(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fsdp_units(model: nn.Module) -> list[int]:
+def _fsdp_units(model: DualEncoder) -> list[int]:
     """Bytes of each tower block's parameters, then of all others, as clipkit shards them."""
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in tower.blocks()]
     inside = {id(p) for block in blocks for p in block.parameters()}

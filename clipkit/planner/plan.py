@@ -120,6 +120,11 @@ class Planner:
         averaged: bool = False,
     ):
         self.measured, self.gpu = measured, gpu
+        # Bytes, operations a second (of half precision or not) and bytes a second.
+        self.limit = _known(gpu, "memory_gb") * 1e9
+        rates = {True: _known(gpu, "bf16_tflops"), False: _known(gpu, "fp32_tflops")}
+        self.rates = {half: tflops * 1e12 for half, tflops in rates.items()}
+        self.bandwidth = _known(gpu, "memory_gbs") * 1e9
         self.assumed = assumed or Assumptions()
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.sharded, self.averaged = parallel == "fsdp", averaged
@@ -135,12 +140,8 @@ class Planner:
         size = min(micro or pairs, pairs)
         memory = self.memory(pairs, size, world_size)
         flops, seconds = self.flops(pairs, size, world_size), self.seconds(pairs, size, world_size)
-        step, limit, total = (
-            sum(seconds.values()),
-            self.gpu.memory_gb * 1e9,
-            self.peak(pairs, size, world_size),
-        )
-        peak = (self.gpu.bf16_tflops if self.measured.precision == "bf16" else self.gpu.fp32_tflops) * 1e12
+        step, total = sum(seconds.values()), self.peak(pairs, size, world_size)
+        peak = self.rates[self.measured.precision == "bf16"]
         return {
             "gpu": self.gpu.name,
             "gpus": world_size,
@@ -151,8 +152,8 @@ class Planner:
             "impl": self.implementation(pairs, world_size),
             "memory": memory,
             "memory_total": total,
-            "memory_limit": limit,
-            "fits": total <= limit,
+            "memory_limit": self.limit,
+            "fits": total <= self.limit,
             "loss_workspace": {
                 impl: self._loss(pairs, world_size, impl).workspace for impl in self._runnable()
             },
@@ -264,7 +265,7 @@ class Planner:
             "forward": forward * (2 if pieces > 1 else 1),
             "backward": pieces * last,
             "loss": self._time((o.flops, o.moved, o.half) for o in cost.operators),
-            "optimizer": stepped / (self.gpu.memory_gbs * 1e9 * share),
+            "optimizer": stepped / (self.bandwidth * share),
             "communication": (sent["losses"] + sent.get("weights", 0) + sent.get("buffers", 0)) / link
             + max(0.0, sent["gradients"] / link - last),
         }
@@ -334,7 +335,7 @@ class Planner:
         return self.measured.loss_cost(pairs, world_size, impl, self.gpu.capability or (9, 0))
 
     def _fits(self, pairs: int, micro: int, world_size: int) -> bool:
-        return self.peak(pairs, micro, world_size) <= self.gpu.memory_gb * 1e9
+        return self.peak(pairs, micro, world_size) <= self.limit
 
     def _passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Any, float]]:
         """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
@@ -366,14 +367,21 @@ class Planner:
 
     def _time(self, operators: Iterable[tuple[float, float, bool]]) -> float:
         share, launch = self.assumed.efficiency, self.assumed.launch_us * 1e-6
-        rates = {True: self.gpu.bf16_tflops * 1e12 * share, False: self.gpu.fp32_tflops * 1e12 * share}
-        bandwidth = self.gpu.memory_gbs * 1e9 * share
+        rates = {half: rate * share for half, rate in self.rates.items()}
+        bandwidth = self.bandwidth * share
         return sum(max(flops / rates[half], moved / bandwidth, launch) for flops, moved, half in operators)
 
     def _batch_bytes(self, pairs: int, world_size: int) -> int:
         """Images of a byte a channel, with the views that losses ask for, and tokens of 8 bytes."""
         rows, size = self.measured.rows(pairs, world_size), self.measured.model.image_tower.image_size
         return rows["image"] * 3 * size**2 + rows["text"] * 8 * self.measured.tokenizer.context_length
+
+
+def _known(gpu: GPU, figure: str) -> float:
+    value = getattr(gpu, figure)
+    if value is None:
+        raise ValueError(f"the GPU {gpu.name!r} has no {figure}: give it, or plan for gpu.measured()")
+    return value
 
 
 def _share(batch_size: int, world_size: int) -> int:
