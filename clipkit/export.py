@@ -14,12 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from clipkit.data import Tokenizer
 from clipkit.model import DualEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
 
@@ -133,7 +137,7 @@ def load_open_clip_state_dict(model: DualEncoder, state: Mapping[str, Tensor]) -
     model.load_state_dict(renamed, strict=False)
 
 
-def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Any = None) -> Path:
+def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
     """Write a folder that open_clip loads by "local-dir:FOLDER": open_clip_config.json and safetensors
     weights.
 
@@ -159,7 +163,7 @@ def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Any = N
 
 
 def save_sentence_transformer(
-    model: DualEncoder, folder: str | Path, *, tokenizer: Any, project: bool = True
+    model: DualEncoder, folder: str | Path, *, tokenizer: Tokenizer, project: bool = True
 ) -> Path:
     """Write the text tower as a sentence-transformers folder of its stock modules: no custom code to trust.
 
@@ -203,7 +207,7 @@ def save_sentence_transformer(
     return Path(folder)
 
 
-def hugging_face_tokenizer(tokenizer: Any) -> Any:
+def hugging_face_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """A transformers tokenizer with the ids of clipkit's `tokenizer` (clip_bpe, words or hf).
 
     Two differences for clip_bpe. It first mends mojibake and HTML entities, which transformers has no part

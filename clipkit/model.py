@@ -8,8 +8,8 @@ as one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,16 @@ _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
 
+class Vocabulary(Protocol):
+    """What a model asks of a tokenizer: how many ids there are, how many make a text, and the special ones."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    sot_id: int
+    eot_id: int
+
+
 class DualEncoder(nn.Module):
     """Two towers into one space of unit vectors (Radford et al. 2021, figure 3).
 
@@ -64,6 +74,8 @@ class DualEncoder(nn.Module):
     parameters.
     """
 
+    # torch types a module's call as Any.
+    __call__: Callable[..., dict[str, Tensor]]
     image_mean: Tensor
     image_std: Tensor
 
@@ -282,13 +294,13 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]
 
 
-def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
+def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEncoder:
     """The model that a config describes, for a tokenizer's ids.
 
     Args:
         config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
             optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last.
-        tokenizer: anything with vocab_size, context_length, pad_id, sot_id, eot_id and perhaps mask_id.
+        tokenizer: one of clipkit.data, or anything with its numbers and perhaps mask_id.
 
     Raises:
         ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it

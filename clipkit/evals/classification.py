@@ -12,12 +12,11 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.evals.encoder import Encoder, check_features
+from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
 from clipkit.registry import unknown
 
@@ -181,7 +180,7 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
     }
 
 
-def image_labels(images: Any, what: str) -> Tensor:
+def image_labels(images: EncodedImages, what: str) -> Tensor:
     """(N,) int64 labels of encoded images; ValueError naming the first image without one."""
     for key, label in zip(images.keys, images.labels, strict=True):
         if label is None:

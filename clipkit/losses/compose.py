@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -40,6 +40,9 @@ class WeightedSum(nn.Module):
     Raises:
         ValueError: no terms, a weight for no term, or a weight that is negative or not finite.
     """
+
+    # torch types a module's call as Any.
+    __call__: Callable[..., dict[str, Tensor]]
 
     def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None):
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -37,6 +37,8 @@ class Matryoshka(nn.Module):
         dim_weights: c_m for each of dims; all 1 by default.
         group: passed to the inner loss.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,

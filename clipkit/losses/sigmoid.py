@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
@@ -41,6 +43,7 @@ class Sigmoid(nn.Module):
     Siblings: `infonce` (softmax over the batch).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
     optional_inputs = ("pair_ids",)
     supplied_by = {

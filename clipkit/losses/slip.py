@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,7 @@ class SLIP(nn.Module):
     Siblings: `simcse` (two dropout views of captions, one direction, other view's rows alone).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features_view1", "image_features_view2")
     supplied_by = dict.fromkeys(inputs, _VIEWS)
 

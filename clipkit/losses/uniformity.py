@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Uniformity(nn.Module):
 
     Siblings: `infonce`, whose denominator contains it; `cyclic`.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.checkpoint import model_config
 from clipkit.losses import create_loss
-from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, create_model
+from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
 
@@ -113,7 +113,7 @@ class Measured:
         model: Mapping[str, Any],
         loss: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
         optim: Mapping[str, Any],
-        tokenizer: Any,
+        tokenizer: Vocabulary,
         precision: str,
         fused_attention: bool,
         sentence_batch_size: int = 0,

@@ -4,7 +4,7 @@ augmented.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ def sentence_stream(
     given: Mapping[str, Any] | None,
     inputs: Sequence[str],
     *,
-    tokenizer: Any,
+    tokenizer: Callable[[list[str]], torch.Tensor],
     seed: int,
     rank: int,
     world_size: int,
