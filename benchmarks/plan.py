@@ -27,6 +27,7 @@ CPU = GPU("cpu", None, None, None, None, 5.0, 1.25, 1, None)
 TINY = {"name": "transformer", "width": 256, "layers": 2, "heads": 4, "dropout": 0.1}
 CLIP = {"name": "transformer", "dropout": 0.0}
 RESNET = {"name": "timm", "model": "resnet10t", "image_size": 64}
+MODEL = ("embed_dim", "image_tower", "text_tower")
 SAVING = {"activation_checkpointing": True}
 # name -> (towers, tokens a text, vocabulary, pairs, micro-batch, loss, steps)
 CASES: dict[str, tuple] = {
@@ -69,7 +70,6 @@ def settings(name: str) -> tuple[dict[str, Any], Any, int]:
         "image_tower": image,
         "text_tower": text,
         "loss": {"infonce": {"impl": impl}, "cyclic": {}},
-        "precision": "fp32",
         "batch_size": pairs,
         "micro_batch_size": micro,
         "optim": {"name": "adamw", "lr": 1e-4, "weight_decay": 0.1},
@@ -88,9 +88,7 @@ def child(name: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     config, tokenizer, steps = settings(name)
-    model = create_model(
-        {k: config[k] for k in ("embed_dim", "image_tower", "text_tower")}, tokenizer=tokenizer
-    ).train()
+    model = create_model({key: config[key] for key in MODEL}, tokenizer=tokenizer).train()
     loss = create_loss(config["loss"])
     optimizer = create_optimizer([model, loss], **config["optim"])
     # Optimizer state, and what libraries set up once.
@@ -136,8 +134,21 @@ def step(model, loss, optimizer, tokenizer, pairs: int, micro: int | None) -> No
 
 def predicted(name: str, gpu: GPU) -> dict[str, Any]:
     config, tokenizer, _ = settings(name)
-    measured = Measured(config, tokenizer, fused_attention=False)
-    planner = Planner(config, measured, gpu, Assumptions(efficiency=1.0, launch_us=5.0, reserve_gb=0))
+    measured = Measured(
+        model={key: config[key] for key in MODEL},
+        loss=config["loss"],
+        optim=config["optim"],
+        tokenizer=tokenizer,
+        precision="fp32",
+        fused_attention=False,
+    )
+    planner = Planner(
+        measured,
+        gpu,
+        Assumptions(efficiency=1.0, launch_us=5.0, reserve_gb=0),
+        batch_size=config["batch_size"],
+        micro_batch_size=config["micro_batch_size"],
+    )
     plan = planner.plan(1)
     held = plan["memory"]["weights"] + plan["memory"]["optimizer state"]
     per_pair = measured.image.flops(1, backward=False) / 1e9, measured.text.flops(1, backward=False) / 1e9

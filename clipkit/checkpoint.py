@@ -27,11 +27,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from clipkit.data.tokenizers import Tokenizer, load_tokenizer
+from clipkit.distributed import Group, gather_objects, rank
 from clipkit.files import flush
+from clipkit.model import DualEncoder, create_model
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
@@ -52,7 +55,8 @@ def rng_state() -> dict[str, Any]:
     import numpy
 
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    legacy = cast("tuple[str, Any, int, int, float]", numpy.random.get_state())
+    kind, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, keys.tolist(), position, has_gauss, cached],
@@ -82,7 +86,7 @@ def save_checkpoint(
     optimizer: Mapping[str, torch.Tensor] | None = None,
     train_state: Mapping[str, Any],
     config: Mapping[str, Any],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write `folder/step_XXXXXXXX` atomically and return it.
@@ -92,7 +96,7 @@ def save_checkpoint(
         optimizer: name to tensor, as `optimizer.N.KEY` (clipkit.sharding.optimizer_tensors).
         train_state: everything else a run needs to go on; tensors, numbers, lists, dicts and strings.
         config: the resolved config, JSON-serialisable.
-        tokenizer: an object with `save(path)`, or None.
+        tokenizer: saved beside the weights; None: nothing is.
         metrics: the last evaluation's numbers, kept in the manifest so that the best checkpoint can be told.
 
     Raises:
@@ -120,9 +124,9 @@ def save_sharded_checkpoint(
     optimizer: Mapping[str, torch.Tensor],
     train_state: Mapping[str, Any],
     config: Mapping[str, Any],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     metrics: Mapping[str, float] | None = None,
-    group: Any,
+    group: Group,
 ) -> Future:
     """The same from the ranks of a run whose tensors are split (FSDP2): each writes its parts, in the
     background.
@@ -142,10 +146,8 @@ def save_sharded_checkpoint(
     Raises:
         OSError: on every rank, from the call or from the future, as in `save_checkpoint`.
     """
-    from torch.distributed import checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    from clipkit.distributed import gather_objects, rank
+    from torch.distributed.checkpoint.state_dict_saver import async_save
 
     folder, problem = Path(folder), None
     # The ranks agree on this name; the folder is theirs alone.
@@ -164,7 +166,7 @@ def save_sharded_checkpoint(
     tensors = {name: tensor.detach() for name, tensor in {**weights, **optimizer}.items()}
     writer = HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
     # It copies every tensor before it returns, so training may go on.
-    written = distributed_checkpoint.async_save(tensors, storage_writer=writer, process_group=group)
+    written = cast(Future, async_save(tensors, storage_writer=writer, process_group=group))
 
     def finish() -> Path | None:
         with _nothing_half_written(temporary):
@@ -352,15 +354,14 @@ def split_weights(weights: Mapping[str, torch.Tensor], part: str) -> dict[str, t
     return {name[len(part) + 1 :]: tensor for name, tensor in weights.items() if name.startswith(part + ".")}
 
 
-def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any, Any, dict[str, Any]]:
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
     """Rebuild the model of a run or checkpoint folder: (DualEncoder in eval mode, tokenizer, config).
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or weights that do not fit the config beside them.
     """
-    from clipkit.data.tokenizers import load_tokenizer
-    from clipkit.model import create_model
-
     path = find_checkpoint(path)
     loaded = load_checkpoint(path)
     tokenizer = load_tokenizer(path / "tokenizer.json")

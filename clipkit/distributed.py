@@ -24,13 +24,17 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-Group = Any  # torch.distributed.ProcessGroup | None; that name is missing from builds without distributed
+if TYPE_CHECKING:
+    Group: TypeAlias = dist.ProcessGroup | None
+else:
+    # Builds without distributed have no such name.
+    Group = Any
 
 
 def is_distributed() -> bool:
@@ -78,6 +82,12 @@ def barrier(group: Group | str = "auto") -> None:
     group = resolve_group(group)
     if group is not None:
         dist.barrier(group)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 splits, gathered on every rank of it, which all must ask; any other tensor itself."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def gather_objects(obj: Any, group: Group | str = "auto") -> list[Any]:

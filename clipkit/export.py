@@ -14,12 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clipkit.data import Tokenizer
 from clipkit.model import DualEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
 
@@ -83,10 +87,12 @@ def open_clip_state_dict(model: DualEncoder) -> dict[str, Tensor]:
     peer = _open_clip_shapes(model)
     projection = model.image_projection
     state = {f"visual.{name}": tensor for name, tensor in _image_weights(model).items()}
-    if getattr(projection, "weight", None) is not None:
+    if isinstance(projection, nn.Linear):
         state["visual.head.proj.weight"] = projection.weight
     state |= {
-        name: tensor for name, tensor in model.text_tower.body.state_dict().items() if name.startswith(_TEXT)
+        name: tensor
+        for name, tensor in model.text_tower.get_submodule("body").state_dict().items()
+        if name.startswith(_TEXT)
     }
     state["text_projection"] = model.text_projection.weight.T
     state["logit_scale"] = model.log_logit_scale[0]
@@ -131,7 +137,7 @@ def load_open_clip_state_dict(model: DualEncoder, state: Mapping[str, Tensor]) -
     model.load_state_dict(renamed, strict=False)
 
 
-def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Any = None) -> Path:
+def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
     """Write a folder that open_clip loads by "local-dir:FOLDER": open_clip_config.json and safetensors
     weights.
 
@@ -157,7 +163,7 @@ def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Any = N
 
 
 def save_sentence_transformer(
-    model: DualEncoder, folder: str | Path, *, tokenizer: Any, project: bool = True
+    model: DualEncoder, folder: str | Path, *, tokenizer: Tokenizer, project: bool = True
 ) -> Path:
     """Write the text tower as a sentence-transformers folder of its stock modules: no custom code to trust.
 
@@ -201,7 +207,7 @@ def save_sentence_transformer(
     return Path(folder)
 
 
-def hugging_face_tokenizer(tokenizer: Any) -> Any:
+def hugging_face_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """A transformers tokenizer with the ids of clipkit's `tokenizer` (clip_bpe, words or hf).
 
     Two differences for clip_bpe. It first mends mojibake and HTML entities, which transformers has no part
@@ -239,8 +245,8 @@ def _settings(tower: Any) -> dict[str, Any]:
 def _image_weights(model: DualEncoder) -> dict[str, Tensor]:
     tower = model.image_tower
     if hasattr(tower, "trunk"):
-        return {f"trunk.{name}": tensor for name, tensor in tower.trunk.state_dict().items()}
-    return tower.body.state_dict()
+        return {f"trunk.{name}": tensor for name, tensor in tower.get_submodule("trunk").state_dict().items()}
+    return tower.get_submodule("body").state_dict()
 
 
 def _open_clip_shapes(model: DualEncoder) -> dict[str, torch.Size]:
@@ -267,7 +273,7 @@ def _sentence_modules() -> Any:
         from sentence_transformers.sentence_transformer import modules
     except ImportError:
         # Before sentence-transformers 5.
-        from sentence_transformers import models as modules
+        from sentence_transformers import models as modules  # pyright: ignore[reportAttributeAccessIssue]
     return modules
 
 

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from clipkit.files import write_text
 from clipkit.registry import Registry
@@ -98,7 +98,7 @@ class WeightsAndBiases:
         start_step: int,
         project: str = "clipkit",
         entity: str | None = None,
-        mode: str = "offline",
+        mode: Literal["online", "offline", "disabled", "shared"] = "offline",
         init_timeout: float = 30.0,
     ):
         import wandb
@@ -131,7 +131,8 @@ def tolerate_broken_wandb() -> None:
         pass
     except Exception:
         # None marks a module as absent; the wandb logger then reports it, once.
-        sys.modules["wandb"] = None
+        absent: Any = None
+        sys.modules["wandb"] = absent
 
 
 class Loggers:

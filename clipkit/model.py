@@ -8,13 +8,14 @@ as one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.distributed import full_tensor
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
@@ -44,6 +45,16 @@ _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
 
+class Vocabulary(Protocol):
+    """What a model asks of a tokenizer: how many ids there are, how many make a text, and the special ones."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    sot_id: int
+    eot_id: int
+
+
 class DualEncoder(nn.Module):
     """Two towers into one space of unit vectors (Radford et al. 2021, figure 3).
 
@@ -62,6 +73,11 @@ class DualEncoder(nn.Module):
     The log of the scale is the parameter `log_logit_scale` of shape (1,), because FSDP2 refuses 0-d
     parameters.
     """
+
+    # torch types a module's call as Any.
+    __call__: Callable[..., dict[str, Tensor]]
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(
         self,
@@ -105,8 +121,7 @@ class DualEncoder(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """() multiplier of the cosines, exp of the parameter. Under FSDP it is gathered: ask on all ranks."""
-        log = self.log_logit_scale
-        log = log.full_tensor() if hasattr(log, "full_tensor") else log
+        log = full_tensor(self.log_logit_scale)
         # A sum of one: FSDP warns of outputs that are views.
         return log.float().exp().sum()
 
@@ -195,9 +210,9 @@ class DualEncoder(nn.Module):
                 features[name] = _entry(batch, name, name, source)
         if "logit_scale" in inputs:
             features["logit_scale"] = self.logit_scale
-        if "logit_bias" in inputs:
+        if "logit_bias" in inputs and self.logit_bias is not None:
             features["logit_bias"] = self.logit_bias.float().sum()
-        if "mlm_logits" in inputs or "mlm_labels" in inputs:
+        if ("mlm_logits" in inputs or "mlm_labels" in inputs) and self.mlm_head is not None:
             text = _entry(batch, "text", "mlm_logits", "data: shards with captions")
             features["mlm_logits"], features["mlm_labels"] = self.mlm_head(self.text_tower, text)
         return features
@@ -279,13 +294,13 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]
 
 
-def create_model(config: Mapping[str, Any], *, tokenizer: Any) -> DualEncoder:
+def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEncoder:
     """The model that a config describes, for a tokenizer's ids.
 
     Args:
         config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
             optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last.
-        tokenizer: anything with vocab_size, context_length, pad_id, sot_id, eot_id and perhaps mask_id.
+        tokenizer: one of clipkit.data, or anything with its numbers and perhaps mask_id.
 
     Raises:
         ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it

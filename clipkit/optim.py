@@ -200,7 +200,8 @@ class WeightAverage:
             else:
                 average.copy_(current[name])
         for averages, values in together.values():
-            torch._foreach_lerp_(averages, values, weight)
+            # torch has no public name for it.
+            torch._foreach_lerp_(averages, values, weight)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     @contextmanager
@@ -278,14 +279,14 @@ def _sgd(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer
 
 
 def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-    from timm.optim import Lion
+    from timm.optim.lion import Lion
 
     return Lion(groups, lr=lr, **settings)
 
 
 def _muon(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
     try:
-        from timm.optim import Muon
+        from timm.optim.muon import Muon
     except ImportError as error:
         raise RuntimeError("the optimizer muon needs a newer timm: pip install -U timm") from error
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
@@ -33,12 +33,21 @@ class Predictor:
         skipped: {path: reason} of the images of the last call that could not be read.
     """
 
-    def __init__(self, model: str | Any, tokenizer: Any = None, *, device: str = "cpu", batch_size: int = 64):
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        tokenizer: Callable[[list[str]], Any] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ):
         if isinstance(model, (str, Path)):
-            model, tokenizer = load_any(str(model), device=device)
+            loaded, tokenizer = load_any(str(model), device=device)
         elif tokenizer is None:
             raise ValueError("a model object comes with its tokenizer: Predictor(model, tokenizer)")
-        self.encoder = Encoder(model.eval(), tokenizer, device=device, batch_size=batch_size)
+        else:
+            loaded = model
+        self.encoder = Encoder(loaded.eval(), tokenizer, device=device, batch_size=batch_size)
         self.skipped: dict[str, str] = {}
 
     @torch.no_grad()
@@ -88,7 +97,8 @@ class Predictor:
         scores = features @ self.embed_texts([query])[0]
         best = scores.topk(min(k, len(keys)))
         return [
-            (keys[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            (keys[int(i)], float(score))
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
     def classify(
@@ -116,7 +126,7 @@ class Predictor:
         best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
         rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
         return [
-            (key, [(classes[i], p) for i, p in zip(found, values, strict=True)])
+            (key, [(classes[int(i)], float(p)) for i, p in zip(found, values, strict=True)])
             for key, found, values in rows
         ]
 

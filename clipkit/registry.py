@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def suggest(name: object, valid: Iterable[str]) -> str:
@@ -43,10 +45,10 @@ class Registry:
         self.what = what
         self._entries: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[Any], Any]:
+    def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files a class or function under `name`; a taken name is a ValueError."""
 
-        def add(entry: Any) -> Any:
+        def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(
                     f"the {self.what} name {name!r} is taken by {self._entries[name]!r}; choose another name"
@@ -56,9 +58,9 @@ class Registry:
 
         return add
 
-    def get(self, name: str) -> Any:
+    def get(self, name: object) -> Any:
         """The entry filed under `name`; ValueError with the nearest match and the list otherwise."""
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise unknown(self.what, name, self._entries)
         return self._entries[name]
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from clipkit.distributed import full_tensor
 
 # Of a model, besides `forward`: what evaluation calls.
 _METHODS = ("encode_image", "encode_text")
@@ -53,10 +55,7 @@ def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor in full, detached. Gathers where they are split: call it on every rank, in the same order
     of names.
     """
-    return {
-        name: tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-        for name, tensor in tensors.items()
-    }
+    return {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def take_unsplit_of_rank_0(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,8 +73,9 @@ def split_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    like = cast(DTensor, like)
     # Every rank holds the whole, so none needs to send it.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -135,12 +135,15 @@ def read_shards(
     Args:
         like: of a name, the tensor to split it as, where shapes agree; None: in full, on the CPU.
     """
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{folder} holds {name}, which is no tensor: clipkit did not write it")
         near = like(name) if like else None
         if near is not None and hasattr(near, "full_tensor") and near.shape == entry.size:
             tensors[name] = torch.empty_like(near, dtype=entry.properties.dtype)
@@ -149,5 +152,5 @@ def read_shards(
     with warnings.catch_warnings():
         # That no process group is asked for is meant.
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors

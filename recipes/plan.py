@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from clipkit.checkpoint import model_config
 from clipkit.data import create_tokenizer
 from clipkit.files import write_json
 from clipkit.planner import GPU, Assumptions, Measured, Planner
@@ -36,9 +37,27 @@ def plan(config: Mapping[str, Any], run_dir: Path) -> None:
     tokenizer, assumed = vocabulary(config["data"]["tokenizer"], config["vocab_size"])
     capability = config["gpu"]["capability"]
     gpu = GPU(**{**config["gpu"], "capability": capability and tuple(capability)}).measured()
-    measured = Measured(config, tokenizer, fused_attention=gpu.capability is not None)
+    # A schedule keeps no state.
+    scheduled = ("schedule", "warmup_steps", "final")
+    measured = Measured(
+        model=model_config(config, pretrained=False),
+        loss=config["loss"],
+        optim={key: value for key, value in config["optim"].items() if key not in scheduled},
+        tokenizer=tokenizer,
+        precision=config["precision"],
+        sentence_batch_size=config["data"]["sentences"]["batch_size"] or 0,
+        fused_attention=gpu.capability is not None,
+    )
     assumptions = Assumptions(config["efficiency"], config["launch_us"], config["reserve_gb"])
-    planner = Planner(config, measured, gpu, assumptions)
+    planner = Planner(
+        measured,
+        gpu,
+        assumptions,
+        batch_size=config["batch_size"],
+        micro_batch_size=config["micro_batch_size"],
+        parallel=config["parallel"],
+        averaged=bool(config["ema_decay"]),
+    )
     plans = [planner.plan(world_size) for world_size in config["gpus"]]
     for one in plans:
         one["largest"] = largest(planner, one["gpus"])
@@ -70,7 +89,7 @@ def vocabulary(spec: dict[str, Any], vocab_size: int | None) -> tuple[Any, list[
 def largest(planner: Planner, world_size: int) -> dict[str, int | None]:
     """The most that fits: the micro-batch of this batch; the batch at once; the batch in micro-batches."""
     micro = planner.largest_micro_batch(world_size)
-    wanted = planner.config["micro_batch_size"] or micro
+    wanted = planner.micro_batch_size or micro
     return {
         "micro_batch_size": micro,
         "batch_size_at_once": planner.largest_batch(world_size, micro=None),

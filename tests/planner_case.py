@@ -14,26 +14,13 @@ from clipkit.losses import create_loss
 from clipkit.model import create_model
 
 TOKENIZER = SimpleNamespace(vocab_size=50, context_length=12, pad_id=0, sot_id=48, eot_id=49)
-CONFIG = {
+MODEL = {
     "embed_dim": 24,
     "image_tower": {"name": "timm", "model": "test_resnet", "image_size": 32},
     "text_tower": {"name": "transformer", "width": 32, "layers": 2, "heads": 4, "dropout": 0.0},
-    "loss": {"infonce": {}, "cyclic": {}},
-    "optim": {
-        "name": "adamw",
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "schedule": "cosine",
-        "warmup_steps": 1,
-        "final": 0.0,
-    },
-    "precision": "fp32",
-    "batch_size": 12,
-    "micro_batch_size": None,
 }
-
-
-MODEL = {key: CONFIG[key] for key in ("embed_dim", "image_tower", "text_tower")}
+LOSS = {"infonce": {}, "cyclic": {}}
+BATCH_SIZE = 12
 LOSSES = {
     "infonce": {"infonce": {}},
     "cyclip": {"infonce": {}, "cyclic": {}},
@@ -101,11 +88,11 @@ def real_step() -> dict:
 
 
 def loss_collectives(spec: dict) -> dict[str, int]:
-    """Bytes by collective of one forward and backward of a loss on random features, as CONFIG's model gives
+    """Bytes by collective of one forward and backward of a loss on random features, as MODEL gives
     them.
     """
     loss = create_loss(spec)
-    rows = CONFIG["batch_size"] // dist.get_world_size()
+    rows = BATCH_SIZE // dist.get_world_size()
     features = {
         name: torch.nn.functional.normalize(torch.randn(rows, 24), dim=1).requires_grad_()
         for name in ("image_features", "text_features", "text_features_view2")
@@ -129,7 +116,7 @@ def ddp_gradients() -> int:
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
 
     model.register_comm_hook(None, hook)
-    create_loss(CONFIG["loss"])(model(batch(6)))["loss"].backward()
+    create_loss(LOSS)(model(batch(6)))["loss"].backward()
     return sum(sizes)
 
 
@@ -142,7 +129,7 @@ def fsdp_collectives(micro: int) -> dict[str, int]:
         fully_shard(block)
     fully_shard(model)
     # Alone on its rank: only FSDP2 communicates.
-    loss = create_loss(CONFIG["loss"], group=None)
+    loss = create_loss(LOSS, group=None)
     with Counted() as counted:
         cached_backward(model, loss, batch(6), micro_batch_size=micro)
     return counted.sizes

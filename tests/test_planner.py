@@ -15,22 +15,33 @@ from clipkit.optim import create_optimizer
 from clipkit.planner import GPU, Assumptions, Measured, Meter, Planner
 from clipkit.planner.meter import chunked_workspace
 from tests import planner_case
-from tests.planner_case import CONFIG, TOKENIZER
+from tests.planner_case import BATCH_SIZE, LOSS, MODEL, TOKENIZER
 
+OPTIM = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}
 CARD = GPU("card", 16.0, 100.0, 10.0, 1000.0, 100.0, 10.0, 8, None)
 
 
-def config(**changes):
-    return {**CONFIG, **changes}
+def measure(
+    *, loss=LOSS, optim=OPTIM, precision="fp32", sentences=0, fused_attention=False, **model
+) -> Measured:
+    return Measured(
+        model={**MODEL, **model},
+        loss=loss,
+        optim=optim,
+        tokenizer=TOKENIZER,
+        precision=precision,
+        sentence_batch_size=sentences,
+        fused_attention=fused_attention,
+    )
 
 
 @pytest.fixture(scope="module")
 def measured() -> Measured:
-    return Measured(CONFIG, TOKENIZER, fused_attention=False)
+    return measure()
 
 
 def planner(measured, gpu=CARD, **changes) -> Planner:
-    return Planner(config(**changes), measured, gpu, Assumptions(reserve_gb=0))
+    return Planner(measured, gpu, Assumptions(reserve_gb=0), **{"batch_size": BATCH_SIZE, **changes})
 
 
 def counted(function) -> Meter:
@@ -68,12 +79,12 @@ def test_towers_take_the_published_operations():
     """ResNet-50: 4.09e9 multiply-adds at 224 pixels (He et al. 2016, table 1: 3.8e9 by an older count;
     torchvision 4.09).
     """
-    towers = config(
+    m = measure(
         embed_dim=64,
         image_tower={"name": "timm", "model": "resnet50"},
         text_tower={"name": "transformer", "width": 128, "layers": 3, "heads": 4},
+        fused_attention=True,
     )
-    m = Measured(towers, TOKENIZER, fused_attention=True)
     classifier, projection = 2 * 2048 * 1000, 2 * 2048 * 64
     assert m.image.flops(1, backward=False) == pytest.approx(2 * 4.09e9 - classifier + projection, rel=2e-3)
     # A block: 12 d^2 multiply-adds a token for its four matrices, and L^2 d each for scores and for their sum
@@ -88,10 +99,9 @@ def test_towers_take_the_published_operations():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
 def test_weights_and_optimizer_state_are_a_real_optimizers(name):
-    optim = {**CONFIG["optim"], "name": name}
-    m = Measured(config(optim=optim), TOKENIZER, fused_attention=False)
+    m = measure(optim={**OPTIM, "name": name})
     model = create_model(planner_case.MODEL, tokenizer=TOKENIZER)
-    optimizer = create_optimizer(model, name=name, lr=1e-3, weight_decay=0.1)
+    optimizer = create_optimizer(model, **{**OPTIM, "name": name})
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -121,7 +131,7 @@ def saved_by_autograd(model: nn.Module, encode, inputs: torch.Tensor) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_activations_are_a_real_runs_at_another_size(tower, precision):
-    m = Measured(config(precision=precision), TOKENIZER, fused_attention=False)
+    m = measure(precision=precision)
     model = create_model(planner_case.MODEL, tokenizer=TOKENIZER).train()
     rows, encode = 20, getattr(model, f"encode_{tower}")
     inputs = planner_case.batch(rows)[tower]
@@ -139,9 +149,8 @@ def test_activations_are_a_real_runs_at_another_size(tower, precision):
 
 
 def test_checkpointing_trades_activations_for_a_second_forward():
-    tower = {**CONFIG["text_tower"], "activation_checkpointing": True}
-    plain = Measured(CONFIG, TOKENIZER, fused_attention=False)
-    saving = Measured(config(text_tower=tower), TOKENIZER, fused_attention=False)
+    tower = {**MODEL["text_tower"], "activation_checkpointing": True}
+    plain, saving = measure(), measure(text_tower=tower)
     assert saving.text.bytes_at(64)[0] < 0.4 * plain.text.bytes_at(64)[0]
     again = saving.text.flops(64, backward=True) - plain.text.flops(64, backward=True)
     # All of a block but its last matrix, whose output nothing saves: 8 of 12 d^2 multiply-adds a token, and
@@ -149,7 +158,7 @@ def test_checkpointing_trades_activations_for_a_second_forward():
     d, length, rows = 32, 12, 64
     assert again == 2 * rows * (2 * 8 * d * d * length + 4 * length**2 * d)
     assert saving.text.recomputed(rows) == again and plain.text.recomputed(rows) == 0
-    assert planner(saving, text_tower=tower).flops(rows, rows, 1)["again"] == again
+    assert planner(saving).flops(rows, rows, 1)["again"] == again
 
 
 def test_the_chunked_workspace_is_what_a_real_run_holds():
@@ -209,16 +218,12 @@ def real() -> dict:
 
 @pytest.mark.parametrize("name", planner_case.LOSSES)
 def test_the_losses_traffic_is_that_of_real_ranks(name, real):
-    changes = {
-        "loss": planner_case.LOSSES[name],
-        "text_tower": {**CONFIG["text_tower"], "dropout": 0.1},
-        "init_logit_bias": -10.0,
-    }
-    m = Measured(config(**changes), TOKENIZER, fused_attention=False)
+    tower = {**MODEL["text_tower"], "dropout": 0.1}
+    m = measure(loss=planner_case.LOSSES[name], text_tower=tower, init_logit_bias=-10.0)
     sizes = real["losses"][name]
     # Ring algorithms on two ranks: half of a gathered tensor, and twice half of a reduced one.
     sent = sizes["all_gather"] / 2 + sizes["reduce_scatter"] / 2 + sizes["all_reduce"]
-    assert planner(m, **changes).communication(6, 6, 2)["losses"] == pytest.approx(sent)
+    assert planner(m).communication(6, 6, 2)["losses"] == pytest.approx(sent)
 
 
 def test_ddp_sends_what_its_buckets_hold(measured, real):
@@ -241,8 +246,8 @@ def test_micro_batches_hold_less_and_compute_a_forward_more(measured):
 
 
 def test_sharding_divides_the_state_and_not_the_activations(measured):
-    whole = planner(measured, ema_decay=0.999).memory(6, 6, 4)
-    split = planner(measured, ema_decay=0.999, parallel="fsdp").memory(6, 6, 4)
+    whole = planner(measured, averaged=True).memory(6, 6, 4)
+    split = planner(measured, averaged=True, parallel="fsdp").memory(6, 6, 4)
     for name in ("gradients", "optimizer state"):
         assert split[name] == pytest.approx(whole[name] / 4)
     for name in ("weights", "EMA"):
@@ -263,12 +268,12 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(measured):
 
 def test_time_is_bounded_by_each_resource(measured):
     pairs, assumed = 512, Assumptions(efficiency=1.0, launch_us=0.0)
-    fast = Planner(config(batch_size=pairs), measured, CARD, assumed)
+    fast = Planner(measured, CARD, assumed, batch_size=pairs)
     flops, seconds = fast.flops(pairs, pairs, 1), fast.seconds(pairs, pairs, 1)
     assert seconds["forward"] >= flops["forward"] / 10e12
     # Every weight is read at least once.
     assert seconds["forward"] >= measured.weights / 1000e9
-    slow = Planner(config(batch_size=pairs), measured, CARD, Assumptions(efficiency=0.5, launch_us=0.0))
+    slow = Planner(measured, CARD, Assumptions(efficiency=0.5, launch_us=0.0), batch_size=pairs)
     assert sum(slow.seconds(pairs, pairs, 1).values()) == pytest.approx(2 * sum(seconds.values()))
 
 
@@ -303,14 +308,15 @@ def test_every_loss_can_be_planned():
         "matryoshka": {"loss": "infonce", "dims": [8, 24]},
         "slip": {"embed_dim": 24},
     }
-    changes = {
-        "loss": {name: settings.get(name, {}) for name in list_losses()},
-        "text_tower": {**CONFIG["text_tower"], "dropout": 0.1, "causal": False},
-        "data": {"sentences": {"batch_size": 8}},
-        "init_logit_bias": -10.0,
-        "mlm_probability": 0.25,
-    }
-    everything = planner(Measured(config(**changes), TOKENIZER, fused_attention=True), **changes)
+    m = measure(
+        loss={name: settings.get(name, {}) for name in list_losses()},
+        text_tower={**MODEL["text_tower"], "dropout": 0.1, "causal": False},
+        sentences=8,
+        init_logit_bias=-10.0,
+        mlm_probability=0.25,
+        fused_attention=True,
+    )
+    everything = planner(m)
     rows = everything.measured.rows(6, 2)
     # SLIP's two further views; SimCSE's second pass, and five kinds of sentences, 8 over two ranks.
     assert (rows["image"], rows["text"], rows["mlm"]) == (3 * 6, 2 * 6 + 5 * 4, 6)
@@ -329,17 +335,17 @@ def test_a_pretrained_tower_is_planned_by_its_sizes(tmp_path):
     BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
     tower = {"name": "hf", "pretrained": str(tmp_path), "context_length": 12}
     # Of the folder's config alone: it holds no weights.
-    m = Measured(config(text_tower=tower), TOKENIZER, fused_attention=False)
+    m = measure(text_tower=tower)
     block = 4 * (32 * 32 + 32) + 2 * 32 * 40 + 40 + 32 + 4 * 32
     embeddings = (50 + 512 + 2) * 32 + 2 * 32
     assert sum(p.numel() for p in m.model.text_tower.parameters()) == 3 * block + embeddings
 
 
 def test_attention_dropout_is_free_where_kernels_are_fused():
-    text = {**CONFIG["text_tower"], "attention_dropout": 0.1}
+    text = {**MODEL["text_tower"], "attention_dropout": 0.1}
     plain, fused, cpu = (
-        Measured(config(text_tower=tower), TOKENIZER, fused_attention=kept).text.bytes_at(10)[0]
-        for tower, kept in ((CONFIG["text_tower"], False), (text, True), (text, False))
+        measure(text_tower=tower, fused_attention=kept).text.bytes_at(10)[0]
+        for tower, kept in ((MODEL["text_tower"], False), (text, True), (text, False))
     )
     assert fused == plain < cpu
 

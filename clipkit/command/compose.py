@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -80,7 +80,7 @@ def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
     with open_dict(cfg):
         if "data" in cfg:
             # Paths of generated data are known before it is drawn, so that `${data.val}` names real shards.
-            cfg.data = locate_data(OmegaConf.to_container(cfg.data, resolve=True))
+            cfg.data = locate_data(_plain(cfg.data))
         # An empty choice, such as eval=[], leaves its group out altogether.
         for group in ("loss", "eval", "logger"):
             if group in cfg or "data" in cfg:
@@ -88,7 +88,7 @@ def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
         for group in UNREAD.get(config_name, ()):
             cfg.pop(group, None)
     try:
-        return OmegaConf.to_container(cfg, resolve=True)
+        return _plain(cfg)
     except InterpolationResolutionError as error:
         raise ValueError(
             f"{error.full_key} reads a setting that is not there ({str(error).splitlines()[0]}). If this data "
@@ -96,12 +96,17 @@ def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
         ) from error
 
 
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The settings as plain dicts and lists, without interpolations."""
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))
+
+
 def fixed(overrides: Sequence[str]) -> list[str]:
     """The overrides that are the same for every job of a sweep."""
     return [
         entry.input_line
-        for entry in OverridesParser.create().parse_overrides(overrides)
-        if not entry.is_sweep_override()
+        for entry in OverridesParser.create().parse_overrides(list(overrides))
+        if entry.input_line is not None and not entry.is_sweep_override()
     ]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clipkit.data.shards import Stream, create_stream
     from clipkit.data.spec import DATA_DEFAULTS, locate_data, resolve_data, train_captions
     from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, write_shapes
-    from clipkit.data.tokenizers import create_tokenizer, list_tokenizers, load_tokenizer
+    from clipkit.data.tokenizers import Tokenizer, create_tokenizer, list_tokenizers, load_tokenizer
     from clipkit.data.urls import expand_shards
 
 _HOME = {
@@ -38,6 +38,7 @@ _HOME = {
     "iter_eval": "evalset",
     "count_samples": "evalset",
     "iter_captions": "evalset",
+    "Tokenizer": "tokenizers",
     "create_tokenizer": "tokenizers",
     "load_tokenizer": "tokenizers",
     "list_tokenizers": "tokenizers",
@@ -65,6 +66,7 @@ __all__ = [
     "SHAPE_TEMPLATES",
     "SentenceStream",
     "Stream",
+    "Tokenizer",
     "check",
     "count_samples",
     "create_augment",

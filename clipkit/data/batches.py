@@ -6,7 +6,7 @@ Nothing here remembers what came before. A worker is a copy of `Batches` and mak
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Batches(torch.utils.data.Dataset):
         orders: list[EpochOrder],
         mixture: Mixture | None,
         *,
-        tokenizer: Any,
+        tokenizer: Callable[[list[str]], torch.Tensor],
         image_size: int,
         batch_size: int,
         seed: int,

@@ -135,7 +135,8 @@ def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
         import simplejpeg
 
         try:
-            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+            rows, columns, colour, _ = simplejpeg.decode_jpeg_header(data)
+            height, width = int(rows), int(columns)
             jpeg = colour not in ("CMYK", "YCCK")
             turn = _jpeg_orientation(data) if jpeg else 1
         except ValueError:  # an uncommon kind of JPEG, or none: Pillow has the last word
@@ -157,14 +158,14 @@ def _pixels(data: bytes, jpeg: bool, turn: int, factor: int = 1, *, fast: bool =
 
     try:
         if factor > 1:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            rows, columns, _, _ = simplejpeg.decode_jpeg_header(data)
             pixels = simplejpeg.decode_jpeg(
                 data,
                 "RGB",
                 fastdct=fast,
                 fastupsample=fast,
-                min_height=-(-height // factor),
-                min_width=-(-width // factor),
+                min_height=-(-int(rows) // factor),
+                min_width=-(-int(columns) // factor),
                 min_factor=factor,
             )
         else:
@@ -203,7 +204,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _tiff_orientation(tiff: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "")
     try:
         start = struct.unpack_from(order + "I", tiff, 4)[0] if order else len(tiff)
         for i in range(struct.unpack_from((order or "<") + "H", tiff, start)[0]):

@@ -81,7 +81,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[int] | np.ndarray,
         *,
         seed: int,
         name: str = "",
@@ -123,7 +123,9 @@ class EpochOrder:
         """The sample numbers of window w, in order."""
         if (epoch, w) not in self._windows:
             shards = self._epoch(epoch)[0][w * self.window : (w + 1) * self.window]
-            samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
+            samples = np.concatenate(
+                [np.arange(int(self.starts[s]), int(self.starts[s + 1]), dtype=np.int64) for s in shards]
+            )
             key = number(self.seed, self.name, epoch, "window", w)
             self._windows[epoch, w] = samples[permutation(key, len(samples))]
             while len(self._windows) > 3:

@@ -131,7 +131,7 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings))
 
 
-def _chunks(rows: Iterator[tuple[Any, list[str]]], size: int) -> Iterator[tuple[int, list]]:
+def _chunks(rows: Iterator[tuple[Any, list[str] | None]], size: int) -> Iterator[tuple[int, list]]:
     number, chunk = 0, []
     for row in rows:
         chunk.append(row)
@@ -142,8 +142,8 @@ def _chunks(rows: Iterator[tuple[Any, list[str]]], size: int) -> Iterator[tuple[
         yield number, chunk
 
 
-def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, list[str]]]:
-    """(path or bytes, captions) of every row, in the source's order."""
+def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, list[str] | None]]:
+    """(path or bytes, captions; None for a folder's images) of every row, in the source's order."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
             if path.suffix.lower().lstrip(".") in IMAGES and path.is_file():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class SentenceStream:
         triplets: list[tuple],
         pairs: list[tuple],
         *,
-        tokenizer: Any,
+        tokenizer: Callable[[list[str]], torch.Tensor],
         batch_size: int,
         seed: int,
         rank: int,
@@ -99,7 +99,13 @@ class SentenceStream:
 
 
 def create_sentences(
-    spec: Mapping[str, Any], *, tokenizer: Any, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    spec: Mapping[str, Any],
+    *,
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> SentenceStream:
     """An endless stream of NLI batches.
 

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -238,7 +238,7 @@ class _Watch:
 def create_stream(
     spec: Mapping[str, Any],
     *,
-    tokenizer: Any,
+    tokenizer: Callable[[list[str]], torch.Tensor],
     image_size: int,
     batch_size: int,
     seed: int,

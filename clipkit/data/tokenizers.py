@@ -283,7 +283,9 @@ def _load_hf(model: str) -> Any:
         if (folder / "merges.txt").exists():
             return transformers.RobertaTokenizerFast.from_pretrained(str(folder))
         if (folder / "vocab.txt").exists():
-            return transformers.BertTokenizerFast.from_pretrained(str(folder))
+            # transformers makes the name when it is asked for.
+            fast = transformers.BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+            return fast.from_pretrained(str(folder))
     try:
         fast = transformers.AutoTokenizer.from_pretrained(model, use_fast=True)
     except (OSError, ValueError) as error:

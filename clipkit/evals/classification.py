@@ -12,12 +12,11 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.evals.encoder import Encoder, check_features
+from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
 from clipkit.registry import unknown
 
@@ -53,7 +52,7 @@ def simple_templates() -> list[Callable[[str], str]]:
 
 
 CLASSES = {"shapes": shape_classes, "imagenet": imagenet_classes}
-TEMPLATES = {
+TEMPLATES: dict[str, Callable[[], Sequence[str | Callable[[str], str]]]] = {
     "shapes": shape_templates,
     "imagenet": imagenet_templates,
     "imagenet_simple": simple_templates,
@@ -111,14 +110,15 @@ def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str]
             f"zero-shot classification needs templates: a list such as ['a photo of a {{}}.'], a file with one a line, "
             f"or one of {', '.join(sorted(TEMPLATES))}"
         )
-    if isinstance(templates, str):
-        if templates in TEMPLATES:
-            templates = TEMPLATES[templates]()
-        elif Path(templates).is_file():
-            templates = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
-        else:
-            raise ValueError(f"{unknown('templates', templates, TEMPLATES)} It is no file either.")
-    return [template if callable(template) else _prompt_maker(template) for template in templates]
+    if not isinstance(templates, str):
+        made: Sequence[str | Callable[[str], str]] = templates
+    elif templates in TEMPLATES:
+        made = TEMPLATES[templates]()
+    elif Path(templates).is_file():
+        made = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
+    else:
+        raise ValueError(f"{unknown('templates', templates, TEMPLATES)} It is no file either.")
+    return [_prompt_maker(template) if isinstance(template, str) else template for template in made]
 
 
 def _prompt_maker(template: str) -> Callable[[str], str]:
@@ -180,7 +180,7 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
     }
 
 
-def image_labels(images: Any, what: str) -> Tensor:
+def image_labels(images: EncodedImages, what: str) -> Tensor:
     """(N,) int64 labels of encoded images; ValueError naming the first image without one."""
     for key, label in zip(images.keys, images.labels, strict=True):
         if label is None:

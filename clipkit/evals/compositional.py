@@ -62,7 +62,7 @@ class NamedImages(Items):
 
 def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
     """(P,) the row of `images` each pair is about, by key, or by file name."""
-    rows = {key: row for row, key in enumerate(images.keys)}
+    rows: dict[Any, int] = {key: row for row, key in enumerate(images.keys)}
     found = [rows.get(pair.get("key"), rows.get(pair.get("filename"))) for pair in pairs]
     if None in found:
         pair = pairs[found.index(None)]

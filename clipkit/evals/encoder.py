@@ -7,12 +7,12 @@ for a million images of 512 dimensions), so that a metric is the same number on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from clipkit.evals.sources import ImageSource
@@ -59,14 +59,16 @@ class Encoder:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Any],
         *,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
         group: ProcessGroup | None = None,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        # One of several classes that share their methods' names alone.
+        self.model: Any = model
+        self.tokenizer = tokenizer
         self.device, self.batch_size, self.group = torch.device(device), batch_size, group
         self._images: dict[Any, EncodedImages] = {}
 
@@ -101,7 +103,7 @@ class Encoder:
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
         if not parts:
             raise ValueError(f"{source.identity} holds no image; check the path")
-        merged = {
+        merged: dict[str, Any] = {
             name: [x for part in parts for x in part[2][name]]
             for name in ("captions", "labels", "keys", "meta")
         }

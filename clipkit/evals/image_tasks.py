@@ -70,9 +70,10 @@ class _Labelled:
         names, folders = read_classes(classes) if classes is not None else (None, None)
         self.what = what
         self.source: ImageSource = open_source(what, folders=folders or names, **source)
-        self.classes = names or self.source.classes
-        if self.classes is None:
+        known = names or self.source.classes
+        if known is None:
             raise ValueError(f"{what} needs `classes`: a list of names or a file")
+        self.classes = known
 
     def templates(self, given: str | list[str] | None) -> list:
         return read_templates(

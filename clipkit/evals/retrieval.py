@@ -66,7 +66,7 @@ def retrieval_metrics(
     metrics = {}
     for direction, counts in (("image_to_text", [c[queried] for c in images]), ("text_to_image", texts)):
         for cutoff in k:
-            metrics[f"{direction}_R@{cutoff}"] = float(hit_probability(*counts, cutoff).mean())
+            metrics[f"{direction}_R@{cutoff}"] = float(hit_probability(*counts, k=cutoff).mean())
         rank = expected_rank(*counts)
         # Tensor.quantile refuses more than 2**24 values, and Tensor.median takes the lower of two middle
         # ones.

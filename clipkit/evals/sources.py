@@ -36,7 +36,7 @@ def load_image(data: bytes | Path, image_size: int) -> Tensor:
     short = min(image.size)
     width, height = (int(image_size * side / short) for side in image.size)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.BICUBIC)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     image = image.crop((left, top, left + image_size, top + image_size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -230,8 +230,8 @@ class ClipBenchmark(Items):
                 sample = samples.setdefault(str(Path(member.name).parent / stem), {})
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     sample["image"] = (member.offset_data, member.size)
-                elif suffix in ("cls", "txt"):
-                    sample[suffix] = archive.extractfile(member).read().decode("utf-8").strip()
+                elif suffix in ("cls", "txt") and (file := archive.extractfile(member)) is not None:
+                    sample[suffix] = file.read().decode("utf-8").strip()
         for name, sample in samples.items():
             key = f"{tar.name}/{name}"
             if "image" not in sample:
@@ -338,4 +338,7 @@ def open_source(
         return ClipBenchmark(clip_benchmark, split)
     if cifar is not None:
         return Cifar(cifar, split)
-    return ImageFolder(folder, folders) if folder is not None else ClassTar(tar, folders)
+    if folder is not None:
+        return ImageFolder(folder, folders)
+    assert tar is not None, "one is given"
+    return ClassTar(tar, folders)

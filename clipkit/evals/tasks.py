@@ -7,21 +7,24 @@ and calling it with an Encoder gives {metric: value}.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from clipkit.evals.encoder import Encoder
 from clipkit.registry import Registry, check_keys
+
+Task = Callable[[Encoder], dict[str, float]]
 
 _TASKS = Registry("evaluation task")
 register_task = _TASKS.register
 list_tasks = _TASKS.names
 
 
-def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Task]:
     """Build every task from its spec, so that a wrong setting or a missing file is an error before training
     starts.
 
@@ -54,8 +57,8 @@ def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Any],
     tasks: Mapping[str, Mapping[str, Any] | None],
     *,
     device: str | torch.device = "cpu",

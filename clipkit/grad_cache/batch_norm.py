@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class UpdateOnce:
         # From cleared buffers, `updates` of them leave the statistic times this factor.
         factor = 1.0 if layer.momentum is None else 1 - (1 - layer.momentum) ** updates
         if factor > 0:
-            statistic = (count, layer.running_mean / factor, layer.running_var / factor, updates)
+            mean, variance = _running(layer)
+            statistic = (count, mean / factor, variance / factor, updates)
             calls[self.seen[index]].append(statistic)
         self.seen[index] += 1
         _clear(layer)
@@ -128,24 +130,35 @@ def _update(layer: _BatchNorm, statistics: list[tuple]) -> None:
         return
     updates = statistics[0][3]
     mean, variance = pool([statistic[:3] for statistic in statistics])
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(updates)
-    if layer.momentum is None:
-        factor = 1 / float(layer.num_batches_tracked)
-    else:
+    tracked = layer.num_batches_tracked
+    if tracked is not None:
+        tracked.add_(updates)
+    if layer.momentum is not None:
         factor = 1 - (1 - layer.momentum) ** updates
-    layer.running_mean.lerp_(mean.to(layer.running_mean), factor)
-    layer.running_var.lerp_(variance.to(layer.running_var), factor)
+    else:
+        assert tracked is not None, "torch keeps it beside the running mean"
+        factor = 1 / float(tracked)
+    for running, towards in zip(_running(layer), (mean, variance), strict=True):
+        running.lerp_(towards.to(running), factor)
+
+
+def _running(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """The running mean and variance of a layer that keeps them, as those of UpdateOnce do."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 def _buffers(layer: _BatchNorm) -> list[torch.Tensor]:
-    buffers = [layer.running_mean, layer.running_var]
+    buffers = [*_running(layer)]
     return buffers if layer.num_batches_tracked is None else [*buffers, layer.num_batches_tracked]
 
 
 def _clear(layer: _BatchNorm) -> None:
     for buffer in _buffers(layer):
         buffer.zero_()
+
+
+_OTHER_LAYERS = "batch_norm='whole' needs every micro-batch to call the same BatchNorm layers"
 
 
 class WholeBatch:
@@ -162,7 +175,7 @@ class WholeBatch:
     def __init__(self, norms: UpdateOnce):
         self.norms = norms
         self.statistics: list[tuple[float, torch.Tensor, torch.Tensor]] = []
-        self.sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sums: dict[int, torch.Tensor] = {}
         self.layers: list[int | None] = []
 
     def running(self, **settings: int) -> _NormaliseMode:
@@ -182,9 +195,7 @@ class WholeBatch:
             if not found:
                 break
             if len(found) != parts:
-                raise RuntimeError(
-                    "batch_norm='whole' needs every micro-batch to call the same BatchNorm layers"
-                )
+                raise RuntimeError(_OTHER_LAYERS)
             self.statistics.append(pool_biased(found))
             self.layers.append(self.norms.index_of(layer))
         for index, (count, mean, variance) in zip(self.layers, self.statistics, strict=True):
@@ -201,6 +212,8 @@ class WholeBatch:
             for k in range(parts):
                 with self.running(keep=call) as mode:
                     tensors, gradients = run(k)
+                if mode.kept is None:
+                    raise RuntimeError(_OTHER_LAYERS)
                 x, y = mode.kept
                 gradient = None
                 if tensors and y.requires_grad:
@@ -221,7 +234,9 @@ class _NormaliseMode(TorchFunctionMode):
     def __init__(self, whole: WholeBatch, *, stop_at: int | None = None, keep: int | None = None):
         super().__init__()
         self.whole, self.stop_at, self.keep = whole, stop_at, keep
-        self.calls, self.found, self.kept = 0, None, None
+        self.calls = 0
+        self.found: tuple[float, torch.Tensor, torch.Tensor] | None = None
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -288,8 +303,9 @@ def pool_biased(
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Count, mean and biased variance of all values, from those of each part."""
     total = sum(count for count, _, _ in parts)
-    mean = sum(mean * (count / total) for count, mean, _ in parts)
-    return total, mean, sum((var + (part - mean).square()) * (count / total) for count, part, var in parts)
+    mean = reduce(torch.add, [mean * (count / total) for count, mean, _ in parts])
+    spread = [(var + (part - mean).square()) * (count / total) for count, part, var in parts]
+    return total, mean, reduce(torch.add, spread)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

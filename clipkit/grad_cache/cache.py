@@ -344,7 +344,7 @@ def _take_buffers_of_rank_0(model: nn.Module) -> None:
 def _reducing(model: nn.Module, now: bool) -> Iterator[None]:
     """Gradients made inside are reduced over the ranks only when `now`; DDP and FSDP2, nested or not."""
     ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    fsdp = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    fsdp: list[Any] = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
     with contextlib.ExitStack() as stack:
         if not now:
             for module in ddp:

@@ -44,7 +44,7 @@ class Pairs:
         first = rows.start + self.row_offset
         if self.exclude_positives and first < cols.stop and rows.stop + self.row_offset > cols.start:
             block.diagonal(first - cols.start).fill_(value)
-        if self.row_ids is not None:
+        if self.row_ids is not None and self.col_ids is not None:
             block.masked_fill_(self.row_ids[rows, None] == self.col_ids[None, cols], value)
 
     def transposed(self) -> Pairs:
@@ -212,6 +212,7 @@ class _Gradients:
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(dx, dy, dscale): multiplies by the scale and by `factor`, which `add`'s coefficients left out."""
         features, grad = (blocks.x, self.x) if self.x is not None else (blocks.y, self.y)
+        assert grad is not None, "a backward runs for one side at least"
         d_scale = scale.new_zeros((), dtype=torch.float64)
         for part in _slices(features.shape[0], blocks.chunk):
             d_scale += (features[part].to(blocks.dtype) * grad[part]).sum(dtype=torch.float64)

@@ -27,6 +27,13 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
+def _asked(gradient: Tensor | None, of: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+    """The gradient in the dtype of what it is of; empty, as x, where it was not asked for."""
+    if not needed or gradient is None or of is None:
+        return _empty(x)
+    return gradient.to(of.dtype)
+
+
 @torch.library.custom_op("clipkit::pair_lse", mutates_args=())
 def pair_lse_op(
     x: Tensor,
@@ -86,10 +93,10 @@ def pair_lse_backward_op(
                 *given, high=impl == "triton_high", need_x=need_x, need_y=need_y, need_weight=need_weight
             )
     return (
-        d_x.to(x.dtype) if need_x else _empty(x),
-        d_y.to(y.dtype) if need_y else _empty(y),
+        _asked(d_x, x, x, need_x),
+        _asked(d_y, y, x, need_y),
         d_scale.to(scale.dtype),
-        d_weight.to(col_log_weight.dtype) if need_weight else _empty(x),
+        _asked(d_weight, col_log_weight, x, need_weight),
     )
 
 
@@ -217,10 +224,10 @@ def pair_softplus_backward_op(
                 *given, high=impl == "triton_high", need_x=need_x, need_y=need_y, need_bias=need_bias
             )
     return (
-        d_x.to(x.dtype) if need_x else _empty(x),
-        d_y.to(y.dtype) if need_y else _empty(y),
+        _asked(d_x, x, x, need_x),
+        _asked(d_y, y, x, need_y),
         d_scale.to(scale.dtype),
-        d_bias.to(bias.dtype) if need_bias else _empty(x),
+        _asked(d_bias, bias, x, need_bias),
     )
 
 

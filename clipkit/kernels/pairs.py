@@ -168,10 +168,10 @@ def _check_features(x: Tensor, y: Tensor, scale: Tensor | float) -> tuple[Tensor
 
 
 def _check_ids(x: Tensor, y: Tensor, row_ids: Tensor | None, col_ids: Tensor | None) -> None:
-    if (row_ids is None) != (col_ids is None):
-        raise ValueError("row_ids and col_ids come together: give both or neither")
-    if row_ids is None:
+    if row_ids is None and col_ids is None:
         return
+    if row_ids is None or col_ids is None:
+        raise ValueError("row_ids and col_ids come together: give both or neither")
     if row_ids.shape != (x.shape[0],) or col_ids.shape != (y.shape[0],):
         raise ValueError(
             f"row_ids and col_ids must be ({x.shape[0]},) and ({y.shape[0]},), got "

@@ -31,7 +31,7 @@ def excluded_pairs(
     mask = None
     if exclude_positives:
         mask = (rows + row_offset)[:, None] == cols[None, :]
-    if row_ids is not None:
+    if row_ids is not None and col_ids is not None:
         same = row_ids[:, None] == col_ids[None, :]
         mask = same if mask is None else mask | same
     return mask

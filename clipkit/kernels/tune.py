@@ -103,7 +103,8 @@ def _time(kind: str, rows: int, dim: int, repeats: int) -> float:
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         start.record()
         if kind.startswith("lse"):
-            total = sum(part.sum() for part in pair_lse(x, y, scale, impl="triton"))
+            row_lse, col_lse = pair_lse(x, y, scale, impl="triton")
+            total = row_lse.sum() + col_lse.sum()
         else:
             total = pair_softplus(x, y, scale, -10.0, impl="triton").sum()
         middle.record()
@@ -118,15 +119,15 @@ def tune_one(kind: str, capability: tuple[int, int], rows: int, dim: int) -> tup
     """(best configuration, its milliseconds, the table's milliseconds)."""
     base = configs.find(kind, capability, dim)
     times = {config: measure(kind, capability, config, rows, dim) for config in candidates(kind, base)}
-    best = min(times, key=times.get)
+    best = min(times, key=lambda config: times[config])
     times |= {config: measure(kind, capability, config, rows, dim) for config in around(kind, best)}
-    best = min(times, key=times.get)
+    best = min(times, key=lambda config: times[config])
     return best, times[best], times[base]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m clipkit.kernels.tune", description=__doc__.splitlines()[0]
+        prog="python -m clipkit.kernels.tune", description=str(__doc__).splitlines()[0]
     )
     parser.add_argument("out", help="JSON file to write")
     parser.add_argument("--dims", default="512,768,1024", help="embedding dimensions, largest of each bucket")

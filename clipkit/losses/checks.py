@@ -86,7 +86,8 @@ def reads_values(module: nn.Module, device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     first = not getattr(module, "_values_checked", False)
-    module._values_checked = True
+    # torch's stub has a module hold tensors and modules alone.
+    module._values_checked = True  # pyright: ignore[reportArgumentType]
     return first
 
 

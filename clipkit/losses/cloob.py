@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,7 @@ class CLOOB(nn.Module):
     Siblings: `infoloob` (beta large: everything retrieves itself where x and y agree), `infonce`.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features")
 
     def __init__(

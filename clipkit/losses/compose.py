@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import Group
@@ -39,6 +41,9 @@ class WeightedSum(nn.Module):
         ValueError: no terms, a weight for no term, or a weight that is negative or not finite.
     """
 
+    # torch types a module's call as Any.
+    __call__: Callable[..., dict[str, Tensor]]
+
     def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None):
         super().__init__()
         if not terms:
@@ -55,8 +60,9 @@ class WeightedSum(nn.Module):
         self.weights = {
             name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms
         }
-        self.inputs = _union(term.inputs for term in terms.values())
-        optional = _union(getattr(term, "optional_inputs", ()) for term in terms.values())
+        self._reads = {name: _reads(term) for name, term in terms.items()}
+        self.inputs = _union(needed for needed, _ in self._reads.values())
+        optional = _union(optional for _, optional in self._reads.values())
         self.optional_inputs = tuple(name for name in optional if name not in self.inputs)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,17 +75,17 @@ class WeightedSum(nn.Module):
             ValueError: a term's input is missing; the message says which setting supplies it.
         """
         values = {name: self._term(name, features) for name in self.terms}
-        total = sum(self.weights[name] * value for name, value in values.items())
+        total = reduce(torch.add, [self.weights[name] * value for name, value in values.items()])
         return {"loss": total, **values}
 
     def _term(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
-        term = self.terms[name]
+        term, (needed, optional) = self.terms[name], self._reads[name]
         given = {}
-        for key in term.inputs:
+        for key in needed:
             if features.get(key) is None:
                 raise ValueError(_missing(name, term, key, features))
             given[key] = features[key]
-        for key in getattr(term, "optional_inputs", ()):
+        for key in optional:
             if features.get(key) is not None:
                 given[key] = features[key]
         return term(**given)
@@ -162,6 +168,11 @@ def _missing(name: str, term: nn.Module, key: str, features: Mapping[str, Tensor
     )
 
 
-def _union(names: Any) -> tuple[str, ...]:
+def _reads(term: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The features that a loss needs, and those it uses where they are present."""
+    return tuple(term.inputs), tuple(getattr(term, "optional_inputs", ()))
+
+
+def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     """The distinct names of several tuples, in order of first appearance."""
     return tuple(dict.fromkeys(name for group in names for name in group))

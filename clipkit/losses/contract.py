@@ -17,13 +17,13 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from clipkit.distributed import launch, rank
+from clipkit.distributed import Group, launch, rank
 from clipkit.grad_cache import cached_backward
 from clipkit.registry import unknown
 
@@ -106,12 +106,15 @@ class GradientReport:
         return "\n".join(lines)
 
 
+Loss = Callable[..., torch.Tensor | dict[str, torch.Tensor]]
+
+
 @dataclasses.dataclass(frozen=True)
 class ContractCase:
     """One measurement: the arguments of `check_gradient_contract`, without the world size."""
 
-    loss_fn: Callable[..., Any]
-    reference_fn: Callable[..., Any] | None = None
+    loss_fn: Callable[..., Loss]
+    reference_fn: Callable[..., Loss] | None = None
     batch_size: int = 16
     embed_dim: int = 8
     inputs: Sequence[str] | None = None
@@ -126,9 +129,9 @@ class ContractCase:
 
 
 def check_gradient_contract(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Loss],
     *,
-    reference_fn: Callable[..., Any] | None = None,
+    reference_fn: Callable[..., Loss] | None = None,
     world_size: int = 4,
     batch_size: int = 16,
     embed_dim: int = 8,
@@ -244,7 +247,9 @@ class _Towers(nn.Module):
             elif name == "logit_bias":
                 features[name] = self.logit_bias[0]
             elif name == "mlm_logits":
-                features[name] = self.mlm_head(self.text_tower(batch["tokens"]))
+                features[name] = self.get_submodule("mlm_head")(
+                    self.get_submodule("text_tower")(batch["tokens"])
+                )
             else:
                 features[name] = batch[name]
         return features
@@ -270,19 +275,19 @@ def _make_batch(case: ContractCase) -> dict[str, torch.Tensor]:
 
 
 def _measure_all(cases: dict[str, ContractCase]) -> dict[str, tuple]:
-    groups: dict[int | None, Any] = {None: None}
+    groups: dict[int | None, Group] = {None: None}
     for case in cases.values():
         size = case.hybrid_group
-        if size not in groups:
+        if size is not None and size not in groups:
             # Every rank takes part in making every group, and keeps its own.
             made = [dist.new_group(list(range(k, k + size))) for k in range(0, dist.get_world_size(), size)]
-            groups[size] = made[rank() // size]
+            groups[size] = cast("Group", made[rank() // size])
     return {
         name: _measure(case, dist.get_world_size(), groups[case.hybrid_group]) for name, case in cases.items()
     }
 
 
-def _measure(case: ContractCase, ranks: int, group: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+def _measure(case: ContractCase, ranks: int, group: Group = None) -> tuple[float, dict[str, torch.Tensor]]:
     """This rank's value, and every parameter's gradient averaged over the ranks."""
     settings = {}
     if case.hybrid_group is not None and "group" in inspect.signature(case.loss_fn).parameters:
@@ -322,12 +327,12 @@ def _gradients(
 class _OnFeatures:
     """The loss as a callable on a feature dict: WeightedSum takes it as it is, any other by keyword."""
 
-    def __init__(self, loss: Any, inputs: Sequence[str]):
+    def __init__(self, loss: Loss, inputs: Sequence[str]):
         from clipkit.losses.compose import WeightedSum
 
         self.loss, self.inputs, self.takes_dict = loss, tuple(inputs), isinstance(loss, WeightedSum)
 
-    def __call__(self, features: Mapping[str, torch.Tensor]) -> Any:
+    def __call__(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         return (
             self.loss(features)
             if self.takes_dict
@@ -347,7 +352,7 @@ def _compare(case: ContractCase, world_size: int, ranks: list[tuple]) -> Gradien
     references = [_gradients(plain, slice(g * rows, (g + 1) * rows), settings) for g in range(groups)]
     parameters = []
     for name, gradient in ranks[0][1].items():
-        reference = sum(gradients[name] for _, gradients in references) / groups
+        reference = torch.stack([gradients[name] for _, gradients in references]).sum(0) / groups
         parameters.append(_parameter(name, gradient.double(), reference.double()))
     values = torch.tensor([value for value, _ in ranks], dtype=torch.float64).view(groups, -1)
     expected = torch.tensor([value for value, _ in references], dtype=torch.float64)[:, None]

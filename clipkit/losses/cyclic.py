@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,7 @@ class CyclicGeometry(nn.Module):
     orthogonal R for the in-modal term alone). Siblings: `infonce`, which CyCLIP adds it to; `uniformity`.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features")
 
     def __init__(

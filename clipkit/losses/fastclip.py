@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,12 +65,17 @@ class FastCLIP(nn.Module):
     With gamma = 1 and eps -> 0 it is t (infoloob - log(N - 1) + rho). Siblings: `infonce`, `infoloob`.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "sample_index")
     supplied_by = {
         "sample_index": (
             "the data stream, which numbers every sample; take it from the batch into the features"
         )
     }
+
+    log_u1: Tensor
+    log_u2: Tensor
+    steps: Tensor
 
     def __init__(
         self,

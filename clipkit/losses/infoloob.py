@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from clipkit.distributed import (
@@ -44,6 +46,7 @@ class InfoLOOB(nn.Module):
     Siblings: `infonce`; `cloob`, which retrieves from a Hopfield memory first.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
 
     def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):

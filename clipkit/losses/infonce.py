@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from clipkit.distributed import (
@@ -65,6 +67,7 @@ class InfoNCE(nn.Module):
     denominator), `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
     optional_inputs = ("pair_ids",)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import Group
@@ -36,6 +38,8 @@ class Matryoshka(nn.Module):
         group: passed to the inner loss.
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
         *,
@@ -47,11 +51,11 @@ class Matryoshka(nn.Module):
         group: Group | str = "auto",
     ):
         super().__init__()
-        if dims is None and embed_dim is None:
-            raise ValueError(
-                "matryoshka needs dims, its prefix lengths, or embed_dim to take an eighth to the whole of"
-            )
         if dims is None:
+            if embed_dim is None:
+                raise ValueError(
+                    "matryoshka needs dims, its prefix lengths, or embed_dim to take an eighth to the whole of"
+                )
             dims = sorted({max(1, int(embed_dim) // part) for part in (8, 4, 2, 1)})
         highest = math.inf if embed_dim is None else int(embed_dim)
         self.dims = tuple(int(check_number("dims", dim, 1, highest)) for dim in dims)
@@ -81,11 +85,11 @@ class Matryoshka(nn.Module):
         Raises:
             ValueError: features narrower than a prefix, or what the inner loss refuses.
         """
-        total = None
-        for dim, weight, loss in zip(self.dims, self.dim_weights, self.losses):
-            value = weight * loss(**{name: _prefix(name, value, dim) for name, value in features.items()})
-            total = value if total is None else total + value
-        return total
+        values = [
+            weight * loss(**{name: _prefix(name, value, dim) for name, value in features.items()})
+            for dim, weight, loss in zip(self.dims, self.dim_weights, self.losses)
+        ]
+        return reduce(torch.add, values)
 
 
 def _prefix(name: str, value: Tensor, dim: int) -> Tensor:

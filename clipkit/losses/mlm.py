@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_reduce_sum, resolve_group
@@ -27,6 +29,7 @@ class MaskedLanguageModel(nn.Module):
         group: "auto", a ProcessGroup or None.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("mlm_logits", "mlm_labels")
     supplied_by = dict.fromkeys(inputs, _TOKENS)
 

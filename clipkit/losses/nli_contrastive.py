@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class NLIContrastive(nn.Module):
     Siblings: `simcse` (unsupervised), `nli_softmax` (labelled pairs in place of triplets).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("premise_features", "entailment_features", "contradiction_features")
     supplied_by = dict.fromkeys(inputs, _TRIPLETS)
 

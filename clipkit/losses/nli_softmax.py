@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ class NLISoftmax(nn.Module):
     Siblings: `nli_contrastive`, which needs triplets and has no parameters.
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("pair_premise_features", "pair_hypothesis_features", "nli_labels")
     supplied_by = dict.fromkeys(inputs, _PAIRS)
 

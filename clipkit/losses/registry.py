@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from clipkit.registry import Registry
+
+T = TypeVar("T")
 
 losses = Registry("loss")
 
 
-def register_loss(name: str) -> Callable[[Any], Any]:
+def register_loss(name: str) -> Callable[[T], T]:
     """Decorator that makes an `nn.Module` class a loss that `create_loss` and a config can name.
 
     The class needs `inputs`, the names of the features its forward takes, as a class attribute or set by its

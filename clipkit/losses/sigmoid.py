@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
@@ -41,6 +43,7 @@ class Sigmoid(nn.Module):
     Siblings: `infonce` (softmax over the batch).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
     optional_inputs = ("pair_ids",)
     supplied_by = {
@@ -107,7 +110,7 @@ class Sigmoid(nn.Module):
         positive = paired_logits(image_features, text_features, logit_scale)
         bias = logit_bias.to(positive.dtype).reshape(())
         loss = loss + softplus(-(positive + bias))
-        if ids is not None and not masked:
+        if all_ids is not None and not masked:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
             wide, own = texts.to(positive.dtype), slice(offset, offset + rows)
             shared, counts = shared_sums(wide, all_ids)

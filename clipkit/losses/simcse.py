@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,7 @@ class SimCSE(nn.Module):
     Siblings: `nli_contrastive` (the supervised SimCSE), `slip` (two views of images).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("text_features", "text_features_view2")
     supplied_by = {
         "text_features_view2": "a second pass of the captions through a text tower with dropout: set "

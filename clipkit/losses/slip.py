@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,7 @@ class SLIP(nn.Module):
     Siblings: `simcse` (two dropout views of captions, one direction, other view's rows alone).
     """
 
+    __call__: Callable[..., Tensor]
     inputs = ("image_features_view1", "image_features_view2")
     supplied_by = dict.fromkeys(inputs, _VIEWS)
 
@@ -142,11 +145,12 @@ class SLIP(nn.Module):
         """(B, D) features through the training-only head, unit norm again; themselves without one."""
         if self.head is None:
             return features
-        first = self.head[0]
-        if features.shape[1] != first.in_features:
+        # The first layer's, (hidden_dim, embed_dim).
+        weight = next(self.head.parameters())
+        if features.shape[1] != weight.shape[1]:
             raise ValueError(
-                f"slip's head was built for embed_dim={first.in_features}, but features are "
+                f"slip's head was built for embed_dim={weight.shape[1]}, but features are "
                 f"{features.shape[1]} wide"
             )
-        projected = self.head(features.to(first.weight.dtype))
+        projected = self.head(features.to(weight.dtype))
         return nn.functional.normalize(projected.to(compute_dtype(projected)), dim=-1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
@@ -42,6 +43,8 @@ class Uniformity(nn.Module):
     Siblings: `infonce`, whose denominator contains it; `cyclic`.
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
         *,
@@ -78,7 +81,7 @@ class Uniformity(nn.Module):
             check_matrix(name, value)
         if reads_values(self, features[self.inputs[0]].device):
             check_unit_norm(**features)
-        return sum(self._potential(features[name]) for name in self.inputs) / len(self.inputs)
+        return torch.stack([self._potential(features[name]) for name in self.inputs]).mean()
 
     def _potential(self, x: Tensor) -> Tensor:
         group = resolve_group(self.group)

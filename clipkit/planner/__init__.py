@@ -1,7 +1,9 @@
 """What a step takes, before it is run: memory, operations, communication, time.
 
-    measured = Measured(config, tokenizer, fused_attention=True)     # on fake tensors, seconds
-    Planner(config, measured, gpu).plan(world_size=8)["memory"]
+    measured = Measured(             # on fake tensors, seconds
+        model=model, loss=["infonce"], optim=optim, tokenizer=tokenizer, precision="bf16", fused_attention=True
+    )
+    Planner(measured, gpu, batch_size=32768, micro_batch_size=512).plan(world_size=8)["memory"]
 
 `clipkit-plan` is its command.
 """

@@ -1,4 +1,4 @@
-"""What a config's model, optimizer and losses take, counted on fake tensors: no memory, no data, no GPU.
+"""What a model, its optimizer and its losses take, counted on fake tensors: no memory, no data, no GPU.
 
 A tower pass is run forward and backward at two batch sizes; bytes, operations and bytes moved are affine in
 the rows, operator by operator, and so known at every size. A loss is run at the very size asked for, on rank
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipkit.checkpoint import model_config
 from clipkit.losses import create_loss
-from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, create_model
+from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
 
@@ -84,28 +84,51 @@ class LossCost:
 
 
 class Measured:
-    """The parts of a config, measured.
+    """The parts of a training step, measured.
 
     Args:
-        config: as clipkit-pretrain resolves it; embed_dim, image_tower, text_tower, loss, optim, precision,
-            data.sentences and the model's optional keys are read.
+        model: what `create_model` takes: embed_dim, image_tower, text_tower and its optional keys. No weights
+            are loaded.
+        loss: what `create_loss` takes.
+        optim: what `create_optimizer` takes beside the weights, such as {"name": "adamw", "lr": 1e-3,
+            "weight_decay": 0.1}.
         tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
+        precision: "bf16" or "fp32", of the towers.
+        sentence_batch_size: sentences of the second stream over all ranks, for the losses that read one.
         fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels
             do.
 
     Attributes:
+        impls: the implementations that the losses ask for, "auto" left out.
+        checkpointing: whether a tower recomputes its activations.
         weights, buffers, trainable: bytes. gradients: bytes, of the image tower's weights and of all others.
         units: bytes of what FSDP2 gathers at once, one entry a tower block, then the rest.
         state: bytes of the optimizer's state after one step. parameters: their number.
         image, text: Pass. mlm: Pass of the masked-language head and its own run of the tower, or None.
     """
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any, *, fused_attention: bool):
-        self.config, self.tokenizer, self.fused_attention = config, tokenizer, fused_attention
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, Any],
+        loss: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+        optim: Mapping[str, Any],
+        tokenizer: Vocabulary,
+        precision: str,
+        fused_attention: bool,
+        sentence_batch_size: int = 0,
+    ):
+        self.tokenizer, self.precision, self.fused_attention = tokenizer, precision, fused_attention
+        self.sentence_batch_size = sentence_batch_size
+        self.mlm_probability = float(model.get("mlm_probability") or 0.15)
+        towers = (model["image_tower"], model["text_tower"])
+        self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = _fake_mode()
         with self._fake:
-            self.model = create_model(_random_weights(config), tokenizer=tokenizer).train()
-            self.loss = create_loss(config["loss"])
+            self.model = create_model(_random_weights(model), tokenizer=tokenizer).train()
+            self.loss = create_loss(loss)
+            self._by_impl: list[Any] = [part for part in self.loss.modules() if hasattr(part, "impl")]
+            self.impls = {part.impl for part in self._by_impl} - {"auto"}
             self.model.check_inputs(self.loss.inputs)
             self.inputs = tuple(self.loss.inputs)
             self.weights = _bytes(self.model.parameters()) + _bytes(self.loss.parameters())
@@ -115,23 +138,22 @@ class Measured:
             self.gradients = {"image": in_image, "text": self.trainable - in_image}
             self.parameters = sum(p.numel() for p in self._parameters())
             self.units = _fsdp_units(self.model)
-            self.state = self._optimizer_state()
+            self.state = self._optimizer_state(optim)
         size, length = self.model.image_tower.image_size, tokenizer.context_length
         self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
         self.text = self._pass(self.model.encode_text, lambda rows: _texts(rows, length))
         self.mlm = None
-        if "mlm_logits" in self.inputs:
-            head, tower = self.model.mlm_head, self.model.text_tower
+        head, tower = self.model.mlm_head, self.model.text_tower
+        if "mlm_logits" in self.inputs and head is not None:
             self.mlm = self._pass(lambda text: head(tower, text)[0], lambda rows: _texts(rows, length))
 
     def rows(self, pairs: int, world_size: int) -> dict[str, int]:
         """Rows of each pass and feature on one rank, for so many pairs on it: {"image": .., "text": ..,
         "mlm": .., NAME: ..}.
         """
-        sentences = ((self.config.get("data") or {}).get("sentences") or {}).get("batch_size") or 0
         rows = dict.fromkeys(_IMAGE_PASSES, pairs)
         rows |= {
-            name: pairs if entry == "text" else sentences // world_size
+            name: pairs if entry == "text" else self.sentence_batch_size // world_size
             for name, (entry, _) in _TEXT_PASSES.items()
         }
         return {
@@ -148,10 +170,9 @@ class Measured:
         """The losses on one of `world_size` ranks with `pairs` rows each, by `impl`: "dense", "chunked" or
         "triton".
         """
-        for module in self.loss.modules():
-            if hasattr(module, "impl"):
-                # What Triton computes is asked for in chunks; the meter puts its figures in their place.
-                module.impl = "dense" if impl == "dense" else "chunked"
+        for part in self._by_impl:
+            # What Triton computes is asked for in chunks; the meter puts its figures in their place.
+            part.impl = "dense" if impl == "dense" else "chunked"
         with _ranks(world_size), self._fake:
             features = self._features(pairs, world_size)
             meter = Meter(
@@ -173,8 +194,8 @@ class Measured:
         features["sample_index"] = torch.zeros(pairs, dtype=torch.int64)
         features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
         if self.mlm:
-            tokens = max(1, round(self.config["mlm_probability"] * pairs * self.tokenizer.context_length))
-            half = torch.bfloat16 if self.config["precision"] == "bf16" else torch.float32
+            tokens = max(1, round(self.mlm_probability * pairs * self.tokenizer.context_length))
+            half = torch.bfloat16 if self.precision == "bf16" else torch.float32
             features["mlm_logits"] = torch.zeros(
                 tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True
             )
@@ -184,11 +205,9 @@ class Measured:
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *self.loss.parameters()]
 
-    def _optimizer_state(self) -> int:
+    def _optimizer_state(self, optim: Mapping[str, Any]) -> int:
         """Bytes of the state that one step of the optimizer leaves; gradients are in place from here on."""
-        skipped = ("schedule", "warmup_steps", "final")
-        settings = {key: value for key, value in self.config["optim"].items() if key not in skipped}
-        optimizer = create_optimizer([self.model, self.loss], **settings)
+        optimizer = create_optimizer([self.model, self.loss], **optim)
         for parameter in self._parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         # Counts of steps are read as 1.
@@ -206,8 +225,8 @@ class Measured:
         return Pass(_SIZES, *(tuple(values) for values in zip(*runs, strict=True)))
 
     def _run(self, encode: Any, inputs: Any, rows: int) -> tuple[int, int, list[Operator], list[Operator]]:
-        bf16 = self.config["precision"] == "bf16"
-        share = self.config.get("mlm_probability") or 0.15
+        bf16 = self.precision == "bf16"
+        share = self.mlm_probability
         with self._fake, FusedAttention() if self.fused_attention else contextlib.nullcontext():
             batch = inputs(rows)
             # Whatever a tower asks of a text's values, such as whether each has its end token, it has.
@@ -220,11 +239,9 @@ class Measured:
         return saved, meter.peak - saved, meter.operators[:forward], meter.operators[forward:]
 
 
-def _random_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's part of a config, without weights to load: a Hugging Face name or folder gives its sizes
-    alone.
-    """
-    part = model_config(config, pretrained=False)
+def _random_weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings without weights to load: a Hugging Face name or folder gives its sizes alone."""
+    part = model_config(model, pretrained=False)
     tower = part["text_tower"]
     if isinstance(tower, Mapping) and tower.get("pretrained"):
         from transformers import AutoConfig, PretrainedConfig
@@ -271,7 +288,7 @@ def _ranks(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fsdp_units(model: nn.Module) -> list[int]:
+def _fsdp_units(model: DualEncoder) -> list[int]:
     """Bytes of each tower block's parameters, then of all others, as clipkit shards them."""
     blocks = [block for tower in (model.image_tower, model.text_tower) for block in tower.blocks()]
     inside = {id(p) for block in blocks for p in block.parameters()}

@@ -131,7 +131,7 @@ class Meter(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self.alive -= size
 
-    def _masked_rows(self, tensor: Tensor, index: list[Tensor | None]) -> Tensor:
+    def _masked_rows(self, tensor: Tensor, index: list[Tensor]) -> Tensor:
         (mask,) = index
         rows = max(1, round(self.mask_share * mask.numel()))
         return tensor.new_empty((rows, *tensor.shape[mask.ndim :]))

@@ -96,19 +96,38 @@ class Assumptions:
 
 
 class Planner:
-    """Plans for one config on one kind of GPU.
+    """Plans for one measured step on one kind of GPU.
 
     Args:
-        config: as for Measured, with batch_size (pairs over all ranks), micro_batch_size (pairs, or None),
-            and optionally parallel ("ddp" or "fsdp") and ema_decay.
+        measured: the model, its optimizer and its losses.
+        gpu: with no figure left as None: see `GPU.measured`.
+        assumed: None: the defaults.
+        batch_size: pairs over all ranks.
+        micro_batch_size: pairs of a rank that activations are held for at once; None: all of the rank's.
+        parallel: "ddp" or "fsdp".
+        averaged: whether an average of the weights is kept beside them.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], measured: Measured, gpu: GPU, assumed: Assumptions | None = None
+        self,
+        measured: Measured,
+        gpu: GPU,
+        assumed: Assumptions | None = None,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        parallel: str = "ddp",
+        averaged: bool = False,
     ):
-        self.config, self.measured, self.gpu = config, measured, gpu
+        self.measured, self.gpu = measured, gpu
+        # Bytes, operations a second (of half precision or not) and bytes a second.
+        self.limit = _known(gpu, "memory_gb") * 1e9
+        rates = {True: _known(gpu, "bf16_tflops"), False: _known(gpu, "fp32_tflops")}
+        self.rates = {half: tflops * 1e12 for half, tflops in rates.items()}
+        self.bandwidth = _known(gpu, "memory_gbs") * 1e9
         self.assumed = assumed or Assumptions()
-        self.sharded = config.get("parallel", "ddp") == "fsdp"
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.sharded, self.averaged = parallel == "fsdp", averaged
 
     def plan(self, world_size: int) -> dict[str, Any]:
         """Everything about a step on `world_size` GPUs, in bytes, operations and seconds, for each rank.
@@ -116,17 +135,13 @@ class Planner:
         Raises:
             ValueError: batch_size is no multiple of world_size.
         """
-        batch, micro = self.config["batch_size"], self.config["micro_batch_size"]
+        batch, micro = self.batch_size, self.micro_batch_size
         pairs = _share(batch, world_size)
         size = min(micro or pairs, pairs)
         memory = self.memory(pairs, size, world_size)
         flops, seconds = self.flops(pairs, size, world_size), self.seconds(pairs, size, world_size)
-        step, limit, total = (
-            sum(seconds.values()),
-            self.gpu.memory_gb * 1e9,
-            self.peak(pairs, size, world_size),
-        )
-        peak = (self.gpu.bf16_tflops if self.config["precision"] == "bf16" else self.gpu.fp32_tflops) * 1e12
+        step, total = sum(seconds.values()), self.peak(pairs, size, world_size)
+        peak = self.rates[self.measured.precision == "bf16"]
         return {
             "gpu": self.gpu.name,
             "gpus": world_size,
@@ -137,8 +152,8 @@ class Planner:
             "impl": self.implementation(pairs, world_size),
             "memory": memory,
             "memory_total": total,
-            "memory_limit": limit,
-            "fits": total <= limit,
+            "memory_limit": self.limit,
+            "fits": total <= self.limit,
             "loss_workspace": {
                 impl: self._loss(pairs, world_size, impl).workspace for impl in self._runnable()
             },
@@ -157,7 +172,7 @@ class Planner:
         m, shards = self.measured, world_size if self.sharded else 1
         cached, cost = pairs > micro, self._loss(pairs, world_size, self.implementation(pairs, world_size))
         saved, working = self._activations(pairs, micro, world_size)
-        average = m.weights / shards + m.buffers if self.config.get("ema_decay") else 0
+        average = m.weights / shards + m.buffers if self.averaged else 0
         parts = {
             "weights": m.weights / shards + m.buffers,
             "gradients": m.trainable / (1 if cached else shards),
@@ -250,14 +265,14 @@ class Planner:
             "forward": forward * (2 if pieces > 1 else 1),
             "backward": pieces * last,
             "loss": self._time((o.flops, o.moved, o.half) for o in cost.operators),
-            "optimizer": stepped / (self.gpu.memory_gbs * 1e9 * share),
+            "optimizer": stepped / (self.bandwidth * share),
             "communication": (sent["losses"] + sent.get("weights", 0) + sent.get("buffers", 0)) / link
             + max(0.0, sent["gradients"] / link - last),
         }
 
     def largest_micro_batch(self, world_size: int) -> int | None:
-        """The most pairs that fit as one micro-batch of the config's batch; None when not even one does."""
-        pairs = _share(self.config["batch_size"], world_size)
+        """The most pairs that fit as one micro-batch of the batch; None when not even one does."""
+        pairs = _share(self.batch_size, world_size)
         fits = lambda micro: self._fits(pairs, micro, world_size)
         if not fits(1):
             return None
@@ -289,7 +304,7 @@ class Planner:
             lower.append(f"micro_batch_size={micro} fits")
         elif (batch := self.largest_batch(world_size, micro=1)) is not None:
             lower.append(f"no micro_batch_size does at this batch_size: at most batch_size={batch} would")
-        if not self._recomputes():
+        if not self.measured.checkpointing:
             lower.append(
                 "image_tower.activation_checkpointing=true and text_tower.activation_checkpointing=true need less"
             )
@@ -307,11 +322,8 @@ class Planner:
         """What impl=auto comes to (clipkit.kernels.pairs), or the one that the losses ask for."""
         from clipkit.kernels.pairs import DENSE_PAIRS
 
-        asked = {settings.get("impl", "auto") for settings in self.config["loss"].values() if settings} - {
-            "auto"
-        }
-        if asked:
-            return "dense" if "dense" in asked else asked.pop()
+        if asked := self.measured.impls:
+            return next(impl for impl in IMPLEMENTATIONS if impl in asked)
         if "triton" in self._runnable():
             return "triton"
         return "dense" if pairs * pairs * world_size <= DENSE_PAIRS else "chunked"
@@ -323,12 +335,7 @@ class Planner:
         return self.measured.loss_cost(pairs, world_size, impl, self.gpu.capability or (9, 0))
 
     def _fits(self, pairs: int, micro: int, world_size: int) -> bool:
-        return self.peak(pairs, micro, world_size) <= self.gpu.memory_gb * 1e9
-
-    def _recomputes(self) -> bool:
-        return any(
-            self.config[tower].get("activation_checkpointing") for tower in ("image_tower", "text_tower")
-        )
+        return self.peak(pairs, micro, world_size) <= self.limit
 
     def _passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Any, float]]:
         """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
@@ -360,14 +367,21 @@ class Planner:
 
     def _time(self, operators: Iterable[tuple[float, float, bool]]) -> float:
         share, launch = self.assumed.efficiency, self.assumed.launch_us * 1e-6
-        rates = {True: self.gpu.bf16_tflops * 1e12 * share, False: self.gpu.fp32_tflops * 1e12 * share}
-        bandwidth = self.gpu.memory_gbs * 1e9 * share
+        rates = {half: rate * share for half, rate in self.rates.items()}
+        bandwidth = self.bandwidth * share
         return sum(max(flops / rates[half], moved / bandwidth, launch) for flops, moved, half in operators)
 
     def _batch_bytes(self, pairs: int, world_size: int) -> int:
         """Images of a byte a channel, with the views that losses ask for, and tokens of 8 bytes."""
         rows, size = self.measured.rows(pairs, world_size), self.measured.model.image_tower.image_size
         return rows["image"] * 3 * size**2 + rows["text"] * 8 * self.measured.tokenizer.context_length
+
+
+def _known(gpu: GPU, figure: str) -> float:
+    value = getattr(gpu, figure)
+    if value is None:
+        raise ValueError(f"the GPU {gpu.name!r} has no {figure}: give it, or plan for gpu.measured()")
+    return value
 
 
 def _share(batch_size: int, world_size: int) -> int:

@@ -115,7 +115,7 @@ def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longe
 def _span(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, mean - s, mean + s) with the sample standard deviation s, 0 for one value; NaN for none."""
     if not values:
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return mean, mean - deviation, mean + deviation

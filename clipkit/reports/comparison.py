@@ -120,7 +120,9 @@ def csv_table(groups: Sequence[Group]) -> str:
     writer.writerow(["group", "metric", "n", "mean", "standard_deviation", "values"])
     for group in groups:
         for name in metric_names([group]):
-            mean, deviation, n = group.spread(name)
+            if (spread := group.spread(name)) is None:
+                continue
+            mean, deviation, n = spread
             values = " ".join(repr(run.final[name]) for run in group.runs if name in run.final)
             writer.writerow(
                 [group.label, name, n, repr(mean), "" if deviation is None else repr(deviation), values]
@@ -136,7 +138,9 @@ def as_json(groups: Sequence[Group]) -> dict[str, Any]:
 def _group_json(group: Group) -> dict[str, Any]:
     metrics = {}
     for name in metric_names([group]):
-        mean, deviation, n = group.spread(name)
+        if (spread := group.spread(name)) is None:
+            continue
+        mean, deviation, n = spread
         metrics[name] = {
             "n": n,
             "mean": mean,

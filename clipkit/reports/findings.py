@@ -74,7 +74,7 @@ class Difference:
 
     def verdict(self, sign: int) -> str:
         """Whether the difference is above zero (`sign` 1) or below it (-1)."""
-        if self.low is None:
+        if self.low is None or self.high is None:
             return UNTOLD
         if self.low > 0:
             return SHOWS if sign > 0 else OPPOSITE

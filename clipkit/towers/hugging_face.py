@@ -51,6 +51,9 @@ class HuggingFaceTower(TextTower):
             vocabulary that is not the tokenizer's, or fewer positions than context_length needs.
     """
 
+    # transformers' encoders share no typed interface.
+    body: Any
+
     def __init__(
         self,
         *,

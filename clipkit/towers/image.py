@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ class TimmTower(ImageTower):
         pool: timm's global_pool, such as avg, token or map; None: the model's own.
         mean, std: override the channel statistics of the model's config.
     """
+
+    # timm's models share no typed interface.
+    trunk: Any
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class TimmTower(ImageTower):
             settings["img_size"] = image_size if config is not None and config.fixed_input_size else None
         settings = {key: value for key, value in settings.items() if value is not None}
         try:
-            self.trunk = timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
+            trunk = timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
         except TypeError as error:
             raise ValueError(f"timm's {model} does not take one of {sorted(settings)}: {error}") from error
         except (OSError, RuntimeError) as error:
@@ -64,6 +68,7 @@ class TimmTower(ImageTower):
                 f"image_tower.pretrained is true but timm gave no weights for {model}: {error} "
                 "Fetch them once with the network, or set image_tower.pretrained: false"
             ) from error
+        self.trunk = cast(Any, trunk)
         config = self.trunk.pretrained_cfg
         self.image_size = image_size or config["input_size"][-1]
         self.mean = tuple(config["mean"] if mean is None else mean)
@@ -91,6 +96,8 @@ class _ClipTower(ImageTower):
     """What CLIP's two own image towers share: its channel statistics, and a last layer that projects."""
 
     projects = True
+    # open_clip's, of either class.
+    body: Any
 
     def __init__(self, body: nn.Module, embed_dim: int, image_size: int):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class TransformerTower(TextTower):
             act_layer=QuickGELU if quick_gelu else nn.GELU,
         )
         self.embedding_dropout = nn.Dropout(dropout)
-        for block in self.body.transformer.resblocks:
+        blocks: list[Any] = [*self.body.transformer.resblocks]
+        for block in blocks:
             # These two slots scale a branch's output (identity here) just before it joins the residual
             # stream, which is where dropout belongs; neither has weights, so the state-dict keys stay
             # open_clip's.
@@ -89,7 +91,7 @@ class TransformerTower(TextTower):
         length = text.shape[1]
         states = self.body.token_embedding(text) + self.body.positional_embedding[:length]
         if self.causal:
-            mask = self.body.attn_mask[:length, :length]
+            mask = self.body.get_buffer("attn_mask")[:length, :length]
         else:
             # (B * heads, L, L), as nn.MultiheadAttention takes it.
             mask = torch.zeros(text.shape, dtype=states.dtype, device=text.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clipkit.data import Tokenizer
 from clipkit.evals import create_tasks, evaluate
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage
@@ -38,7 +39,7 @@ class Evaluation:
     def __init__(
         self,
         model: DualEncoder,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         tasks: Mapping[str, Mapping[str, Any] | None],
         *,
         model_config: Mapping[str, Any],

@@ -4,7 +4,7 @@ augmented.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def open_streams(
     data: Mapping[str, Any],
     inputs: Sequence[str],
     *,
-    tokenizer: Any,
+    tokenizer: Callable[[list[str]], torch.Tensor],
     image_size: int,
     batch_size: int,
     seed: int,

@@ -18,7 +18,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.distributed import barrier, is_distributed, rank
+from clipkit.distributed import barrier, full_tensor, is_distributed, rank
 from clipkit.model import DualEncoder
 from clipkit.registry import unknown
 from clipkit.training.run_folder import STOPPED
@@ -187,14 +187,14 @@ def compile_towers(model: DualEncoder, *, by_block: bool) -> None:
 def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
     """Scale the gradients down to a global norm of `limit`; () the norm before, over all ranks' parts."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full_tensor(norm)
 
 
 def on_rank_0_first(make: Callable[[], T]) -> T:
     """Call on rank 0, then on the others: what writes files does so once, and the others find them."""
-    if rank() == 0:
-        value = make()
-    barrier()
     if rank() != 0:
-        value = make()
+        barrier()
+        return make()
+    value = make()
+    barrier()
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import distributed, nn
@@ -21,7 +21,8 @@ from clipkit.checkpoint import (
     set_rng_state,
     split_weights,
 )
-from clipkit.distributed import gather_objects, rank, world_size
+from clipkit.data import Tokenizer
+from clipkit.distributed import Group, gather_objects, rank, world_size
 from clipkit.optim import WeightAverage
 from clipkit.sharding import (
     is_sharded,
@@ -68,7 +69,7 @@ class Checkpoints:
         stream: Resumable,
         sentences: Resumable | None,
         average: WeightAverage | None,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         config: Mapping[str, Any],
         total_steps: int,
         every: int,
@@ -83,7 +84,7 @@ class Checkpoints:
         # One that is written in the background, and its step.
         self._pending: tuple[int, Future] | None = None
         sharded = is_sharded(model.state_dict())
-        self._group = distributed.new_group(backend="gloo") if sharded else None
+        self._group = cast("Group", distributed.new_group(backend="gloo")) if sharded else None
 
     def after(self, step: int, metrics: Mapping[str, float], *, stopping: bool) -> None:
         """Save where it is time: every so many steps, after the last, before a stop, and what may be the best."""

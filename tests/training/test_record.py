@@ -36,8 +36,7 @@ def test_early_losses_and_a_factor_of_none_record_nothing(tmp_path):
 @pytest.mark.parametrize("bad", ["loss", "grad_norm"])
 def test_what_is_not_finite_is_named_with_the_keys(tmp_path, bad):
     terms = {"loss": torch.tensor(1.5), "infonce": torch.tensor(1.5), "grad_norm": torch.tensor(2.0)}
-    progress = Progress(total=9, batch_size=2, every=1, enabled=False)
-    record = Record(tmp_path, progress=progress, loggers=None, log_every=1, loss_spike=None)
+    record = Record(tmp_path, total_steps=9, batch_size=2, log_every=1)
     assert record.finite(3, terms, ["k"]) == {"loss": 1.5, "infonce": 1.5, "grad_norm": 2.0}
     with pytest.raises(RuntimeError, match=f"the {bad} is not finite at step 4"):
         record.finite(4, {**terms, bad: torch.tensor(float("nan"))}, ["k", "l"])
