@@ -35,11 +35,10 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 DATA = ("cc3m", "flickr8k_mini", "flickr8k_nli_mini", "shapes", "shards")
 # Files of a tower group that hold a tower's settings whole; the others are sizes on top of one of these.
 TOWERS = {
-    "image_tower/timm": _image_towers,
-    "image_tower/clip_resnet50": _image_towers,
-    "image_tower/clip_vit_b32": _image_towers,
-    "text_tower/transformer": _text_towers,
-    "text_tower/hf": _text_towers,
+    f"{group}/{path.stem}": registry
+    for group, registry in (("image_tower", _image_towers), ("text_tower", _text_towers))
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if "\ndefaults:" not in path.read_text(encoding="utf-8")
 }
 
 
