@@ -25,6 +25,17 @@ from torch.utils.flop_counter import flop_registry
 from clipkit.kernels.chunked import DEFAULT_CHUNK
 from clipkit.kernels.configs import find
 
+_ATEN = torch.ops.aten
+# torch counts the CPU's attention in its newer releases; before, by the formulas of CUDA's, which has the same arguments.
+_FORMULAS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+    **flop_registry,
+}
 # What each collective sends and receives a rank, ring algorithms, in units of (W - 1) / W of the full
 # tensor's bytes.
 RING = {"all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "all_reduce": 2}
@@ -144,7 +155,7 @@ class Meter(TorchDispatchMode):
             flops, workspace, half = self._pair_operator(packet.__name__, func, args)
             self.peak = max(self.peak, self.alive + workspace)
         else:
-            formula = flop_registry.get(packet)
+            formula = _FORMULAS.get(packet)
             flops = int(formula(*args, **kwargs, out_val=output)) if formula else 0
             half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         self.operators.append(Operator(flops, moved, half, torch.is_grad_enabled()))
