@@ -3,7 +3,7 @@
     clipkit-evaluate checkpoint=runs/quickstart/default                    # the run's own tasks, its newest checkpoint
     clipkit-evaluate checkpoint=runs/quickstart/default eval=flickr8k_mini
     clipkit-evaluate checkpoint=runs/quickstart/default/checkpoints/step_00000600 output=numbers.json
-    clipkit-evaluate checkpoint=open_clip:RN50 eval=flickr8k_mini          # or open_clip:ARCHITECTURE=FILE_OR_TAG
+    clipkit-evaluate "checkpoint='open_clip:RN50=openai'" eval=flickr8k_mini   # ARCHITECTURE=FILE_OR_TAG
     clipkit-evaluate checkpoint=sentence_transformers:FOLDER eval=sts
 
 The table is printed, and every number written to a JSON file with the settings it was computed by.
