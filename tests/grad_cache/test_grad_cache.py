@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clipkit.distributed import rank
 from clipkit.grad_cache import cached_backward, split_batch
-from tests.grad_cache_cases import (
+from tests.grad_cache.cases import (
     ALL,
     CLIP,
     Towers,
