@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.distributed import launch
 from clipkit.model import FEATURES, DualEncoder, create_model
 from clipkit.towers import create_image_tower, create_text_tower
 from tests.fsdp_case import two_steps
+from tests.processes import launch
 
 PAD, SOT, EOT, V = 0, 48, 49, 50
 TOKENIZER = SimpleNamespace(vocab_size=V, context_length=12, pad_id=PAD, sot_id=SOT, eot_id=EOT)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipkit.distributed import launch
 from clipkit.kernels import chunked
 from clipkit.losses import list_losses
 from clipkit.model import create_model
@@ -16,6 +15,7 @@ from clipkit.planner import GPU, Assumptions, Measured, Meter, Planner
 from clipkit.planner.meter import chunked_workspace
 from tests import planner_case
 from tests.planner_case import BATCH_SIZE, LOSS, MODEL, TOKENIZER
+from tests.processes import launch
 
 OPTIM = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}
 CARD = GPU("card", 16.0, 100.0, 10.0, 1000.0, 100.0, 10.0, 8, None)

@@ -5,21 +5,29 @@ harm.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from clipkit.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, verify
-from clipkit.distributed import launch
+from clipkit.checkpoint import latest_checkpoint, load_checkpoint, verify
+from tests.processes import launch
 from tests.sharding_cases import fill_the_disk, loaded_parts, save_and_go_on, statistics_of_rank_0
 
 
-def test_what_ranks_saved_is_whole_and_as_it_was_when_saved(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder with a checkpoint of two ranks, and what they held when they asked for it."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, launch(save_and_go_on, 2, str(folder))[0]
+
+
+def test_what_ranks_saved_is_whole_and_as_it_was_when_saved(saved):
     """Two ranks train on while their copies are written: the file holds the moment of the call."""
-    expected = launch(save_and_go_on, 2, str(tmp_path))[0]
-    path = latest_checkpoint(tmp_path)
+    folder, expected = saved
+    path = latest_checkpoint(folder)
     loaded = load_checkpoint(path)
     assert (
         loaded["step"] == 5 and loaded["metrics"] == {"recall": 0.25} and loaded["train_state"] == {"lr": 0.1}
@@ -31,21 +39,20 @@ def test_what_ranks_saved_is_whole_and_as_it_was_when_saved(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_each_rank_reads_its_part_alone(tmp_path, ranks):
+def test_each_rank_reads_its_part_alone(saved, ranks):
     """Saved by two ranks, read by one, two and three: the parts make up the tensor, and no rank holds more
     than its own.
     """
-    expected = launch(save_and_go_on, 2, str(tmp_path))[0]
-    parts = launch(loaded_parts, ranks, str(latest_checkpoint(tmp_path)))
+    folder, expected = saved
+    parts = launch(loaded_parts, ranks, str(latest_checkpoint(folder)))
     name = "model.0.weight"
     assert torch.equal(torch.cat([part[name] for part in parts]), expected[name])
     if ranks > 1:
         assert max(len(part[name]) for part in parts) < len(expected[name])
 
 
-def test_a_flipped_byte_in_a_shard_is_found(tmp_path):
-    launch(save_and_go_on, 2, str(tmp_path))
-    (path,) = list_checkpoints(tmp_path)
+def test_a_flipped_byte_in_a_shard_is_found(tmp_path, saved):
+    path = Path(shutil.copytree(latest_checkpoint(saved[0]), tmp_path / "step_00000005"))
     file = sorted((path / "shards").iterdir())[0]
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

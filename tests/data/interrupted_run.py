@@ -1,7 +1,6 @@
 """A small training run that can be killed at any moment: the program of test_interrupted.py.
 
-    runpy.run_path("interrupted_run.py", {"ARGUMENTS": (folder, shards, epochs, workers, rank, world_size,
-    rendezvous)})
+    python interrupted_run.py FOLDER SHARDS EPOCHS WORKERS RANK WORLD_SIZE RENDEZVOUS
 
 It trains a linear model on the stream's batches, writes each step's keys to FOLDER/keys-RANK.jsonl, and every
 three steps a checkpoint (weights and data position, written whole, then renamed). Started again it goes on
@@ -11,8 +10,8 @@ from the last checkpoint. With two ranks the gradients meet in a gloo all-reduce
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,8 +72,6 @@ def main(
         torch.distributed.destroy_process_group()
 
 
-if "ARGUMENTS" in globals():
-    # A session of its own, so that a kill of the group takes the workers along.
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)
-    main(*globals()["ARGUMENTS"])
+if __name__ == "__main__":
+    folder, shards, *numbers, rendezvous = sys.argv[1:]
+    main(Path(folder), shards, *map(int, numbers), rendezvous)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import runpy
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import Started, fork, wait_until
 
 PROGRAM = Path(__file__).with_name("interrupted_run.py")
 
@@ -28,39 +26,16 @@ def shards(tmp_path_factory, write_tar, sample) -> str:
     return f"{folder}/*.tar"
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """A server that has imported everything once and forks from there: a start takes milliseconds, not
-    seconds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "clipkit.data.shards", "clipkit.data.evalset"])
-    return context
+def start(folder: Path, shards: str, world_size: int, attempt: int) -> list[Started]:
+    return [
+        fork(PROGRAM, folder, shards, 3, 2, rank, world_size, folder / f"store{attempt}")
+        for rank in range(world_size)
+    ]
 
 
-def start(context, folder: Path, shards: str, world_size: int, attempt: int) -> list:
-    started = []
-    for rank in range(world_size):
-        arguments = (folder, shards, 3, 2, rank, world_size, str(folder / f"store{attempt}"))
-        process = context.Process(target=runpy.run_path, args=(str(PROGRAM), {"ARGUMENTS": arguments}))
-        process.start()
-        started.append(process)
-    return started
-
-
-def finish(started: list) -> None:
+def finish(started: list[Started]) -> None:
     for process in started:
-        process.join(120)
-        assert process.exitcode == 0
-
-
-def kill(started: list) -> None:
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not made its group yet, or is gone
-            process.kill()
-        process.join()
+        process.finished()
 
 
 def steps_of(folder: Path, world_size: int) -> dict[int, list[str]]:
@@ -81,30 +56,37 @@ def steps_of(folder: Path, world_size: int) -> dict[int, list[str]]:
     return steps
 
 
-@pytest.mark.parametrize("world_size, kills", [(1, 10), (2, 10)])
-def test_kills_change_neither_keys_nor_weights(tmp_path, shards, processes, world_size, kills):
+@pytest.mark.parametrize(
+    "world_size, kills",
+    [
+        (1, 3),
+        (2, 3),
+        pytest.param(1, 10, marks=pytest.mark.slow),
+        pytest.param(2, 10, marks=pytest.mark.slow),
+    ],
+)
+def test_kills_change_neither_keys_nor_weights(tmp_path, shards, world_size, kills):
     quiet, harassed = tmp_path / "quiet", tmp_path / "harassed"
     quiet.mkdir()
     harassed.mkdir()
-    finish(start(processes, quiet, shards, world_size, 0))
+    finish(start(quiet, shards, world_size, 0))
     expected = steps_of(quiet, world_size)
     assert len(expected) == 1800 // (10 * world_size)
     rng, log = random.Random(11), harassed / "keys-0.jsonl"
     killed_at = []
     for attempt in range(kills):
         before = log.stat().st_size if log.exists() else 0
-        started = start(processes, harassed, shards, world_size, attempt)
+        started = start(harassed, shards, world_size, attempt)
         # Wait for something new in the log, then a random moment: kills during start-up alone prove little.
-        while not log.exists() or log.stat().st_size <= before:
-            assert all(process.exitcode is None for process in started)
-            time.sleep(0.001)
+        wait_until(lambda: log.exists() and log.stat().st_size > before, *started)
         time.sleep(rng.random() * 0.02)
-        kill(started)
+        for process in started:
+            process.kill()
         killed_at.append(len(log.read_text().splitlines()))
         assert not (harassed / "final-0.pt").exists(), (
             f"finished before the last kill; killed after lines {killed_at}"
         )
-    finish(start(processes, harassed, shards, world_size, kills))
+    finish(start(harassed, shards, world_size, kills))
     assert steps_of(harassed, world_size) == expected
     for rank in range(world_size):
         one = torch.load(quiet / f"final-{rank}.pt", weights_only=True)

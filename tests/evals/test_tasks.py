@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from clipkit.data import DataError, write_shapes
-from clipkit.distributed import launch
 from clipkit.evals import create_tasks, evaluate, list_tasks, register_task
+from tests.processes import launch
 
 # Spawned ranks import the cases by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -7,16 +7,14 @@ chosen when the kernels are first imported).
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import command
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 
 _spec = importlib.util.spec_from_file_location("clipkit_parity_cases", HERE / "parity_cases.py")
 cases = importlib.util.module_from_spec(_spec)
@@ -42,13 +40,8 @@ def results(tmp_path_factory):
         found["again"] = cases.evaluate(inputs, settings, "triton")
         return found
     out = tmp_path_factory.mktemp("interpreter") / "results.pt"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "parity_cases.py"), str(out)],
-        env=environment,
-        check=True,
-        timeout=600,
-    )
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command("-W", "ignore", HERE / "parity_cases.py", out, env=environment).finished()
     return torch.load(out, weights_only=True)
 
 

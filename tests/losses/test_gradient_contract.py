@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkit.distributed import launch
 from clipkit.losses import list_losses
+from tests.processes import launch
 
 # Spawned ranks import the cases by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))

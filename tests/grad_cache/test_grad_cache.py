@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.distributed import launch, rank
+from clipkit.distributed import rank
 from clipkit.grad_cache import cached_backward, split_batch
-from tests.grad_cache_cases import (
+from tests.grad_cache.cases import (
     ALL,
     CLIP,
     Towers,
@@ -21,6 +21,7 @@ from tests.grad_cache_cases import (
     one_graph,
     with_premises,
 )
+from tests.processes import launch
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from clipkit.grad_cache import cached_backward
-from tests.grad_cache_cases import (
+from tests.grad_cache.cases import (
     CLIP,
     Towers,
     assert_same_gradients,
