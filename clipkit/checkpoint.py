@@ -29,12 +29,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import torch
+from safetensors.torch import load_file, save_file
 
 from clipkit.data.tokenizers import Tokenizer, load_tokenizer
 from clipkit.distributed import Group, gather_objects, rank
 from clipkit.files import flush
 from clipkit.model import DualEncoder, create_model
+from clipkit.sharding import read_shards
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
@@ -52,8 +55,6 @@ def rng_state() -> dict[str, Any]:
     """This process's random state (Python, NumPy, torch, CUDA) as tensors and lists, which `weights_only`
     admits.
     """
-    import numpy
-
     version, internal, gauss = random.getstate()
     legacy = cast("tuple[str, Any, int, int, float]", numpy.random.get_state())
     kind, keys, position, has_gauss, cached = legacy
@@ -67,8 +68,6 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `rng_state` gave."""
-    import numpy
-
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -103,8 +102,6 @@ def save_checkpoint(
         OSError: the disk is full or the folder cannot be written. Nothing half-written is left, and older
             checkpoints are untouched.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     temporary = folder / f".writing-step_{step:08d}-{os.getpid()}"
     with _nothing_half_written(temporary):
@@ -146,8 +143,7 @@ def save_sharded_checkpoint(
     Raises:
         OSError: on every rank, from the call or from the future, as in `save_checkpoint`.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save
+    from torch.distributed.checkpoint import hf_storage, state_dict_saver
 
     folder, problem = Path(folder), None
     # The ranks agree on this name; the folder is theirs alone.
@@ -164,9 +160,9 @@ def save_sharded_checkpoint(
     if problem:
         raise OSError(problem)
     tensors = {name: tensor.detach() for name, tensor in {**weights, **optimizer}.items()}
-    writer = HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
+    writer = hf_storage.HuggingFaceStorageWriter(str(temporary / SHARDS), save_distributed=True)
     # It copies every tensor before it returns, so training may go on.
-    written = cast(Future, async_save(tensors, storage_writer=writer, process_group=group))
+    written = cast(Future, state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group))
 
     def finish() -> Path | None:
         with _nothing_half_written(temporary):
@@ -304,10 +300,6 @@ def load_checkpoint(
     Raises:
         ValueError: it is damaged; the message says which file and how.
     """
-    from safetensors.torch import load_file
-
-    from clipkit.sharding import read_shards
-
     path = Path(path)
     problem = None if verified else verify(path)
     if problem:

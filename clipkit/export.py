@@ -12,11 +12,15 @@ Nothing is converted numerically: tensors are renamed, transposed or split, so f
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from clipkit.data import Tokenizer
@@ -147,8 +151,6 @@ def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Tokeniz
     Raises:
         ValueError: as open_clip_state_dict.
     """
-    from safetensors.torch import save_file
-
     config, state = open_clip_config(model), open_clip_state_dict(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,8 +179,6 @@ def save_sentence_transformer(
     Raises:
         ValueError: a tower that the stock modules cannot express; the message says why.
     """
-    import tempfile
-
     from sentence_transformers import SentenceTransformer
 
     modules = _sentence_modules()
@@ -337,13 +337,13 @@ def _clip_text_state(peer: Any, body: Any) -> dict[str, Tensor]:
 
 
 def _clip_backend(tokenizer: Any) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     pairs = tokenizer._pairs
     merges = sorted(pairs._ranks, key=pairs._ranks.get)
     vocabulary = pairs._ids
     end = "<end_of_text>"
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=end))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=end)
+    )
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -357,8 +357,6 @@ def _clip_backend(tokenizer: Any) -> Any:
 
 
 def _words_backend(tokenizer: Any) -> Any:
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
     special = {
         tokenizer.pad_id: "<pad>",
         tokenizer.unk_id: "<unk>",
@@ -366,7 +364,7 @@ def _words_backend(tokenizer: Any) -> Any:
         tokenizer.eot_id: "<end>",
     }
     vocabulary = {token: i for i, token in special.items()} | dict(tokenizer._ids)
-    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\W_]+|[^\w\s]|_"), behavior="removed", invert=True)
     return _framed(backend, tokenizer)
@@ -374,8 +372,6 @@ def _words_backend(tokenizer: Any) -> Any:
 
 def _framed(backend: Any, tokenizer: Any) -> Any:
     """Start and end tokens around every text."""
-    from tokenizers import processors
-
     start, end = backend.id_to_token(tokenizer.sot_id), backend.id_to_token(tokenizer.eot_id)
     backend.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, tokenizer.sot_id), (end, tokenizer.eot_id)]
@@ -384,8 +380,6 @@ def _framed(backend: Any, tokenizer: Any) -> Any:
 
 
 def _hf_backend(tokenizer: Any) -> Any:
-    import tokenizers
-
     backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
     backend.no_padding()
     backend.no_truncation()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -166,8 +167,6 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
         )
         parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
     elif path.suffix == ".npy":
-        import numpy
-
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
         numpy.save(temporary, features.numpy())
         path.with_suffix(".keys.json").write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
@@ -188,7 +187,5 @@ def load_embeddings(path: str | Path) -> tuple[list[str], Tensor]:
             raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
         table = parquet.read_table(path)
         return table["key"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
-    import numpy
-
     features = torch.from_numpy(numpy.load(path, allow_pickle=False))
     return json.loads(path.with_suffix(".keys.json").read_text("utf-8")), features

@@ -135,14 +135,12 @@ def read_shards(
     Args:
         like: of a name, the tensor to split it as, where shapes agree; None: in full, on the CPU.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint import hf_storage, metadata, state_dict_loader
 
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = hf_storage.HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
+        if not isinstance(entry, metadata.TensorStorageMetadata):
             raise ValueError(f"{folder} holds {name}, which is no tensor: clipkit did not write it")
         near = like(name) if like else None
         if near is not None and hasattr(near, "full_tensor") and near.shape == entry.size:
@@ -152,5 +150,7 @@ def read_shards(
     with warnings.catch_warnings():
         # That no process group is asked for is meant.
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        state_dict_loader.load(
+            tensors, storage_reader=hf_storage.HuggingFaceStorageReader(str(folder)), no_dist=True
+        )
     return tensors

@@ -11,10 +11,14 @@ section 3.2; the vocabulary is OpenAI CLIP's, read from the merges file that the
 from __future__ import annotations
 
 import gzip
+import html
 import re
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+
+import ftfy
+import regex
 
 _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 _ASCII_WORDS = re.compile(
@@ -118,8 +122,6 @@ class BytePairs:
 
     def _unicode_words(self, chunk: str) -> list[str]:
         if self._any_word is None:
-            import regex
-
             self._any_word = regex.compile(
                 r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
                 regex.IGNORECASE,
@@ -168,9 +170,5 @@ def _merge_everywhere(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def _clean(text: str) -> str:
     """open_clip's cleaning: mojibake mended, entities unescaped twice, white space collapsed."""
-    import html
-
-    import ftfy
-
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return " ".join(text.split())

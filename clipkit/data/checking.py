@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from clipkit.data.decode import MAX_PIXELS, decode
+from clipkit.data.decode import MAX_PIXELS, decode, read_size
 from clipkit.data.faults import DataError
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder
+from clipkit.data.tarindex import index_tar
 from clipkit.data.urls import expand_shards
 
 _LISTED = 20
@@ -99,8 +101,6 @@ def stats(shards: str | Path | Iterable[str]) -> dict[str, Any]:
     names = expand_shards(shards)
     data = ShardSet(names, cache_dir=cache_folder({}), on_bad_shard="skip")
     texts, widths, heights = Texts(), [], []
-    from clipkit.data.decode import read_size
-
     for sample in data:
         try:
             texts.add(data.captions(sample))
@@ -159,8 +159,6 @@ def _spread(values: Any) -> dict[str, float]:
 
 def difference_hash(pixels: np.ndarray) -> int:
     """64 bits: whether each of 8 x 8 cells of the picture in grey is brighter than its right neighbour."""
-    from PIL import Image
-
     grey = np.asarray(
         Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16
     )
@@ -194,8 +192,6 @@ def _shard(name: str, max_pixels: int) -> tuple[list[tuple], list[tuple]]:
 
 
 def _index_faults(name: str) -> list[tuple]:
-    from clipkit.data.tarindex import index_tar
-
     try:
         return [(name, cause, key, "") for cause, key in index_tar(name).faults]
     except OSError:

@@ -15,10 +15,13 @@ import io
 import math
 import struct
 import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import simplejpeg
 import torch
+from PIL import Image, ImageOps
 
 from clipkit.data.faults import DataError
 
@@ -132,8 +135,6 @@ def _header(data: bytes, max_pixels: int) -> tuple[int, int, bool, int]:
         raise DataError("empty_image")
     jpeg, turn = False, 1
     if data[:2] == b"\xff\xd8":
-        import simplejpeg
-
         try:
             rows, columns, colour, _ = simplejpeg.decode_jpeg_header(data)
             height, width = int(rows), int(columns)
@@ -154,8 +155,6 @@ def _pixels(data: bytes, jpeg: bool, turn: int, factor: int = 1, *, fast: bool =
     """
     if not jpeg:
         return _pillow(data)
-    import simplejpeg
-
     try:
         if factor > 1:
             rows, columns, _, _ = simplejpeg.decode_jpeg_header(data)
@@ -217,10 +216,6 @@ def _tiff_orientation(tiff: bytes) -> int:
 
 
 def _open(data: bytes):
-    import warnings
-
-    from PIL import Image
-
     with warnings.catch_warnings():
         # max_pixels decides, not Pillow's warning.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -228,8 +223,6 @@ def _open(data: bytes):
 
 
 def _pillow_size(data: bytes) -> tuple[int, int]:
-    from PIL import Image
-
     try:
         return _open(data).size
     except Image.DecompressionBombError as error:
@@ -240,8 +233,6 @@ def _pillow_size(data: bytes) -> tuple[int, int]:
 
 def _pillow(data: bytes) -> np.ndarray:
     """Any format Pillow reads, as (H, W, 3) uint8."""
-    from PIL import ImageOps
-
     try:
         pixels = _rgb(ImageOps.exif_transpose(_open(data)))
         return pixels if pixels.flags.writeable else pixels.copy()
@@ -252,8 +243,6 @@ def _pillow(data: bytes) -> np.ndarray:
 
 
 def _rgb(image) -> np.ndarray:
-    from PIL import Image
-
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         # 16-bit greyscale is scaled to 8; Pillow's own convert clips it to white.

@@ -20,6 +20,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from clipkit.data.decode import MAX_PIXELS, decode
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import IMAGES
@@ -299,9 +302,6 @@ def _beside(path: Path) -> list[str]:
 
 
 def _reduce(pixels: Any, side: int) -> tuple[bytes, Any]:
-    import numpy as np
-    from PIL import Image
-
     height, width = pixels.shape[:2]
     scale = side / min(height, width)
     image = Image.fromarray(pixels).resize(

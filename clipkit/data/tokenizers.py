@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 
 from clipkit.data.bpe import BytePairs
@@ -253,8 +254,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer file written by clipkit: {error}") from None
     cls = _registry.get(name)
     if name == "hf":
-        import tokenizers
-
         state["backend"] = tokenizers.Tokenizer.from_str(state["backend"])
     return cls(**state)
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import braceexpand
+
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
 
@@ -57,8 +59,6 @@ def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "sha
 
 
 def _expand(name: str, what: str) -> list[str]:
-    import braceexpand
-
     out = []
     for one in braceexpand.braceexpand(name) if "{" in name else [name]:
         if is_stream(one):

@@ -12,43 +12,41 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
 from clipkit.registry import unknown
 
 
 def shape_classes() -> list[str]:
-    from clipkit.data.synthetic import SHAPE_CLASSES
-
     return list(SHAPE_CLASSES)
 
 
 def shape_templates() -> list[str]:
-    from clipkit.data.synthetic import SHAPE_TEMPLATES
-
     return list(SHAPE_TEMPLATES)
 
 
 def imagenet_classes() -> list[str]:
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return list(IMAGENET_CLASSNAMES)
+    return _of_open_clip("IMAGENET_CLASSNAMES")
 
 
 def imagenet_templates() -> list[Callable[[str], str]]:
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    return list(OPENAI_IMAGENET_TEMPLATES)
+    return _of_open_clip("OPENAI_IMAGENET_TEMPLATES")
 
 
 def simple_templates() -> list[Callable[[str], str]]:
-    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+    return _of_open_clip("SIMPLE_IMAGENET_TEMPLATES")
 
-    return list(SIMPLE_IMAGENET_TEMPLATES)
+
+def _of_open_clip(name: str) -> list[Any]:
+    import open_clip
+
+    return list(getattr(open_clip, name))
 
 
 CLASSES = {"shapes": shape_classes, "imagenet": imagenet_classes}

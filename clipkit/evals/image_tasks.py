@@ -20,7 +20,7 @@ from clipkit.evals.classification import (
     read_templates,
     zero_shot_classifier,
 )
-from clipkit.evals.compositional import choice_metrics, pair_rows, read_pairs
+from clipkit.evals.compositional import NamedImages, choice_metrics, pair_rows, read_pairs
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.geometry import consistency_scores, geometry_metrics
 from clipkit.evals.linear_probe import linear_probe_metrics
@@ -199,8 +199,6 @@ class Compositional:
     def __init__(self, *, pairs: str, shards: str | list[str] | None = None, folder: str | None = None):
         self.pairs = read_pairs(pairs)
         if folder is not None and shards is None:
-            from clipkit.evals.compositional import NamedImages
-
             self.source: ImageSource = NamedImages(folder, self.pairs)
         else:
             self.source = open_source("compositional", shards=shards)

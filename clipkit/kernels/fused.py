@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipkit.kernels import configs, triton_tiles
+from clipkit.kernels import chunked, configs, triton_tiles
 from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
 
 ROWS = 32
@@ -369,8 +369,6 @@ def lse_forward(
 
 def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs):
     """An empty side, or features of no dimension: nothing for a tile to do."""
-    from clipkit.kernels import chunked
-
     return chunked.lse_forward(x, y, scale, col_log_weight, pairs, chunked.DEFAULT_CHUNK)
 
 
@@ -392,8 +390,6 @@ def lse_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dcol_log_weight), as `chunked.lse_backward`; dx and dy in the features' dtype."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
-        from clipkit.kernels import chunked
-
         return chunked.lse_backward(
             grad_row,
             grad_col,
@@ -452,8 +448,6 @@ def softplus_forward(
 ) -> Tensor:
     """Row sums of softplus (N,), as `chunked.softplus_forward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
-        from clipkit.kernels import chunked
-
         return chunked.softplus_forward(x, y, scale, bias, pairs, chunked.DEFAULT_CHUNK)
     return _Problem(x, y, scale, None, pairs, "softplus_sums", high, bias).sums()[0]
 
@@ -473,8 +467,6 @@ def softplus_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dbias), as `chunked.softplus_backward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
-        from clipkit.kernels import chunked
-
         return chunked.softplus_backward(
             grad_row,
             x,

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from clipkit.kernels import reference
+from clipkit.kernels import ops, reference
 from clipkit.kernels.chunked import DEFAULT_CHUNK
 from clipkit.registry import unknown
 
@@ -83,8 +83,6 @@ def pair_lse(
             col_log_weight=col_log_weight,
             exclude_positives=exclude_positives,
         )
-    from clipkit.kernels import ops
-
     return ops.pair_lse_op(
         x, y, scale, row_ids, col_ids, col_log_weight, row_offset, exclude_positives, impl, chunk
     )
@@ -132,8 +130,6 @@ def pair_softplus(
             col_ids=col_ids,
             exclude_positives=exclude_positives,
         )
-    from clipkit.kernels import ops
-
     return ops.pair_softplus_op(
         x, y, scale, bias, row_ids, col_ids, row_offset, exclude_positives, impl, chunk
     )

@@ -25,6 +25,7 @@ from torch import nn
 
 from clipkit.distributed import Group, launch, rank
 from clipkit.grad_cache import cached_backward
+from clipkit.losses.compose import WeightedSum
 from clipkit.registry import unknown
 
 _INPUTS = ("image_features", "text_features", "logit_scale")
@@ -328,8 +329,6 @@ class _OnFeatures:
     """The loss as a callable on a feature dict: WeightedSum takes it as it is, any other by keyword."""
 
     def __init__(self, loss: Loss, inputs: Sequence[str]):
-        from clipkit.losses.compose import WeightedSum
-
         self.loss, self.inputs, self.takes_dict = loss, tuple(inputs), isinstance(loss, WeightedSum)
 
     def __call__(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -15,13 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipkit.checkpoint import model_config
 from clipkit.losses import create_loss
 from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
+from clipkit.towers.hugging_face import without_weights
 
 # Large enough that activations, not one layer's weights, are what the peak consists of.
 _SIZES = (32, 64)
@@ -123,7 +126,7 @@ class Measured:
         self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
-        self._fake = _fake_mode()
+        self._fake = FakeTensorMode()
         with self._fake:
             self.model = create_model(_random_weights(model), tokenizer=tokenizer).train()
             self.loss = create_loss(loss)
@@ -244,24 +247,8 @@ def _random_weights(model: Mapping[str, Any]) -> dict[str, Any]:
     part = model_config(model, pretrained=False)
     tower = part["text_tower"]
     if isinstance(tower, Mapping) and tower.get("pretrained"):
-        from transformers import AutoConfig, PretrainedConfig
-
-        from clipkit.towers.hugging_face import _FROM_TOKENIZER, _pretrained_config
-
-        settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
-        own = {*AutoConfig.for_model(settings.model_type).to_dict()} - {
-            *PretrainedConfig().to_dict(),
-            *_FROM_TOKENIZER,
-        }
-        sizes = {key: value for key, value in settings.to_dict().items() if key in own}
-        part["text_tower"] = {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
+        part["text_tower"] = without_weights(tower)
     return part
-
-
-def _fake_mode() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
 
 
 @contextlib.contextmanager
@@ -270,8 +257,6 @@ def _ranks(world_size: int) -> Iterator[None]:
 
     RuntimeError where a process group runs already, whose ranks a plan must not be mistaken for.
     """
-    import torch.distributed as dist
-
     if world_size == 1:
         yield
         return

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from clipkit.kernels.pairs import DENSE_PAIRS
 from clipkit.planner.measure import LossCost, Measured
 from clipkit.planner.meter import RING, volume
 
@@ -320,8 +321,6 @@ class Planner:
 
     def implementation(self, pairs: int, world_size: int) -> str:
         """What impl=auto comes to (clipkit.kernels.pairs), or the one that the losses ask for."""
-        from clipkit.kernels.pairs import DENSE_PAIRS
-
         if asked := self.measured.impls:
             return next(impl for impl in IMPLEMENTATIONS if impl in asked)
         if "triton" in self._runnable():

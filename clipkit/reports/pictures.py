@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.checkpoint import load_model
 from clipkit.evals.classification import image_labels, zero_shot_classifier
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.tasks import create_tasks
@@ -25,8 +26,6 @@ def group_pictures(run: Run, *, queries: int, device: str = "cpu", batch_size: i
 
     What cannot be shown (no checkpoint, data that is gone, no such task) is said in a line instead.
     """
-    from clipkit.checkpoint import load_model
-
     try:
         with warnings.catch_warnings():
             # A damaged newest checkpoint is passed over for the one before it.

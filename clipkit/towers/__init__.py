@@ -13,25 +13,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipkit.registry import Registry, check_keys
+
+# These register the built-in names.
+from clipkit.towers import hugging_face, image, text  # noqa: F401
 from clipkit.towers.base import ImageTower, TextTower, Tower
-
-_image_towers = Registry("image tower")
-_text_towers = Registry("text tower")
-register_image_tower = _image_towers.register
-register_text_tower = _text_towers.register
-
-# Registers the built-in names; below the registries because these modules import them.
-from clipkit.towers import hugging_face, image, text  # noqa: E402, F401
+from clipkit.towers.registry import image_towers, register_image_tower, register_text_tower, text_towers
 
 
 def list_image_towers() -> list[str]:
     """Names that create_image_tower knows."""
-    return _image_towers.names()
+    return image_towers.names()
 
 
 def list_text_towers() -> list[str]:
     """Names that create_text_tower knows."""
-    return _text_towers.names()
+    return text_towers.names()
 
 
 def create_image_tower(spec: Mapping[str, Any] | str, *, embed_dim: int) -> ImageTower:
@@ -39,7 +35,7 @@ def create_image_tower(spec: Mapping[str, Any] | str, *, embed_dim: int) -> Imag
 
     Raises ValueError for an unknown name or setting (with the nearest match and the valid ones).
     """
-    return _create(_image_towers, spec, {"embed_dim": embed_dim})
+    return _create(image_towers, spec, {"embed_dim": embed_dim})
 
 
 def create_text_tower(
@@ -65,7 +61,7 @@ def create_text_tower(
         if context_length is None:
             raise ValueError("no context_length: set text_tower.context_length, in tokens (CLIP: 77)")
     given = {"embed_dim": embed_dim, "vocab_size": vocab_size, "pad_id": pad_id, "eot_id": eot_id}
-    return _create(_text_towers, spec, given)
+    return _create(text_towers, spec, given)
 
 
 def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipkit.registry import check_keys, unknown
-from clipkit.towers import register_text_tower
 from clipkit.towers.base import TextTower
+from clipkit.towers.registry import register_text_tower
 
 # What each family calls its dropouts.
 _FAMILIES = {
@@ -129,20 +129,38 @@ class HuggingFaceTower(TextTower):
 def _random_config(
     model_type: str | None, config: Mapping[str, Any], vocab_size: int, pad_id: int, eot_id: int
 ):
-    from transformers import AutoConfig, PretrainedConfig
-
     if model_type is None:
         raise ValueError(
             "the text tower 'hf' needs text_tower.pretrained (a name or a local folder) or, for random "
             f"weights, text_tower.model_type (one of {', '.join(sorted(_FAMILIES))}) and text_tower.config"
         )
     _check_family(model_type)
-    default = AutoConfig.for_model(model_type)
-    valid = {*default.to_dict(), *default.attribute_map} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
-    check_keys(config, valid, f"text_tower.config for {model_type}")
-    return AutoConfig.for_model(
+    default = _default_config(model_type)
+    check_keys(config, {*_own_keys(default), *default.attribute_map}, f"text_tower.config for {model_type}")
+    return _default_config(
         model_type, **{**config, "vocab_size": vocab_size, "pad_token_id": pad_id, "eos_token_id": eot_id}
     )
+
+
+def _default_config(model_type: str, **settings: Any):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _own_keys(default) -> set[str]:
+    """The settings of a family that neither all families share nor the tokenizer decides."""
+    from transformers import PretrainedConfig
+
+    return {*default.to_dict()} - {*PretrainedConfig().to_dict(), *_FROM_TOKENIZER}
+
+
+def without_weights(tower: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a tower with `pretrained` weights as those of one with random weights of the same sizes."""
+    settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
+    own = _own_keys(_default_config(settings.model_type))
+    sizes = {key: value for key, value in settings.to_dict().items() if key in own}
+    return {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
 
 
 def _pretrained_config(pretrained: str, model_type: str | None):

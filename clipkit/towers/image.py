@@ -9,10 +9,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from clipkit.registry import suggest
-from clipkit.towers import register_image_tower
 from clipkit.towers.base import ImageTower
+from clipkit.towers.registry import register_image_tower
 
 _BLOCKS = ("blocks", "stages", "layers")
+
+
+# Of CLIP's training images, RGB on 0..1.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @register_image_tower("timm")
@@ -44,7 +48,6 @@ class TimmTower(ImageTower):
     ):
         super().__init__()
         import timm
-        from timm.models import group_parameters
 
         known = model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(model)
         if not known:
@@ -75,7 +78,7 @@ class TimmTower(ImageTower):
         self.std = tuple(config["std"] if std is None else std)
         # Some heads keep a hidden layer before the classifier (MobileNetV3): the wider of the two comes out.
         self.width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
-        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
+        groups = timm.models.group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
         self._depth = {f"trunk.{name}": depth for depth, names in groups.items() for name in names}
         self.num_layers = max(groups)
 
@@ -101,12 +104,10 @@ class _ClipTower(ImageTower):
 
     def __init__(self, body: nn.Module, embed_dim: int, image_size: int):
         super().__init__()
-        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
         self.body = body
         self.width = embed_dim
         self.image_size = image_size
-        self.mean, self.std = tuple(OPENAI_DATASET_MEAN), tuple(OPENAI_DATASET_STD)
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
 
     def forward(self, image: Tensor) -> Tensor:
         return self.body(image)

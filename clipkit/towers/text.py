@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.towers import register_text_tower
 from clipkit.towers.base import TextTower
+from clipkit.towers.registry import register_text_tower
 
 _POOLINGS = ("eot", "cls", "mean")
 

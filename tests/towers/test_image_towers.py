@@ -119,7 +119,8 @@ def test_sizes_that_do_not_divide_are_refused():
 
 
 def test_a_registered_tower_is_created_by_name():
-    from clipkit.towers import ImageTower, _image_towers
+    from clipkit.towers import ImageTower
+    from clipkit.towers.registry import image_towers
 
     @register_image_tower("flat_for_test")
     class Flat(ImageTower):
@@ -146,4 +147,4 @@ def test_a_registered_tower_is_created_by_name():
         with pytest.raises(ValueError, match="taken"):
             register_image_tower("flat_for_test")(Flat)
     finally:
-        _image_towers._entries.pop("flat_for_test")
+        image_towers._entries.pop("flat_for_test")
