@@ -25,8 +25,6 @@ from unittest import mock
 
 import psutil
 
-from clipkit import distributed
-
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds for what should take a few: a machine may be slow, and every core busy.
 PATIENCE = 600
@@ -152,6 +150,9 @@ def fork_ranks(world_size: int, program: Path, *arguments: str) -> list[Started]
 
 def launch(function: Callable[..., Any], world_size: int, *arguments: Any, **options: Any) -> list[Any]:
     """clipkit.distributed.launch, its ranks from the server. tests/test_distributed.py has them as users do."""
+    # tests/conftest.py imports this module before it has set what torch reads when it is imported.
+    from clipkit import distributed
+
     with mock.patch("torch.multiprocessing.get_context", return_value=_server):
         return distributed.launch(function, world_size, *arguments, **options)
 
