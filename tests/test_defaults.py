@@ -29,14 +29,14 @@ from clipkit.losses.registry import losses
 from clipkit.model import DualEncoder
 from clipkit.optim import create_optimizer, create_schedule, list_optimizers
 from clipkit.planner import Assumptions
-from clipkit.towers import _image_towers, _text_towers
+from clipkit.towers.registry import image_towers, text_towers
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DATA = ("cc3m", "flickr8k_mini", "flickr8k_nli_mini", "shapes", "shards")
 # Files of a tower group that hold a tower's settings whole; the others are sizes on top of one of these.
 TOWERS = {
     f"{group}/{path.stem}": registry
-    for group, registry in (("image_tower", _image_towers), ("text_tower", _text_towers))
+    for group, registry in (("image_tower", image_towers), ("text_tower", text_towers))
     for path in sorted((CONF / group).glob("*.yaml"))
     if "\ndefaults:" not in path.read_text(encoding="utf-8")
 }

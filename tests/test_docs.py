@@ -39,7 +39,8 @@ from clipkit.evals import evaluate, list_tasks
 from clipkit.evals.tasks import _TASKS
 from clipkit.losses import create_loss, list_losses
 from clipkit.losses.registry import losses
-from clipkit.towers import _image_towers, _text_towers, create_image_tower
+from clipkit.towers import create_image_tower
+from clipkit.towers.registry import image_towers, text_towers
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [
@@ -55,7 +56,7 @@ SOURCES = [
     *sorted((ROOT / "conf").rglob("*.yaml")),
     *GUIDES,
 ]
-REGISTRIES = (losses, _TASKS, _image_towers, _text_towers)
+REGISTRIES = (losses, _TASKS, image_towers, text_towers)
 # Programs whose settings hydra composes, by their file; the others have a parser.
 HYDRAS = ("pretrain", "evaluate", "export", "plan")
 COMMAND = re.compile(

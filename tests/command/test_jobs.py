@@ -50,7 +50,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_job(tmp_path):
     """As when a YAML file has changed since; what the run's version did not know yet is no change."""
     compose.register_resolvers()
     compose.start_hydra()
-    settings = ["seed=3", f"output_dir={tmp_path}"]
+    settings = ["seed=3", "batch_size=256", f"output_dir={tmp_path}"]
     folder = processes.job_folder("pretrain", settings)
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text('{"finished": true}')

@@ -46,6 +46,7 @@ def test_prints_a_table_and_what_it_assumes(tmp_path):
     output = plan(
         tmp_path,
         "gpu=cpu",
+        "batch_size=256",
         "gpu.memory_gb=8",
         "gpu.bf16_tflops=0.1",
         "gpu.fp32_tflops=0.1",
