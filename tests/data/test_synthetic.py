@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES, iter_eval, resolve_data, write_shapes
 from clipkit.data.synthetic import _canonical
@@ -75,6 +76,16 @@ def test_a_scene_is_the_same_named_from_either_shape(relation, opposite):
     one = {"shapes": [a, b], "relation": relation}
     assert _canonical(one) == _canonical({"shapes": [b, a], "relation": opposite})
     assert _canonical(one) != _canonical({"shapes": [a, b], "relation": opposite})
+
+
+def test_the_configured_context_holds_every_caption(shapes):
+    data = yaml.safe_load((Path(__file__).parents[2] / "conf" / "data" / "shapes.yaml").read_text())
+    captions = captions_of(shapes["train"]) + captions_of(shapes["val"])
+    captions += [template.format(name) for template in SHAPE_TEMPLATES for name in SHAPE_CLASSES]
+    longest = max(len(caption.split()) for caption in captions)
+    assert data["tokenizer"]["context_length"] == longest + 2, (
+        "every word, the start and the end, and no padding for all"
+    )
 
 
 def test_the_zero_shot_set_has_every_class_equally_often(shapes):
