@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 def no_process_outlives_its_test() -> Iterator[None]:
     yield
     processes.end_started()
+
+
+@pytest.fixture(autouse=True)
+def hydra_is_left_as_it_was() -> Iterator[None]:
+    """Tests start hydra as the command line does, which does so once a process."""
+    yield
+    if "hydra" in sys.modules:
+        sys.modules["hydra.core.global_hydra"].GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from clipkit.command.compose import register_resolvers, resolved, run_name
 from tests.processes import ROOT
@@ -16,8 +15,6 @@ CHOICES = [path.relative_to(CONF) for path in FILES if path.parent != CONF]
 
 def composed(*overrides: str, name: str = "pretrain"):
     register_resolvers()
-    # Other tests start hydra as the command line does.
-    GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, overrides=list(overrides), return_hydra_config=False)
 
