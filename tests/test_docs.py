@@ -28,7 +28,6 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import open_dict
 
 from clipkit import Predictor
 from clipkit.command import _hydras, jobs
@@ -184,8 +183,6 @@ def hydra_takes(program: str, arguments: list[str], config_dir: Path | None = No
         try:
             cfg = compose(program, overrides)
             check_overrides(cfg, program, overrides)
-            with open_dict(cfg):
-                del cfg["hydra"]
             config = resolved(cfg, program)
             if program in ("pretrain", "plan"):
                 create_loss(config["loss"])

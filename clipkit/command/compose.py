@@ -25,7 +25,7 @@ from clipkit.settings import EXECUTION
 # hydra's name for conf/, wherever clipkit is imported from.
 CONFIG_PATH = "pkg://clipkit.conf"
 # Settings of clipkit-pretrain that a program reads nothing of: they may name what is not there.
-UNREAD = {"plan": ("eval", "logger", "hydra")}
+UNREAD = {"plan": ("eval", "logger")}
 
 
 def run_name(overrides: str) -> str:
@@ -85,7 +85,7 @@ def resolved(cfg: DictConfig, config_name: str) -> dict[str, Any]:
         for group in ("loss", "eval", "logger"):
             if group in cfg or "data" in cfg:
                 cfg[group] = cfg.get(group) or {}
-        for group in UNREAD.get(config_name, ()):
+        for group in ("hydra", *UNREAD.get(config_name, ())):
             cfg.pop(group, None)
     try:
         return _plain(cfg)

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from omegaconf import open_dict
-
 import clipkit.recipes
 from clipkit.command import jobs
 from clipkit.command.check import check_overrides
@@ -67,8 +65,6 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
     cfg = compose(config_name, overrides)
     check_overrides(cfg, config_name, overrides)
     folder = Path(os.path.abspath(cfg.hydra.run.dir))
-    with open_dict(cfg):
-        del cfg.hydra
     config = resolved(cfg, config_name)
     if finished(folder):
         run_folder.check_unchanged(folder, config)

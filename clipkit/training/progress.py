@@ -21,13 +21,12 @@ class Progress:
 
     def __init__(self, *, total: int, batch_size: int, every: int, enabled: bool = True):
         self.total, self.batch_size, self.every, self.enabled = total, batch_size, every, enabled
+        self.first, self.started = 0, time.monotonic()
         self.bar: tqdm | None = None
-        self.start(0)
 
     def start(self, step: int) -> None:
         """Steps are about to be taken; `step` are done, more than 0 when a run resumes."""
         self.first, self.started = step, time.monotonic()
-        self.close()
         if self.enabled and sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 

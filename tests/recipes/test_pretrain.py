@@ -335,7 +335,7 @@ def test_an_empty_shard_is_named_before_the_first_step(tmp_path):
 
 def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
     """A folder found by name whose settings have changed since is refused, not mixed."""
-    run(
+    settings = [
         *SMALL,
         shapes,
         f"output_dir={tmp_path}",
@@ -343,45 +343,20 @@ def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
         "eval=none",
         "logger=none",
         "optim.warmup_steps=1",
-    )
+    ]
+    run(*settings)
     folder = only_run(tmp_path)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("batch_size: 32", "batch_size: 64"))
-    output = run(
-        *SMALL,
-        shapes,
-        f"output_dir={tmp_path}",
-        "steps=2",
-        "eval=none",
-        "logger=none",
-        "optim.warmup_steps=1",
-        status=1,
-    )
+    output = run(*settings, status=1)
     assert "batch_size: 64 -> 32" in output
     # A record of an older version, which had fewer settings, is of the same run.
     (folder / "config.yaml").write_text(
         config.replace("loss_spike: 3.0\n", "").replace("parallel: ddp\n", "")
     )
-    assert "is finished" in run(
-        *SMALL,
-        shapes,
-        f"output_dir={tmp_path}",
-        "steps=2",
-        "eval=none",
-        "logger=none",
-        "optim.warmup_steps=1",
-    )
+    assert "is finished" in run(*settings)
     (folder / "config.yaml").write_text(config.replace("    impl: auto\n", ""))
-    output = run(
-        *SMALL,
-        shapes,
-        f"output_dir={tmp_path}",
-        "steps=2",
-        "eval=none",
-        "logger=none",
-        "optim.warmup_steps=1",
-        status=1,
-    )
+    output = run(*settings, status=1)
     assert "loss.infonce.impl: None -> 'auto'" in output
 
 
