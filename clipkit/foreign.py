@@ -1,0 +1,249 @@
+"""Files that may come from anybody, read so that they can do no more than be wrong.
+
+Run folders, checkpoints, tokenizers and shards are passed on. Reading one of their files through this module never
+blocks (a FIFO or device is refused), takes bounded memory and time, and gives a value of the shape that was asked for
+or a `BrokenFile` that names the file and quotes nothing of it.
+
+What such a file names is another matter. Inside `named_by(folder)`, whatever is about to be opened because a file of
+that folder says so is asked about first, by `permit`: it must lie below the present folder or in that folder. A
+`pipe:` command, a URL, or a path elsewhere is the user's own to give, on the command line or in YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+T = TypeVar("T")
+
+# Bytes of a small JSON file, of a tokenizer's vocabulary, of a YAML file, of an image file.
+JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 18, 256 << 20
+# Of a metrics.jsonl: lines, and bytes of all of them.
+LINES, LINES_BYTES = 500_000, 128 << 20
+_DEPTH, _NODES = 64, 2_000_000
+
+
+class BrokenFile(ValueError):
+    """A file that is not what it should be; the message names it."""
+
+
+def read_bytes(path: str | Path, *, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        BrokenFile: a FIFO, device or folder, or a larger file.
+        OSError: it is not there, or may not be read.
+    """
+    # Opening a FIFO would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise BrokenFile(f"{path} is not a regular file (a folder, FIFO or device): it was not read")
+    with open(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise BrokenFile(
+                f"{path} has {status.st_size} bytes, more than the {limit} that such a file may have"
+            )
+        # Files of /proc state no size; a file may grow while it is read.
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise BrokenFile(f"{path} has more than the {limit} bytes that such a file may have")
+    return content
+
+
+def read_text(path: str | Path, *, limit: int = JSON_BYTES) -> str:
+    """A UTF-8 text file. Raises as `read_bytes`, and BrokenFile for other bytes."""
+    return _decoded(read_bytes(path, limit=limit), str(path))
+
+
+def read_json(path: str | Path, shape: type[T] | Any = dict[str, Any], *, limit: int = JSON_BYTES) -> T:
+    """A JSON file's value, of the shape that a type states (msgspec.convert checks it; True is no number).
+
+    Raises:
+        BrokenFile: no JSON, one that is nested more than 64 deep, or another shape.
+        OSError: as `read_bytes`.
+    """
+    return parse_json(read_bytes(path, limit=limit), shape, name=str(path))
+
+
+def parse_json(text: str | bytes, shape: type[T] | Any = dict[str, Any], *, name: str) -> T:
+    """`read_json` of a text at hand; `name` stands for it in the message."""
+    text = text if isinstance(text, str) else _decoded(text, name)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise BrokenFile(f"{name} is nested too deep to be read as JSON") from None
+    except ValueError as error:
+        # The decoder's own words are a place; an integer of thousands of digits is a ValueError too.
+        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BrokenFile(f"{name} is not JSON: it is cut short or altered{where}") from None
+    return checked(value, shape, name=name)
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line; other lines, such as a last one cut short, are left out.
+
+    Raises:
+        BrokenFile: more than 500,000 lines or 128 MiB, or bytes that are no text.
+        OSError: as `read_bytes`.
+    """
+    raw = read_bytes(path, limit=LINES_BYTES).splitlines()
+    if len(raw) > LINES:
+        raise BrokenFile(f"{path} has {len(raw)} lines, more than the {LINES} that such a file may have")
+    found, text = [], 0
+    for line in raw:
+        try:
+            found.append(parse_json(line, name=str(path)))
+            text += 1
+        except BrokenFile:
+            continue
+    if raw and not text:
+        raise BrokenFile(f"{path} holds no line of JSON: it is cut short or altered")
+    return found
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping with text keys, built of plain values alone.
+
+    Raises:
+        BrokenFile: no YAML, no mapping, an empty file, or one that is nested or repeats itself without bound.
+        OSError: as `read_bytes`.
+    """
+    text = read_text(path, limit=YAML_BYTES)
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise BrokenFile(f"{path} is nested too deep to be read as YAML") from None
+    except yaml.MarkedYAMLError as error:
+        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise BrokenFile(f"{path} is not YAML of plain values: it is cut short or altered{where}") from None
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
+        # Numbers and dates that match their patterns and cannot be made.
+        raise BrokenFile(f"{path} is not YAML of plain values: it is cut short or altered") from None
+    if value is None:
+        raise BrokenFile(f"{path} is empty")
+    return checked(value, dict[str, Any], name=str(path))
+
+
+def checked(value: Any, shape: type[T] | Any, *, name: str) -> T:
+    """The value, if it is of the shape and neither too deep nor too large; `name` stands for it in the message."""
+    _measure(value, name)
+    try:
+        return msgspec.convert(value, shape, strict=True)
+    except msgspec.ValidationError as error:
+        raise BrokenFile(f"{name} does not hold what it should: {str(error)[:200]}") from None
+
+
+def _measure(value: Any, name: str) -> None:
+    """BrokenFile for what nests deeper than 64, or has more than two million parts when its aliases are written out."""
+    parts, waiting = 0, [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        if depth > _DEPTH:
+            raise BrokenFile(f"{name} is nested more than {_DEPTH} deep")
+        inner = (
+            list(one.values())
+            if isinstance(one, dict)
+            else one
+            if isinstance(one, (list, tuple, set))
+            else ()
+        )
+        parts += 1 + len(inner)
+        if parts > _NODES:
+            raise BrokenFile(f"{name} holds more than {_NODES} values")
+        waiting += [(part, depth + 1) for part in inner if isinstance(part, (dict, list, tuple, set))]
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BrokenFile(f"{name} is not UTF-8 text: it is altered, or another kind of file") from None
+
+
+# The folder whose files name what is opened, and whether the user trusts its paths; None: the user names it.
+_named_by: ContextVar[tuple[Path, bool] | None] = ContextVar("clipkit.foreign", default=None)
+
+
+@contextmanager
+def named_by(folder: str | Path, *, trust_paths: bool = False) -> Iterator[None]:
+    """What is opened inside is named by files of this run or checkpoint folder, not by the user: see `permit`.
+
+    Args:
+        trust_paths: the user has said that the folder may name local files anywhere; commands and URLs it still may not.
+    """
+    token = _named_by.set((Path(folder), trust_paths))
+    try:
+        yield
+    finally:
+        _named_by.reset(token)
+
+
+def permit(location: str | Path, what: str) -> None:
+    """BrokenFile for a location that the folder of `named_by` may not send this process to; nothing outside of it.
+
+    Args:
+        location: a path, URL or `pipe:` command, patterns expanded.
+        what: the setting that names it, for the message.
+    """
+    given = _named_by.get()
+    if given is None:
+        return
+    folder, trusted = given
+    text = os.fspath(location)
+    path = Path(text.removeprefix("file://").removeprefix("file:")).expanduser()
+    if text.startswith("file:") or not re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", text):
+        # Its links are followed: a folder may hold one that leads out of it.
+        if trusted or (
+            _below(path, folder, follow=True) if _below(path, folder) else _below(path, Path.cwd())
+        ):
+            return
+    raise BrokenFile(
+        f"{what} is {redacted(text)!r} in the settings that {folder} carries. A run folder may come from anybody: "
+        "what it names is opened below the folder you work in or in itself alone, and it names no command, URL or "
+        "hidden file. Give the data yourself (eval=NAME), or, for local files of a run that you made, trust_paths=true"
+    )
+
+
+def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
+    """Whether a path lies below a folder other than the root, through no hidden name; `follow`: behind its links too."""
+    inside, root = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    if root == Path(root.anchor) or (inside != root and root not in inside.parents):
+        return False
+    if any(part.startswith(".") for part in inside.relative_to(root).parts):
+        return False
+    return not follow or root.resolve() in (inside.resolve(), *inside.resolve().parents)
+
+
+_CREDENTIALS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/@'\"]*@)?(?P<place>[^\s?#'\",]*)(?P<query>[?#][^\s'\",]*)?"
+)
+_COMMAND = re.compile(r"pipe:\s*(?P<program>[^\s'\",|;&]+).*")
+
+
+def redacted(text: str) -> str:
+    """A text to be shown to others: no user, password or query in its URLs, no arguments of its pipe: commands."""
+    text = _COMMAND.sub(lambda found: f"pipe:{found['program']} ...", text)
+    return _CREDENTIALS.sub(
+        lambda found: found["scheme"] + found["place"] + ("?..." if found["query"] else ""), text
+    )
+
+
+def shown(value: Any) -> Any:
+    """Nested settings with `redacted` texts."""
+    if isinstance(value, Mapping):
+        return {key: shown(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown(one) for one in value]
+    return redacted(value) if isinstance(value, str) else value

@@ -1,0 +1,150 @@
+"""Reading files that others wrote: bounded, of the shape asked for, named in every error, and no say in what is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from clipkit.foreign import (
+    BrokenFile,
+    named_by,
+    parse_json,
+    permit,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    redacted,
+    shown,
+)
+
+SECRET = "hunter2-no-file-content-in-a-message"
+BROKEN_JSON = {
+    "cut short": f'{{"a": "{SECRET}',
+    "empty": "",
+    "deep": "[" * 100_000,
+    "deep enough to parse": "[" * 500 + "]" * 500,
+    "long integer": '{"step": ' + "9" * 5000 + "}",
+    "other shape": f'["{SECRET}"]',
+    "wrong value": f'{{"step": "{SECRET}"}}',
+    "true for a number": '{"step": true}',
+    "wide": "[" + "0," * 3_000_000 + "0]",
+}
+BROKEN_YAML = {
+    "cut short": f"a: [{SECRET}",
+    "empty": "",
+    "a list": f"- {SECRET}",
+    "python object": f"a: !!python/object/apply:os.system ['{SECRET}']",
+    "aliases without bound": "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+    "an alias of itself": "a: &a [*a]",
+    "deep": "{a: " * 2000,
+    "no date": "a: 2024-99-99",
+    "long integer": "a: " + "9" * 5000,
+    "number keys": f"1: {SECRET}",
+    "unhashable": "? {a: 1}\n: 2",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_JSON)
+def test_broken_json_is_one_error_that_names_the_file_and_quotes_nothing(kind, tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text(BROKEN_JSON[kind])
+    with pytest.raises(BrokenFile, match=str(path)) as error:
+        read_json(path, dict[str, int])
+    assert SECRET not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("kind", BROKEN_YAML)
+def test_broken_yaml_is_one_error_that_names_the_file_and_quotes_nothing(kind, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(BROKEN_YAML[kind])
+    with pytest.raises(BrokenFile, match=str(path)) as error:
+        read_yaml(path)
+    assert SECRET not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
+
+
+def test_bytes_that_are_no_text_name_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe" * 10)
+    for read in (read_yaml, read_json):
+        with pytest.raises(BrokenFile, match=str(path)):
+            read(path)
+
+
+def test_nothing_but_a_regular_file_of_bounded_size_is_read(tmp_path):
+    fifo, large = tmp_path / "fifo", tmp_path / "large"
+    os.mkfifo(fifo)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    for path in (fifo, large, Path("/dev/zero"), tmp_path):
+        with pytest.raises(BrokenFile, match=str(path)):
+            read_bytes(path, limit=1 << 20)
+
+
+def test_good_files_are_read_as_they_were_written(tmp_path):
+    value = {"step": 3, "metrics": {"a/b": 0.5, "c": float("nan")}}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(value))
+    assert str(read_json(path)) == str(value)
+    assert parse_json('{"a": 1}', dict[str, float], name="here") == {"a": 1.0}
+    (tmp_path / "x.yaml").write_text("a: &x [1, 2]\nb: *x\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_line_cut_short_is_left_out_and_a_file_of_no_line_is_broken(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\n[1]\n{"ste')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_bytes(b"\xff\xff\n")
+    with pytest.raises(BrokenFile, match=str(path)):
+        read_json_lines(path)
+
+
+def test_a_run_folder_names_data_below_the_present_folder_or_its_own_alone(tmp_path, monkeypatch):
+    work, run = tmp_path / "work", tmp_path / "elsewhere" / "run"
+    for folder in (work / "data", work / ".ssh", run):
+        folder.mkdir(parents=True)
+    (run / "out").symlink_to("/etc")
+    inner = work / "runs" / "mine"
+    inner.mkdir(parents=True)
+    (inner / "out").symlink_to("/etc")
+    monkeypatch.chdir(work)
+    good = ["data/0.tar", work / "data", run / "own.tar", f"file:{work}/data/x.tar"]
+    bad = [
+        "pipe:touch x", "PIPE:touch x", "https://host/x.tar", "s3:bucket/x", "hf://x", "/etc/passwd", "../secret",
+        "data/../../x", ".ssh/id", "~/x.txt", run / "out" / "passwd", run.parent / "other", "file:///etc/passwd",
+    ]  # fmt: skip
+    for location in [*good, *bad]:
+        permit(location, "shards")
+    with named_by(run):
+        for location in good:
+            permit(location, "shards")
+        for location in bad:
+            with pytest.raises(BrokenFile, match="shards is"):
+                permit(location, "shards")
+    with named_by(inner), pytest.raises(BrokenFile):
+        permit("runs/mine/out/passwd", "shards")
+    with named_by(run, trust_paths=True):
+        permit("/etc/passwd", "shards")
+        for location in ("pipe:touch x", "https://host/x.tar"):
+            with pytest.raises(BrokenFile):
+                permit(location, "shards")
+
+
+def test_what_is_shown_holds_no_credential():
+    texts = {
+        "https://user:pa55@host/a/{0..3}.tar?sig=k3y&x=1#t": "https://host/a/{0..3}.tar?...",
+        "see s3://AKIA:k3y@bucket/x.tar, please": "see s3://bucket/x.tar, please",
+        "pipe:curl -H 'Authorization: Bearer k3y' https://host/x": "pipe:curl ...",
+        "a photo of a {}.": "a photo of a {}.",
+    }
+    for text, wanted in texts.items():
+        found = redacted(text)
+        assert "k3y" not in found and "pa55" not in found
+        if "pipe" not in text:
+            assert found == wanted
+    assert "k3y" not in str(shown({"a": [{"b": "https://h/x?k=k3y"}], "c": ("pipe:cat k3y",)}))
