@@ -181,6 +181,6 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
 def image_labels(images: EncodedImages, what: str) -> Tensor:
     """(N,) int64 labels of encoded images; ValueError naming the first image without one."""
     for key, label in zip(images.keys, images.labels, strict=True):
-        if label is None:
+        if not isinstance(label, int):
             raise ValueError(f"{what}: image {key!r} has no class id (KEY.cls, or label_key in its json)")
     return torch.tensor(images.labels)
