@@ -27,7 +27,7 @@ import yaml
 T = TypeVar("T")
 
 # Bytes of a small JSON file, of a tokenizer's vocabulary, of a YAML file, of an image file.
-JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 18, 256 << 20
+JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 20, 256 << 20
 # Of a metrics.jsonl: lines, and bytes of all of them.
 LINES, LINES_BYTES = 500_000, 128 << 20
 _DEPTH, _NODES = 64, 2_000_000
