@@ -20,6 +20,8 @@ EXECUTION = (
     "log_every",
     "logger",
     "loss_spike",
+    "skip_nonfinite",
+    "amend",
     "eval_every",
     "save_every",
     "keep",
