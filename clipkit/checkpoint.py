@@ -36,13 +36,16 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from typing_extensions import NotRequired
 
 from clipkit.data.tokenizers import Tokenizer, load_tokenizer
 from clipkit.distributed import Group, gather_objects, rank
 from clipkit.files import flush, write_json
-from clipkit.foreign import BrokenFile, named_by, permit, read_json
+from clipkit.foreign import BrokenFile, checked, named_by, permit, read_json
 from clipkit.model import DualEncoder, create_model
+from clipkit.settings import ARCHITECTURE
 from clipkit.sharding import read_shards
+from clipkit.towers.hugging_face import without_weights
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
@@ -57,6 +60,19 @@ class Manifest(TypedDict):
     step: int
     metrics: dict[str, float]
     sha256: dict[str, str]
+
+
+class _Towers(TypedDict):
+    text_tower: dict[str, Any]
+
+
+class _ModelSettings(TypedDict):
+    """What a config.json must hold for a model to be made."""
+
+    embed_dim: int
+    image_tower: dict[str, Any]
+    text_tower: dict[str, Any]
+    architecture: NotRequired[_Towers]
 
 
 def _sha256(path: Path) -> str:
@@ -497,6 +513,7 @@ def load_model(
     with named_by(path, trust_paths=trust_paths):
         tokenizer = load_tokenizer(path / "tokenizer.json")
         config = read_json(path / "config.json")
+        checked(config, _ModelSettings, name=str(path / "config.json"))
         settings = model_config(config, pretrained=False)
         shapes = _model_shapes(path)
         _check_architecture(settings, tokenizer, shapes, path)
@@ -611,9 +628,20 @@ def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[
     )
     part = {key: config[key] for key in keys if key in config}
     if not pretrained:
+        part |= config.get(ARCHITECTURE, {})
         for tower in ("image_tower", "text_tower"):
             part[tower] = dict(part[tower])
             # timm's switch is a boolean; a Hugging Face folder still supplies the architecture's sizes.
             if isinstance(part[tower].get("pretrained"), bool):
                 part[tower]["pretrained"] = False
     return part
+
+
+def with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config with the sizes of a text tower that started from a Hugging Face model, which its checkpoints then
+    do without.
+    """
+    tower = config["text_tower"]
+    if not isinstance(tower.get("pretrained"), str):
+        return dict(config)
+    return {**config, ARCHITECTURE: {"text_tower": without_weights(tower)}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import numpy
+import psutil
 import pytest
 import torch
 
@@ -23,14 +25,20 @@ from clipkit.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_model,
+    model_config,
     prune,
     rng_state,
     save_checkpoint,
     set_rng_state,
     split_weights,
+    with_architecture,
 )
+from clipkit.data.tokenizers import Words
+from clipkit.model import create_model
 from tests import faults
 from tests.damage import DAMAGE
+from tests.towers.test_hugging_face_tower import SIZES
 
 
 def save(folder: Path, step: int, **metrics: float) -> Path:
@@ -338,3 +346,89 @@ def test_a_kill_at_any_call_of_a_save_loses_nothing(tmp_path):
         save_whole(folder, 4)
         assert latest_checkpoint(folder).name == "step_00000004" and not list(folder.glob(".*"))
     assert 10 < kills < 199
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "t5", "distilbert"])
+def test_a_checkpoint_needs_no_folder_that_its_text_tower_came_from(family, tmp_path):
+    """Its sizes are kept, spare rows of its embeddings too; the folder is gone, or another machine's."""
+    tokenizer = Words(vocabulary=["red", "circle"], context_length=8)
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.AutoConfig.for_model(
+        family, vocab_size=tokenizer.vocab_size + 5, pad_token_id=tokenizer.pad_id, **SIZES[family]
+    )
+    source = tmp_path / "source"
+    peer = transformers.T5EncoderModel if family == "t5" else transformers.AutoModel
+    (peer(settings) if family == "t5" else peer.from_config(settings)).save_pretrained(source)
+    config = {
+        "embed_dim": 8,
+        "image_tower": {"name": "timm", "model": "test_resnet", "pretrained": False},
+        "text_tower": {"name": "hf", "pretrained": str(source), "context_length": 8},
+    }
+    model = create_model(model_config(config), tokenizer=tokenizer).eval()
+    path = save_checkpoint(
+        tmp_path / "checkpoints",
+        1,
+        weights={f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        train_state={},
+        config=with_architecture(config),
+        tokenizer=tokenizer,
+    )
+    shutil.rmtree(source)
+    again, _, found = load_model(path)
+    tokens = tokenizer(["a red circle", "circle"])
+    assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+    assert found["text_tower"] == config["text_tower"]
+
+
+def hostile(tmp_path: Path, change) -> Path:
+    """A good checkpoint whose settings a stranger has changed, with hashes that fit."""
+    tokenizer = Words(vocabulary=["red", "circle"], context_length=8)
+    config = {
+        "embed_dim": 8,
+        "image_tower": {"name": "timm", "model": "test_resnet", "pretrained": False},
+        "text_tower": {"name": "transformer", "width": 16, "heads": 2, "layers": 1},
+    }
+    model = create_model(model_config(config), tokenizer=tokenizer)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    change(config, weights)
+    return save_checkpoint(tmp_path, 1, weights=weights, train_state={}, config=config, tokenizer=tokenizer)
+
+
+def setting(tower: str, **changes):
+    def change(config, weights):
+        config[tower] = {**config[tower], **changes}
+
+    return change
+
+
+HOSTILE = {
+    "wide": setting("text_tower", width=10**9),
+    "deep": setting("text_tower", layers=10**7),
+    "deep, as a number of several": setting("image_tower", name="clip_resnet50", layers=[10**6, 1, 1, 1]),
+    "no heads": setting("text_tower", heads=0),
+    "negative": setting("text_tower", width=-16),
+    "text for a number": setting("text_tower", width="wide"),
+    "nested": setting("text_tower", width={"a": 1}),
+    "large pictures": setting("image_tower", image_size=10**8),
+    "long texts": setting("text_tower", context_length=10**8),
+    "a folder elsewhere": setting("image_tower", model="local-dir:/etc"),
+    "another folder": setting("text_tower", name="hf", pretrained="/etc"),
+    "no tower": setting("text_tower", name="evil"),
+    "no embedding": lambda config, weights: config.pop("embed_dim"),
+    "a list": lambda config, weights: config.update(image_tower=[1, 2]),
+    "a weight too many": lambda config, weights: weights.update({"model.more": torch.ones(1)}),
+    "a weight too few": lambda config, weights: weights.pop("model.log_logit_scale"),
+    "another shape": lambda config, weights: weights.update({"model.log_logit_scale": torch.ones(7)}),
+    "no weights": lambda config, weights: weights.clear(),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_settings_that_did_not_make_the_weights_are_refused_before_memory_is_taken(kind, tmp_path):
+    path = hostile(tmp_path, HOSTILE[kind])
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        load_model(path)
+    assert psutil.Process().memory_info().rss - before < 5e8
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        load_model(tmp_path)

@@ -126,7 +126,7 @@ MAY_IMPORT = {
     "optim": "registry towers",
     "losses": "distributed grad_cache kernels registry",
     "model": "distributed loggers registry towers",
-    "checkpoint": "data distributed files foreign model sharding",
+    "checkpoint": "data distributed files foreign model settings sharding towers",
     "export": "data foreign model",
     "evals": "checkpoint data distributed foreign loggers model registry",
     "predict": "evals foreign",

@@ -21,6 +21,7 @@ from clipkit.checkpoint import (
     save_sharded_checkpoint,
     set_rng_state,
     split_weights,
+    with_architecture,
 )
 from clipkit.data import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank, world_size
@@ -81,7 +82,8 @@ class Checkpoints:
         skipped: list[int],
         say: Callable[[str], None] = print,
     ):
-        self.folder, self.tokenizer, self.config, self.say = folder, tokenizer, config, say
+        self.folder, self.tokenizer, self.say = folder, tokenizer, say
+        self.config = with_architecture(config)
         self.model, self.loss, self.average = model, loss, average
         self.optimizer, self.schedule, self.stream, self.sentences = optimizer, schedule, stream, sentences
         self.total_steps, self.every, self.keep, self.best_metric = total_steps, every, keep, best_metric
