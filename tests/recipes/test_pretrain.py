@@ -314,7 +314,15 @@ REFUSED = {
     "no loss": (["steps=5", "loss=[]"], "the loss is empty"),
     "best metric of no task": (
         ["steps=5", "optim.warmup_steps=1", "best_metric=retreival/text_to_image_R@1"],
-        "retrieval/...",
+        "retrieval/text_to_image_R@1",
+    ),
+    "best metric of no such name": (
+        ["steps=5", "optim.warmup_steps=1", "best_metric=retrieval/text_to_image_R@2"],
+        "unknown best_metric 'retrieval/text_to_image_R@2'. Did you mean",
+    ),
+    "objective of no such name": (
+        ["steps=5", "optim.warmup_steps=1", "objective=zero_shot/top3"],
+        "unknown objective 'zero_shot/top3'",
     ),
     "unknown tower": (["steps=5", "image_tower=timm", "image_tower.model=resnet5000"], "resnet5000"),
 }
