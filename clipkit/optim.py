@@ -150,7 +150,7 @@ def create_schedule(
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"warmup_steps {warmup_steps} is not shorter than the {total_steps} steps of training, so the "
-            "peak rate would never be held: lower optim.warmup_steps or train longer"
+            "peak rate would never be held: lower warmup_steps or train longer"
         )
     if not 0 <= final <= 1:
         raise ValueError(f"final is a factor of the peak rate from 0 to 1, not {final}")

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
+from clipkit.command import experiments
 from clipkit.data import locate_data
 from clipkit.settings import EXECUTION
 
@@ -44,7 +45,8 @@ def run_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """What the YAML files call as `${name:...}`; each process of a launcher registers them anew."""
+    """What the YAML files call as `${name:...}`, and how experiments count; each process of a launcher does it anew."""
+    experiments.install()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("execution_settings", lambda: list(EXECUTION), replace=True)
 

@@ -40,6 +40,7 @@ from clipkit.command.compose import (
     resolved,
     start_hydra,
 )
+from clipkit.command.experiments import LEFT_OUT
 from clipkit.registry import unknown
 from clipkit.training import run_folder
 
@@ -142,6 +143,9 @@ class JobFunction:
 
     def _call(self, cfg: DictConfig, run_dir: Path, overrides: list[str]) -> Any:
         """Check the settings, then import the program, and torch with it."""
+        if os.environ.get("RANK", "0") == "0":
+            for line in HydraConfig.get().runtime.choices.get(LEFT_OUT, []):
+                print(f"experiment {line}", flush=True)
         check_overrides(cfg, self.program, overrides)
         check_objective(cfg)
         config = resolved(cfg, self.program)
