@@ -41,6 +41,7 @@ from clipkit.command.compose import (
     start_hydra,
 )
 from clipkit.command.experiments import LEFT_OUT
+from clipkit.command.values import check_values
 from clipkit.registry import unknown
 from clipkit.training import run_folder
 
@@ -149,6 +150,7 @@ class JobFunction:
         check_overrides(cfg, self.program, overrides)
         check_objective(cfg)
         config = resolved(cfg, self.program)
+        check_values(config, self.program)
         function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
         return function(config, run_dir)
 
