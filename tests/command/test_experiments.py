@@ -12,7 +12,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import clipkit.conf
-from clipkit.command.compose import compose, register_resolvers, start_hydra
+from clipkit.command.compose import compose, register_resolvers, resolved, start_hydra
+from clipkit.command.unread import unread
 
 CONF = Path(clipkit.conf.__path__[0])
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -156,3 +157,33 @@ def test_what_is_left_out_is_kept_for_the_user_to_see():
     assert (
         compose("plan", ["experiment=flickr8k_tiny", "image_tower=resnet50"]).image_tower.model == "resnet50"
     )
+
+
+@pytest.mark.parametrize("name", ["optim/adamw.yaml", "experiment/quickstart.yaml", "pretrain.yaml"])
+def test_a_users_file_that_would_hide_behind_ours_is_refused(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("lr: 1.0\n")
+    with pytest.raises(ValueError, match=f"{path} has the name of clipkit's own"):
+        start_hydra(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no folder"):
+        start_hydra(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.val=elsewhere/*.tar", "eval=flickr8k_mini"], "no task of eval= reads it"),
+        (["data.val=elsewhere/*.tar"], None),
+        (["experiment=flickr8k_tiny", "data.val=elsewhere/*.tar"], None),
+        (["data.sentences.triplets=x.jsonl"], "no loss of this run reads it"),
+        (["data.sentences.pairs=x.jsonl", "loss=[clip,nli_contrastive]"], "no loss of this run reads it"),
+        (["data.sentences.triplets=x.jsonl", "loss=[clip,nli_contrastive]"], None),
+        (["eval=none", "eval_every=5"], "this run is not scored"),
+        (["seed=3", "steps=5"], None),
+    ],
+    ids=str,
+)
+def test_what_an_override_does_not_change_is_said(overrides, said):
+    lines = list(unread(resolved(compose("pretrain", overrides), "pretrain"), overrides))
+    assert (len(lines) == 1 and said in lines[0]) if said else lines == []
