@@ -42,6 +42,7 @@ from clipkit.command.compose import (
     start_hydra,
 )
 from clipkit.command.experiments import LEFT_OUT
+from clipkit.command.launch import adopt_slurm
 from clipkit.command.unread import unread
 from clipkit.command.values import check_values
 from clipkit.registry import unknown
@@ -60,6 +61,7 @@ def run(program: str) -> None:
         program: the name of a module of recipes/, of the function in it, and of its settings, conf/PROGRAM.yaml.
     """
     register_resolvers()
+    adopt_slurm()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sweep = None
