@@ -56,21 +56,23 @@ def read_merges(path: str | Path | None) -> list[str]:
         path = merges_path()
     else:
         permit(path, "tokenizer.merges")
+    shown = str(path)[:300]
     try:
         raw = read_bytes(path, limit=_FILE_BYTES)
-    except OSError as error:
-        raise ValueError(f"the merges file {path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no regular file, or a NUL in the name
+        why = error.strerror if isinstance(error, OSError) else "it is no regular file of bounded size"
+        raise BrokenFile(f"the merges file {shown} cannot be read: {why}") from None
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
             text = file.read(_TEXT_BYTES + 1)
         if len(text) > _TEXT_BYTES:
-            raise BrokenFile(f"the merges file {path} unpacks to more than {_TEXT_BYTES} bytes")
+            raise BrokenFile(f"the merges file {shown} unpacks to more than {_TEXT_BYTES} bytes")
         if not text:
-            raise BrokenFile(f"the merges file {path} is empty")
+            raise BrokenFile(f"the merges file {shown} is empty")
         return text.decode("utf-8").split("\n")[1 : _MERGES + 1]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError):
         raise BrokenFile(
-            f"{path} is no gzip file of merges: it is cut short, altered or another file"
+            f"{shown} is no gzip file of merges: it is cut short, altered or another file"
         ) from None
 
 

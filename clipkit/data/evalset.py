@@ -94,7 +94,7 @@ def read_set(
 
 
 def _raise(error: DataError) -> None:
-    raise error
+    raise error from None
 
 
 def _pass_over(error: DataError) -> None:

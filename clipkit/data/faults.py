@@ -35,6 +35,8 @@ CAUSES = {
     "broken_label": "the class id is there and is no whole number",
 }
 
+# Letters of a key or detail in a message.
+_SHOWN = 500
 
 # Counted against the number of shards, the others against the number of samples.
 SHARD_CAUSES = ("empty_shard", "unreadable_shard", "truncated_shard")
@@ -45,8 +47,12 @@ class DataError(RuntimeError):
 
     def __init__(self, cause: str, detail: str = "", *, shard: str = "", key: str = ""):
         self.cause, self.detail, self.shard, self.key = cause, detail, shard, key
-        where = " ".join(part for part in (shard and f"shard {shard}", key and f"key {key!r}") if part)
-        super().__init__(": ".join(part for part in (where, cause, detail or CAUSES.get(cause, "")) if part))
+        # A tar may have names of a megabyte.
+        where = " ".join(
+            part for part in (shard and f"shard {shard}", key and f"key {key[:_SHOWN]!r}") if part
+        )
+        why = detail[:_SHOWN] or CAUSES.get(cause, "")
+        super().__init__(": ".join(part for part in (where, cause, why) if part))
 
     def __reduce__(self):
         return (_rebuild, (self.cause, self.detail, self.shard, self.key))
@@ -100,8 +106,8 @@ class FaultCounter:
             raise RuntimeError(
                 f"{self.counts[cause]} of {total} {what} are bad by {cause} ({CAUSES[cause]}), more than "
                 "max_bad_fraction = "
-                f"{limit:g}. The last was {f'key {key!r} of ' if key else ''}shard "
-                f"{shard}{': ' + detail if detail else ''}. "
+                f"{limit:g}. The last was {f'key {key[:_SHOWN]!r} of ' if key else ''}shard "
+                f"{shard}{': ' + detail[:_SHOWN] if detail else ''}. "
                 f"{self.advice}"
             )
 

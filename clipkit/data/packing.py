@@ -25,7 +25,7 @@ from PIL import Image
 from clipkit.data.decode import MAX_PIXELS, decode, read_image
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import IMAGES
-from clipkit.foreign import BrokenFile, parse_json, read_bytes, read_json
+from clipkit.foreign import BrokenFile, read_bytes, read_json
 
 # Bytes of a captions file beside a picture, of one field of a table, and of one of its lines.
 _CAPTION_BYTES, _FIELD_BYTES, _LINE_BYTES = 1 << 20, 1 << 24, 1 << 28
@@ -166,7 +166,7 @@ def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, 
         missing = [name for name in [image, *captions] if name not in row]
         if missing:
             raise ValueError(
-                f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(str, row))}. Choose "
+                f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(str, row))[:300]}. Choose "
                 "with "
                 "--image and --caption"
             )
@@ -191,7 +191,7 @@ def _table(source: Path) -> Iterator[dict[Any, Any]]:
                 if len(raw) == _LINE_BYTES:
                     raise BrokenFile(f"{source}, line {line}: longer than {_LINE_BYTES} bytes")
                 if raw.strip():
-                    yield parse_json(raw, name=f"{source}, line {line}")
+                    yield _json_row(raw, f"{source}, line {line}")
     elif suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -200,10 +200,21 @@ def _table(source: Path) -> Iterator[dict[Any, Any]]:
         try:
             for batch in pyarrow.parquet.ParquetFile(source).iter_batches(256):
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, ArithmeticError, LookupError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
             raise BrokenFile(f"{source} is no Parquet file, or a damaged one: {str(error)[:200]}") from None
     else:
         raise ValueError(f"{source} is not .csv, .tsv, .jsonl, .parquet or a folder")
+
+
+def _json_row(raw: bytes, where: str) -> dict[Any, Any]:
+    """A line's object. What is wrong inside of it is its row's fault alone."""
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BrokenFile(f"{where}: not JSON, or nested too deep") from None
+    if not isinstance(row, dict):
+        raise BrokenFile(f"{where}: expected an object, got {type(row).__name__}")
+    return row
 
 
 def _csv_rows(source: Path, delimiter: str) -> Iterator[dict[Any, Any]]:

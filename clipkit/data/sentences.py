@@ -230,7 +230,7 @@ def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
             if missing:
                 raise ValueError(
                     f"{path}, line 1: no column {', '.join(sorted(missing))}; the header is "
-                    f"{reader.fieldnames}, expected {', '.join(columns)}"
+                    f"{str(reader.fieldnames)[:300]}, expected {', '.join(columns)}"
                 )
             for row in reader:
                 yield reader.line_num, row

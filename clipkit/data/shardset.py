@@ -19,8 +19,11 @@ import numpy as np
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import ShardIndex, cached_index, index_file, index_tar, load_index, store_index
 from clipkit.data.urls import Spool, is_stream
+from clipkit.foreign import IMAGE_BYTES, JSON_BYTES
 
 _OPEN_FILES = 64
+# Bytes of an image, a caption and a json that are read, and what more is.
+_MOST = ((IMAGE_BYTES, "image_too_large"), (JSON_BYTES, "caption_not_utf8"), (JSON_BYTES, "broken_json"))
 _WHOLE_SHARD = ("empty_shard", "unreadable_shard")
 
 
@@ -174,6 +177,9 @@ class ShardSet:
         offset, size = self._spans[sample, part]
         if offset < 0:
             return b""
+        limit, cause = _MOST[part]
+        if size > limit:
+            raise DataError(cause, f"{size} bytes, more than the {limit} that are read")
         data = os.pread(self._file(self.shard_of(sample)), int(size), int(offset))
         if len(data) < size:
             raise DataError("truncated_shard", "the file is shorter than when it was indexed")

@@ -181,11 +181,11 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _joined(train: Any) -> list[str]:
-    from clipkit.data.urls import expand_shards
+    from clipkit.data.urls import Expanded, expand_shards
 
-    return [
+    return Expanded(
         path for source in sources(train) for path in expand_shards(source["shards"] or [], what="data.train")
-    ]
+    )
 
 
 def plain(value: Any) -> Any:

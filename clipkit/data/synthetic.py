@@ -22,6 +22,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from clipkit.foreign import BrokenFile, checked, read_json
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 170, 50),
@@ -96,14 +98,16 @@ def shape_paths(folder: str | Path, *, train: int, val: int) -> dict[str, list[s
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]] | None:
     """The shard paths of a finished folder with these settings, or None."""
     try:
-        found = json.loads((folder / "finished.json").read_text())
-        shards = found.pop("shards")
-        paths = {name: [str(folder / name / file) for file in files] for name, files in shards.items()}
-    except (OSError, ValueError, KeyError, AttributeError):
+        found = read_json(folder / "finished.json")
+        shards = checked(found.pop("shards", None), dict[str, list[str]], name="finished.json")
+    except (OSError, BrokenFile):
         return None
+    if any(Path(part).name != part for name, files in shards.items() for part in (name, *files)):
+        return None
+    paths = {name: [str(folder / name / file) for file in files] for name, files in shards.items()}
     if found != settings:
         raise ValueError(
-            f"{folder} holds shapes made with {found}, not {settings}; give another folder or remove it"
+            f"{folder} holds shapes made with {str(found)[:300]}, not {settings}; give another folder or remove it"
         )
     return paths if all(Path(p).exists() for files in paths.values() for p in files) else None
 

@@ -4,16 +4,21 @@ A batch is a function of its position, so nothing is lost with a worker: new one
 What died, how, and what to change is said each time; three deaths in a row, or twenty, are the end.
 
 torch's DataLoader installs a handler that raises in the main thread whenever a worker dies, in the middle of whatever
-runs there. It is taken back; a worker's end is found when its batch is asked for.
+runs there. It is taken back; a worker's end is found when a batch is asked for. One that dies while it hands a batch
+over leaves half a message, whose rest would be waited for without end: a thread completes it with zeros.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 import psutil
@@ -51,6 +56,8 @@ class Workers:
         self.restarts = restarts
         self._in_a_row = 0
         self._batches: Any = None
+        # When the batch that is waited for was asked for.
+        self._since: float | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
@@ -59,6 +66,8 @@ class Workers:
         since = time.monotonic()
         while True:
             try:
+                self._look()
+                self._since = time.monotonic()
                 batch = next(self._batches if self._batches is not None else self._start())
             except StopIteration:
                 raise
@@ -71,8 +80,16 @@ class Workers:
                     continue
                 self._restart(error)
                 continue
+            finally:
+                self._since = None
             self._in_a_row = 0
             return batch
+
+    def _look(self) -> None:
+        """ConnectionError where a worker has died since the last batch: what it left in the queue is not read."""
+        workers = getattr(self._batches, "_workers", [])
+        if workers and connection.wait([worker.sentinel for worker in workers], timeout=0):
+            raise ConnectionError("a worker has ended")
 
     def _start(self) -> Any:
         in_main = threading.current_thread() is threading.main_thread()
@@ -86,6 +103,9 @@ class Workers:
         if getattr(self._batches, "_worker_pids_set", False):
             signal_handling._remove_worker_pids(id(self._batches))  # pyright: ignore[reportPrivateImportUsage]
             self._batches._worker_pids_set = False
+        sentinels = [worker.sentinel for worker in self._batches._workers]
+        watch = (weakref.ref(self), weakref.ref(self._batches), sentinels)
+        threading.Thread(target=_complete_messages, args=watch, daemon=True).start()
         return self._batches
 
     def _restart(self, error: Exception) -> None:
@@ -132,6 +152,33 @@ class Workers:
         for worker in batches._workers:
             if worker.exitcode is None:
                 worker.kill()
+
+
+def _complete_messages(owner: Any, batches: Any, sentinels: list[int]) -> None:
+    """Until the batches are closed: where a worker has died and the next batch is waited for longer than it takes to
+    find that, write zeros after what it had written of its message. What then comes out of the queue is an error.
+    """
+    dead = False
+    while True:
+        try:
+            dead = dead or bool(connection.wait(sentinels, timeout=LOOK_EVERY_S))
+        except (OSError, ValueError):
+            return
+        workers, reading = owner(), batches()
+        if workers is None or reading is None or workers._batches is not reading:
+            return
+        since = workers._since
+        if dead and since is not None and time.monotonic() - since > 2 * LOOK_EVERY_S:
+            try:
+                pipe = reading._worker_result_queue._writer.fileno()
+                # A pipe that can be written takes this much at once.
+                if select.select([], [pipe], [], 0.1)[1]:
+                    os.write(pipe, bytes(select.PIPE_BUF))
+            except (OSError, ValueError):
+                return
+        elif dead:
+            time.sleep(0.1)
+        del workers, reading
 
 
 def describe(ended: list[tuple[int, int]]) -> str:

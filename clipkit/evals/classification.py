@@ -132,15 +132,26 @@ def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str]
     elif templates in TEMPLATES:
         made = TEMPLATES[templates]()
     elif _is_file(templates, "templates"):
-        made = [line for line in read_text(templates).splitlines() if line.strip()]
+        lines = read_text(templates).splitlines()
+        wrong = [i for i, line in enumerate(lines, 1) if line.strip() and not _has_place(line)]
+        if wrong or not "".join(lines).strip():
+            where = f"{templates}, line {wrong[0]}" if wrong else templates
+            raise BrokenFile(f"{where} has no place for the class: write {{}} or {{c}} there")
+        made = [line for line in lines if line.strip()]
     else:
         raise ValueError(f"{unknown('templates', templates, TEMPLATES)} It is no file either.")
     return [_prompt_maker(template) if isinstance(template, str) else template for template in made]
 
 
+def _has_place(template: str) -> bool:
+    return "{}" in template or "{c}" in template
+
+
 def _prompt_maker(template: str) -> Callable[[str], str]:
-    if "{}" not in template and "{c}" not in template:
-        raise ValueError(f"template {template!r} has no place for the class: write {{}} or {{c}} there")
+    if not _has_place(template):
+        raise ValueError(
+            f"template {repr(template)[:200]} has no place for the class: write {{}} or {{c}} there"
+        )
     # Not str.format: class names and templates may hold other braces.
     return lambda name: template.replace("{}", name).replace("{c}", name)
 

@@ -131,8 +131,9 @@ class Encoder:
             return self._images[source.identity]
         if source.identity not in self._labelled:
             images = self._images[source.identity]
-            self._labelled[source.identity] = images.labelled()
-            self._say(self._labelled[source.identity], source.identity, known=len(images.faults))
+            labelled = images.labelled()
+            self._say(labelled, source.identity, known=len(images.faults))
+            self._labelled[source.identity] = labelled
         return self._labelled[source.identity]
 
     def _encode_images(self, source: ImageSource) -> EncodedImages:

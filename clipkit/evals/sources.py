@@ -170,7 +170,10 @@ class ClipBenchmark(Items):
                 self._fault("missing_caption", key) for key, _, captions in self.items if not captions
             ]
             self.items = [item for item in self.items if item[2]]
-        check_faults(self.lost, self.identity, items=len(self.items) + len(self.lost), shards=len(tars))
+        try:
+            check_faults(self.lost, self.identity, items=len(self.items) + len(self.lost), shards=len(tars))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
 
     def _fault(self, cause: str, key: str) -> DataError:
         return DataError(cause, shard=self.identity, key=key)

@@ -157,7 +157,7 @@ def _rows(path: Path, *, encoding: str = "utf-8") -> list[tuple[int, str]]:
 def _binary_label(text: str, path: Path, number: int) -> int:
     if text.strip() not in ("0", "1"):
         raise BrokenFile(f"{path}, line {number}: the label is neither 0 nor 1")
-    return int(text)
+    return int(text.strip())
 
 
 def sorted_rows(rows: list[tuple[str, int]]) -> tuple[list[str], Tensor]:

@@ -22,6 +22,7 @@ from clipkit.data.decode import (
     decode_train,
     middle,
     read_image,
+    resize,
 )
 from clipkit.data.faults import DataError
 from clipkit.evals.items import load_image
@@ -215,6 +216,18 @@ def test_a_long_picture_that_is_not_extreme_is_resized_whole(size):
     long = middle(3, 50), middle(50, 3), middle(1, 18), middle(18, 1)
     # 48 of 50 and 16 of 18: as many pixels are cut on both sides, so that the centre stays.
     assert long == ((0, 1, 3, 48), (1, 0, 48, 3), (0, 1, 1, 16), (1, 0, 16, 1))
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (50, 50), (320, 20), (20, 320), (33, 7)])
+def test_ordinary_pictures_keep_every_bit(size):
+    image = smooth(*size)
+    data, short = save(image, "PNG"), min(size)
+    width, height = (max(32, int(32 * side / short)) for side in size)
+    top, left = round((height - 32) / 2), round((width - 32) / 2)
+    whole = resize(torch.from_numpy(decode(data)), height, width, mode="bicubic")
+    assert torch.equal(decode_eval(data, 32), whole[:, top : top + 32, left : left + 32])
+    pillow = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    assert np.array_equal(load_image(data, 32).permute(1, 2, 0).numpy(), np.asarray(pillow))
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (999, 20), (40, 1)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data import create_stream, train_captions
+from clipkit.data import create_stream, iter_eval, train_captions
 from clipkit.data.faults import DataError, FaultCounter
 
 make = runpy.run_path(str(Path(__file__).with_name("make_faults.py")))["make"]
@@ -185,3 +185,21 @@ def test_a_fault_counts_once_however_often_it_is_met():
 def test_a_fault_keeps_its_fields_between_processes():
     error = pickle.loads(pickle.dumps(DataError("broken_json", "why", shard="s.tar", key="k")))
     assert (error.cause, error.detail, error.shard, error.key) == ("broken_json", "why", "s.tar", "k")
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path, write_tar, sample, jpeg, monkeypatch):
+    import clipkit.data.shardset
+
+    limits = ((20_000, "image_too_large"), (50, "caption_not_utf8"), (500, "broken_json"))
+    monkeypatch.setattr(clipkit.data.shardset, "_MOST", limits)
+    members = [("a.jpg", jpeg(1) + b"\0" * 30_000), ("a.txt", b"x"), ("b.jpg", jpeg(2)), ("b.txt", b"x" * 60)]
+    members += [("c.jpg", jpeg(3)), ("c.json", b'{"caption": "' + b"x" * 600 + b'"}'), *sample("good")]
+    faults = []
+    path = write_tar(tmp_path / "a.tar", members)
+    batches = list(iter_eval(path, image_size=8, batch_size=4, on_bad=faults.append))
+    assert [batch["key"] for batch in batches] == [["good"]]
+    assert [(fault.key, fault.cause) for fault in faults] == [
+        ("a", "image_too_large"),
+        ("b", "caption_not_utf8"),
+        ("c", "broken_json"),
+    ]

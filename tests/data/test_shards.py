@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from clipkit.data import create_stream
+from clipkit.data.workers import Workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -380,6 +382,44 @@ def test_killed_workers_change_no_batch(thousand_shards, byte_tokenizer, cache, 
         and "was killed by SIGKILL" in said
     )
     assert "worker_restarts" not in make(0).report() and not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_is_not_waited_for(
+    thousand_shards, byte_tokenizer, monkeypatch
+):
+    """Half a message in the queue, as of a worker killed while it writes: its reader would wait for the rest."""
+    started = []
+    start = Workers._start
+    monkeypatch.setattr(Workers, "_start", lambda self: started.append(start(self)) or started[-1])
+
+    def slow(texts):
+        # The second batch takes long in the first worker alone.
+        if texts != first and not marker.value:
+            marker.value = 1
+            time.sleep(60)
+        return byte_tokenizer(texts)
+
+    marker = multiprocessing.Value("i", 0)
+    make = lambda tokenizer, workers: stream_of(
+        thousand_shards[:4], tokenizer, batch_size=2, num_workers=workers, epochs=1, shuffle=False
+    )
+    expected = [batch["key"] for batch in make(byte_tokenizer, 0)]
+    first = [f"picture {key}" for key in expected[0]]
+    stream = make(slow, 1)
+
+    def harm():
+        while not marker.value:
+            time.sleep(0.01)
+        queue = started[0]._worker_result_queue
+        os.write(queue._writer.fileno(), (100_000).to_bytes(4, "big") + b"half of a message")
+        time.sleep(0.2)
+        os.kill(started[0]._workers[0].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=harm)
+    thread.start()
+    assert [batch["key"] for batch in stream] == expected
+    thread.join()
+    assert stream.report()["worker_restarts"] == 1 and len(started) == 2
 
 
 @pytest.mark.slow

@@ -146,3 +146,15 @@ def test_settings_resolve_to_generated_shards(tmp_path):
     assert full["zeroshot"]["classes"] == SHAPE_CLASSES
     with pytest.raises(ValueError, match="Did you mean 'train'"):
         resolve_data({"kind": "shapes", "shapes": {"trian": 3}})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", "[" * 99_999, "[1]", '{"shards": 3}', '{"shards": {"train": [3]}}', '{"shards": {"train": ["/etc/passwd"]}}',
+     '{"shards": {"../..": ["x"]}}'],
+)  # fmt: skip
+def test_a_broken_record_of_shapes_is_none(tmp_path, raw):
+    expected = write_shapes(tmp_path / "set", train=4, val=4, seed=0)
+    (tmp_path / "set" / "finished.json").write_text(raw)
+    assert write_shapes(tmp_path / "set", train=4, val=4, seed=0) == expected
+    assert "shards" in json.loads((tmp_path / "set" / "finished.json").read_text())
