@@ -11,6 +11,7 @@ that folder says so is asked about first, by `permit`: it must lie below the pre
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 # Bytes of a small JSON file, of a tokenizer's vocabulary, of a YAML file, of an image file.
 JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 18, 256 << 20
-# Of a metrics.jsonl: lines, and bytes of all of them.
-LINES, LINES_BYTES = 500_000, 128 << 20
+# Of a metrics.jsonl: lines, bytes of all of them, and of one.
+LINES, LINES_BYTES, LINE_BYTES = 500_000, 128 << 20, 1 << 20
 _DEPTH, _NODES = 64, 2_000_000
 
 
@@ -92,25 +93,31 @@ def parse_json(text: str | bytes, shape: type[T] | Any = dict[str, Any], *, name
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The list of `iter_json_lines`."""
+    return list(iter_json_lines(path))
+
+
+def iter_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one JSON object a line; other lines, such as a last one cut short, are left out.
 
     Raises:
-        BrokenFile: more than 500,000 lines or 128 MiB, or bytes that are no text.
+        BrokenFile: more than 500,000 lines or 128 MiB, or no line that can be read; one of more than 1 MiB cannot.
         OSError: as `read_bytes`.
     """
-    raw = read_bytes(path, limit=LINES_BYTES).splitlines()
-    if len(raw) > LINES:
-        raise BrokenFile(f"{path} has {len(raw)} lines, more than the {LINES} that such a file may have")
-    found, text = [], 0
-    for line in raw:
+    raw = read_bytes(path, limit=LINES_BYTES)
+    if (lines := raw.count(b"\n")) > LINES:
+        raise BrokenFile(f"{path} has {lines} lines, more than the {LINES} that such a file may have")
+    readable = False
+    for line in io.BytesIO(raw):
         try:
-            found.append(parse_json(line, name=str(path)))
-            text += 1
+            found = parse_json(line, name=str(path)) if len(line) <= LINE_BYTES else None
         except BrokenFile:
-            continue
-    if raw and not text:
+            found = None
+        if found is not None:
+            readable = True
+            yield found
+    if raw and not readable:
         raise BrokenFile(f"{path} holds no line of JSON: it is cut short or altered")
-    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -216,6 +223,31 @@ def permit(location: str | Path, what: str) -> None:
     )
 
 
+@contextmanager
+def blamed_on(folder: str | Path) -> Iterator[None]:
+    """An error inside names this run or checkpoint folder, and is a message for the user, whatever it was.
+
+    For what works on settings that somebody else wrote: they can be wrong in more ways than are checked.
+
+    Raises:
+        BrokenFile: for any exception that is no ValueError or OSError naming the folder already.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and str(folder) in str(error):
+            raise
+        text = redacted(str(error))[:2000]
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise BrokenFile(f"{folder} cannot be used: {kind}{text}") from error
+
+
+def leads_out(path: str | Path, folder: str | Path) -> bool:
+    """Whether links make of a path in a folder one that is outside."""
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real != root and root not in real.parents
+
+
 def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
     """Whether a path lies below a folder other than the root, through no hidden name; `follow`: behind its links too."""
     inside, root = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
@@ -223,13 +255,14 @@ def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
         return False
     if any(part.startswith(".") for part in inside.relative_to(root).parts):
         return False
-    return not follow or root.resolve() in (inside.resolve(), *inside.resolve().parents)
+    return not follow or not leads_out(inside, root)
 
 
 _CREDENTIALS = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/@'\"]*@)?(?P<place>[^\s?#'\",]*)(?P<query>[?#][^\s'\",]*)?"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s?#'\"]*@)?(?P<place>[^\s?#'\",]*)(?P<query>[?#][^\s'\",]*)?"
 )
-_COMMAND = re.compile(r"pipe:\s*(?P<program>[^\s'\",|;&]+).*")
+# A command may begin with variables, NAME=VALUE, and go on over lines.
+_COMMAND = re.compile(r"pipe:\s*(?P<program>[^\s'\",|;&=]*).*", re.IGNORECASE | re.DOTALL)
 
 
 def redacted(text: str) -> str:

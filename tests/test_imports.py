@@ -113,6 +113,7 @@ IMPORTS = [one for module in MODULES for one in imports(module)]
 # What a part of clipkit may import of the others; towers, say, know nothing of the model that holds them.
 MAY_IMPORT = {
     "files": "",
+    "foreign": "",
     "registry": "",
     "settings": "",
     "distributed": "",
@@ -130,9 +131,9 @@ MAY_IMPORT = {
     "evals": "checkpoint data distributed loggers model registry",
     "predict": "evals",
     "planner": "checkpoint kernels losses model optim towers",
-    "reports": "checkpoint evals files settings",
+    "reports": "checkpoint evals files foreign settings",
     "training": "checkpoint data distributed evals files loggers model optim registry settings sharding",
-    "command": "data files recipes registry reports settings training",
+    "command": "data files foreign recipes registry reports settings training",
 }
 
 
