@@ -224,28 +224,51 @@ def permit(location: str | Path, what: str) -> None:
 
 
 @contextmanager
-def blamed_on(folder: str | Path) -> Iterator[None]:
-    """An error inside names this run or checkpoint folder, and is a message for the user, whatever it was.
+def blamed_on(folder: str | Path, *, settings: bool = True) -> Iterator[None]:
+    """An error inside is a message that names this run or checkpoint folder, whatever it was.
 
-    For what works on settings that somebody else wrote: they can be wrong in more ways than are checked.
+    For what works on settings and weights that somebody else made: they can be wrong in more ways than are checked.
+    What the system says (a file that is not there, a full disk) stays as it is.
+
+    Args:
+        settings: the folder says what is done. False: its model is used as the user says, so that a ValueError is
+            the user's own to read, and only what is no message at all is blamed on the folder.
 
     Raises:
-        BrokenFile: for any exception that is no ValueError or OSError naming the folder already.
+        BrokenFile: for the other exceptions.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, (ValueError, OSError)) and str(folder) in str(error):
+        told = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("clipkit.")
+        system = isinstance(error, OSError) and error.errno is not None
+        if system or told and (not settings or str(folder) in str(error)):
             raise
-        text = redacted(str(error))[:2000]
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise BrokenFile(f"{folder} cannot be used: {kind}{text}") from error
+        kind = "" if told else f"{type(error).__name__}: "
+        raise BrokenFile(f"{folder} cannot be used: {kind}{redacted(str(error))[:2000]}") from error
 
 
 def leads_out(path: str | Path, folder: str | Path) -> bool:
     """Whether links make of a path in a folder one that is outside."""
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return real != root and root not in real.parents
+
+
+def output_in_run(checkpoint: Path, *parts: str) -> Path:
+    """A place to write to by default in the run folder of a checkpoint, RUN/checkpoints/step_* or RUN/step_*.
+
+    Raises:
+        BrokenFile: it is outside by a link.
+    """
+    run = checkpoint.parent
+    run = run.parent if run.name == "checkpoints" else run
+    path = run.joinpath(*parts)
+    if leads_out(path, run):
+        raise BrokenFile(
+            f"{path} leads out of {run} by a link, and a run folder may come from anybody: nothing is written there. "
+            "Give output=ANOTHER"
+        )
+    return path
 
 
 def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
@@ -271,6 +294,16 @@ def redacted(text: str) -> str:
     return _CREDENTIALS.sub(
         lambda found: found["scheme"] + found["place"] + ("?..." if found["query"] else ""), text
     )
+
+
+_UNREADABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def readable(text: str) -> str:
+    """A text that a terminal and a file take: no control character, change of direction or half of a pair."""
+    return _UNREADABLE.sub(lambda found: " " if found[0] in "\t\r\n" else "\ufffd", text)
 
 
 def shown(value: Any) -> Any:

@@ -19,6 +19,7 @@ from clipkit.foreign import (
     read_json,
     read_json_lines,
     read_yaml,
+    readable,
     redacted,
     shown,
 )
@@ -176,7 +177,7 @@ def test_a_link_that_leads_out_is_told_from_one_that_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("eval"), ZeroDivisionError(), ValueError("of k3y"), OSError("gone")]
+    "error", [KeyError("eval"), ZeroDivisionError(), ValueError("of k3y"), OSError("no hub")]
 )
 def test_whatever_a_strangers_settings_do_is_told_as_the_folders_fault(error):
     with pytest.raises(BrokenFile, match="^runs/a cannot be used: ") as told, blamed_on("runs/a"):
@@ -185,3 +186,18 @@ def test_whatever_a_strangers_settings_do_is_told_as_the_folders_fault(error):
     named = ValueError("runs/a/config.json is cut short")
     with pytest.raises(ValueError, match="^runs/a/config.json is cut short$"), blamed_on("runs/a"):
         raise named
+    full = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as told, blamed_on("runs/a"):
+        raise full
+    assert told.value is full
+    with pytest.raises(ValueError, match="^no image here$"), blamed_on("runs/a", settings=False):
+        raise ValueError("no image here")
+    with (
+        pytest.raises(BrokenFile, match="^runs/a cannot be used: IndexError: row"),
+        blamed_on("runs/a", settings=False),
+    ):
+        raise IndexError("row 5")
+
+
+def test_what_is_printed_steers_no_terminal():
+    assert readable("a\x1b]0;x\x07\tb\nc\u202ed\ud800 é") == "a\ufffd]0;x\ufffd b c\ufffdd\ufffd é"

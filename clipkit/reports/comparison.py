@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.files import write_text
+from clipkit.foreign import readable
 from clipkit.reports.page import number, write_page
-from clipkit.reports.runs import Group, Run, find_runs, group_runs, metric_names, public_settings, readable
+from clipkit.reports.runs import Group, Run, find_runs, group_runs, metric_names, public_settings
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 

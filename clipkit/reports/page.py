@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.files import write_text
+from clipkit.foreign import readable
 from clipkit.reports.charts import PALETTE, DotRow, Series, dot_chart, line_chart
-from clipkit.reports.runs import POINTS, Group, find_runs, group_runs, metric_names, public_settings, readable
+from clipkit.reports.runs import POINTS, Group, find_runs, group_runs, metric_names, public_settings
 
 # Metrics of which less is better.
 LOWER = ("rank", "align_l2", "uniform_", "modality_gap", "loss")

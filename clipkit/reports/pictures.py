@@ -16,9 +16,9 @@ from clipkit.checkpoint import load_model
 from clipkit.evals.classification import image_labels, zero_shot_classifier
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.tasks import create_tasks
-from clipkit.foreign import blamed_on, checked, named_by, redacted
+from clipkit.foreign import blamed_on, checked, named_by, readable, redacted
 from clipkit.reports.charts import Series, heat_map, jpeg_uri, scatter
-from clipkit.reports.runs import Run, readable
+from clipkit.reports.runs import Run
 
 THUMBNAIL = 96
 # Classes that a confusion matrix shows.

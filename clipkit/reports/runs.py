@@ -24,6 +24,7 @@ from clipkit.foreign import (
     leads_out,
     read_json,
     read_yaml,
+    readable,
     redacted,
     shown,
 )
@@ -272,10 +273,10 @@ def _plain(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         nonlocal values, characters
         if isinstance(value, int) and value.bit_length() > 1024:
             raise BrokenFile(f"{name} holds a number of more than 300 digits")
-        inner = isinstance(value, (Mapping, list, tuple, set))
-        if not inner and not isinstance(value, (int, float)) and value is not None:
+        nested = isinstance(value, (Mapping, list, tuple, set))
+        if not nested and not isinstance(value, (int, float)) and value is not None:
             value = readable(str(value))
-        values, characters = values + 1, characters + prefix + (0 if inner else len(str(value)))
+        values, characters = values + 1, characters + prefix + (0 if nested else len(str(value)))
         if values > SETTINGS or characters > SETTINGS_TEXT:
             raise BrokenFile(f"{name} holds more than {SETTINGS} settings, or {SETTINGS_TEXT} characters")
         if isinstance(value, Mapping):
@@ -283,19 +284,9 @@ def _plain(config: Mapping[str, Any], name: str) -> dict[str, Any]:
                 (key := readable(str(one))): copied(item, prefix + len(key) + 1)
                 for one, item in value.items()
             }
-        return [copied(item, 0) for item in value] if inner else value
+        return [copied(item, 0) for item in value] if isinstance(value, (list, tuple, set)) else value
 
     return copied(config, 0)
-
-
-_UNREADABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
-
-
-def readable(text: str) -> str:
-    """A text that can be printed and written: no control character, change of direction or half of a pair."""
-    return _UNREADABLE.sub(lambda found: " " if found[0] in "\t\r\n" else "\ufffd", text)
 
 
 def metric_names(groups: Sequence[Group]) -> list[str]:
