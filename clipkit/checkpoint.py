@@ -19,28 +19,60 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import numpy
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from typing_extensions import NotRequired
 
 from clipkit.data.tokenizers import Tokenizer, load_tokenizer
 from clipkit.distributed import Group, gather_objects, rank
-from clipkit.files import flush
+from clipkit.files import flush, write_json
+from clipkit.foreign import BrokenFile, checked, named_by, permit, read_json
 from clipkit.model import DualEncoder, create_model
+from clipkit.settings import ARCHITECTURE
 from clipkit.sharding import read_shards
+from clipkit.towers.hugging_face import without_weights
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+# A file that deflates to more is no train.pt.
+_TRAIN_STATE_BYTES = 1 << 30
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds: the step, the evaluation's numbers after it, and each file's hash."""
+
+    step: int
+    metrics: dict[str, float]
+    sha256: dict[str, str]
+
+
+class _Towers(TypedDict):
+    text_tower: dict[str, Any]
+
+
+class _ModelSettings(TypedDict):
+    """What a config.json must hold for a model to be made."""
+
+    embed_dim: int
+    image_tower: dict[str, Any]
+    text_tower: dict[str, Any]
+    architecture: NotRequired[_Towers]
 
 
 def _sha256(path: Path) -> str:
@@ -181,7 +213,7 @@ def _make_temporary(temporary: Path) -> None:
     for checkpoints.
     """
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for stale in temporary.parent.glob(".writing-*"):
+    for stale in (*temporary.parent.glob(".writing-*"), *temporary.parent.glob(".removed-*")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
 
@@ -218,6 +250,7 @@ def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float]
     """Flush every file, write the manifest last, and give the folder its final name, which is returned."""
     final = folder / f"step_{step:08d}"
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    readable = (temporary / "config.json").stat().st_mode & 0o777
     manifest = {
         "step": step,
         "metrics": dict(metrics or {}),
@@ -225,40 +258,98 @@ def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float]
         "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
     }
     for path in files:
+        # safetensors writes files that none but the owner may read.
+        path.chmod(readable)
         flush(path)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    flush(temporary / MANIFEST)
+    write_json(temporary / MANIFEST, manifest)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(temporary, final)
     flush(folder)
     return final
 
 
-def verify(path: str | Path) -> str | None:
-    """None when the checkpoint folder is whole, else one line that says what is wrong with it."""
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for one. OSError where it cannot be."""
+    removed = path.with_name(f".removed-{path.name}-{os.getpid()}")
+    os.replace(path, removed)
+    shutil.rmtree(removed)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """A checkpoint folder's manifest.
+
+    Raises:
+        BrokenFile: it is no manifest, or does not list what a checkpoint needs, or names files elsewhere.
+        OSError: it is not there.
+    """
+    path = Path(path)
+    manifest: Manifest = read_json(path / MANIFEST, Manifest)
+    listed = manifest["sha256"]
+    for name in listed:
+        if name.startswith("/") or not set(name.split("/")).isdisjoint({"", ".", ".."}):
+            raise BrokenFile(f"{path / MANIFEST} lists a file outside of the checkpoint")
+    shards = [f"{SHARDS}/{one.name}" for one in (path / SHARDS).iterdir()] if (path / SHARDS).is_dir() else []
+    optional = [name for name in ("optimizer.safetensors", "tokenizer.json") if (path / name).exists()]
+    for name in ("config.json", "train.pt", *(shards or ["model.safetensors"]), *optional):
+        if name not in listed:
+            raise BrokenFile(f"{path / MANIFEST} does not list {name}: it is cut short or altered")
+    return manifest
+
+
+def add_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Put an evaluation's numbers into the manifest of a checkpoint that is there already."""
+    manifest = read_json(path / MANIFEST)
+    write_json(path / MANIFEST, {**manifest, "metrics": dict(metrics)})
+
+
+def verify(path: str | Path, *, training: bool = True) -> str | None:
+    """None when the checkpoint folder is whole, else one line that says what is wrong with it.
+
+    Args:
+        training: False looks at what makes up the model alone, not at the state of its training.
+    """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest["sha256"].items():
+        for name, expected in read_manifest(path)["sha256"].items():
+            if not training and name not in MODEL_FILES and not name.startswith(SHARDS + "/"):
+                continue
             if not (path / name).is_file():
                 return f"{name} is missing"
+            if name.endswith(".safetensors"):
+                _shapes(path / name)
             if _sha256(path / name) != expected:
                 return f"{name} does not have the content its manifest states (truncated or altered)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BrokenFile as error:
+        return str(error)
+    except OSError as error:
         return f"its {MANIFEST} cannot be read: {error}"
     return None
 
 
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file by its header alone; BrokenFile where that does not fit the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BrokenFile(f"{path} is no safetensors file, or not all of one ({str(error)[:200]})") from None
+
+
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Every finished checkpoint below `folder`, oldest first, unverified."""
-    return sorted(path for path in Path(folder).glob("step_*") if (path / MANIFEST).is_file())
+    found = [
+        path
+        for path in Path(folder).glob("step_*")
+        if re.fullmatch(r"step_[0-9]{8,18}", path.name) and (path / MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | Path, *, training: bool = True) -> Path | None:
     """The newest checkpoint that verifies, or None; every damaged one passed over is named in a warning."""
     for path in reversed(list_checkpoints(folder)):
-        problem = verify(path)
+        problem = verify(path, training=training)
         if problem is None:
             return path
         warnings.warn(f"checkpoint {path} is damaged ({problem}); trying the one before it", stacklevel=2)
@@ -266,34 +357,53 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def best_checkpoint(folder: str | Path, metric: str) -> Path | None:
-    """The checkpoint whose manifest has the highest `metric`; the earliest of equals; None when none has it."""
+    """The checkpoint whose manifest has the highest finite `metric`; the earliest of equals; None when none has it.
+
+    One whose manifest cannot be read is passed over.
+    """
     scored = []
     for path in list_checkpoints(folder):
-        metrics = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["metrics"]
-        if metric in metrics:
-            scored.append((metrics[metric], path))
+        try:
+            value = read_manifest(path)["metrics"].get(metric)
+        except (BrokenFile, OSError):
+            continue
+        if value is not None and math.isfinite(value):
+            scored.append((value, path))
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def prune(folder: str | Path, *, keep: int, metric: str | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best by `metric`."""
+def prune(folder: str | Path, *, keep: int, metric: str | None = None) -> list[str]:
+    """Delete all but the newest `keep` checkpoints and the best by `metric`.
+
+    Returns:
+        A line for each that could not be deleted.
+    """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the newest checkpoint must stay; give keep >= 1")
-    paths = list_checkpoints(folder)
+    paths, problems = list_checkpoints(folder), []
     best = best_checkpoint(folder, metric) if metric else None
     for path in paths[:-keep]:
         if path != best:
-            shutil.rmtree(path)
+            try:
+                _remove(path)
+            except OSError as error:
+                problems.append(f"the old checkpoint {path} could not be deleted: {error}")
+    return problems
 
 
 def load_checkpoint(
-    path: str | Path, *, verified: bool = False, like: Callable[[str], torch.Tensor | None] | None = None
+    path: str | Path,
+    *,
+    verified: bool = False,
+    training: bool = True,
+    like: Callable[[str], torch.Tensor | None] | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint folder, whole or sharded, into {"step", "weights", "optimizer", "train_state",
     "config", "metrics"}.
 
     Args:
         verified: the hashes have been checked already.
+        training: False leaves out "optimizer" and "train_state", and does not open their files.
         like: of a tensor's name, a tensor to split it as over the ranks (FSDP2), so that each rank of a
             sharded checkpoint reads its own part. None: everything in full, on the CPU.
 
@@ -301,31 +411,68 @@ def load_checkpoint(
         ValueError: it is damaged; the message says which file and how.
     """
     path = Path(path)
-    problem = None if verified else verify(path)
+    problem = None if verified else verify(path, training=training)
     if problem:
-        raise ValueError(
+        raise BrokenFile(
             f"checkpoint {path} is damaged: {problem}. Use an older one, or one from another copy."
         )
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     if (path / SHARDS).is_dir():
-        tensors = read_shards(path / SHARDS, like)
+        tensors = _read_shards(path / SHARDS, like)
     else:
         tensors = load_file(path / "model.safetensors")
-        if (path / "optimizer.safetensors").is_file():
+        if training and (path / "optimizer.safetensors").is_file():
             tensors |= load_file(path / "optimizer.safetensors")
-    return {
+    found = {
         "step": manifest["step"],
         "metrics": manifest["metrics"],
         "weights": {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")},
-        "optimizer": {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")},
-        "train_state": torch.load(path / "train.pt", map_location="cpu", weights_only=True),
-        "config": json.loads((path / "config.json").read_text(encoding="utf-8")),
+        "config": read_json(path / "config.json"),
     }
+    if training:
+        found["optimizer"] = {name: one for name, one in tensors.items() if name.startswith("optimizer.")}
+        found["train_state"] = _train_state(path / "train.pt")
+    return found
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def _train_state(path: Path) -> dict[str, Any]:
+    """train.pt, read as tensors, numbers, lists and texts alone."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _TRAIN_STATE_BYTES:
+                raise BrokenFile(f"{path} unpacks to more than {_TRAIN_STATE_BYTES} bytes: it was not loaded")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (BrokenFile, OSError):
+        raise
+    except Exception:
+        # torch's own words advise to load it as a pickle, which runs what it holds.
+        raise BrokenFile(
+            f"{path} was not loaded: it is damaged, or holds more than tensors, numbers, lists and texts, and clipkit "
+            "did not write it"
+        ) from None
+    if not isinstance(state, dict):
+        raise BrokenFile(f"{path} holds no training state: clipkit did not write it")
+    return state
+
+
+def _read_shards(folder: Path, like: Callable[[str], torch.Tensor | None] | None) -> dict[str, torch.Tensor]:
+    """The tensors of a sharded checkpoint; BrokenFile for one that states more than its files hold."""
+    for file in folder.iterdir():
+        _shapes(file)
+    try:
+        return read_shards(folder, like, limit=sum(file.stat().st_size for file in folder.iterdir()))
+    except (BrokenFile, OSError):
+        raise
+    except Exception as error:
+        raise BrokenFile(f"{folder} could not be read as a sharded checkpoint: {str(error)[:200]}") from None
+
+
+def find_checkpoint(path: str | Path, *, training: bool = False) -> Path:
     """The checkpoint meant by `path`: a checkpoint folder, or a run folder whose newest good checkpoint is
     taken.
+
+    Args:
+        training: the state of its training must be whole, too.
 
     Raises:
         ValueError: there is none; the message says what was looked for.
@@ -333,7 +480,9 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    found = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    found = latest_checkpoint(path / "checkpoints", training=training) or latest_checkpoint(
+        path, training=training
+    )
     if found is None:
         raise ValueError(
             f"no checkpoint at {path}: expected a run folder (with checkpoints/step_*) or one step_* folder in it"
@@ -347,26 +496,121 @@ def split_weights(weights: Mapping[str, torch.Tensor], part: str) -> dict[str, t
 
 
 def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu"
+    path: str | Path, *, device: str | torch.device = "cpu", trust_paths: bool = False
 ) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
     """Rebuild the model of a run or checkpoint folder: (DualEncoder in eval mode, tokenizer, config).
+
+    The folder may come from anybody: its architecture is compared with the shapes of its weights before it takes
+    memory, and what its settings name is opened as clipkit.foreign.permit allows.
+
+    Args:
+        trust_paths: the settings may name local files anywhere.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or weights that do not fit the config beside them.
     """
     path = find_checkpoint(path)
-    loaded = load_checkpoint(path)
-    tokenizer = load_tokenizer(path / "tokenizer.json")
-    model = create_model(model_config(loaded["config"], pretrained=False), tokenizer=tokenizer)
+    with named_by(path, trust_paths=trust_paths):
+        tokenizer = load_tokenizer(path / "tokenizer.json")
+        config = read_json(path / "config.json")
+        checked(config, _ModelSettings, name=str(path / "config.json"))
+        settings = model_config(config, pretrained=False)
+        shapes = _model_shapes(path)
+        _check_architecture(settings, tokenizer, shapes, path)
+        loaded = load_checkpoint(path, training=False)
+        model = create_model(settings, tokenizer=tokenizer)
+    # What the run itself was evaluated by.
+    weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
     try:
-        # What the run itself was evaluated by.
-        weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
+        raise BrokenFile(
             f"the weights of {path} do not fit the architecture in its config.json: {error}"
         ) from error
-    return model.to(device).eval(), tokenizer, loaded["config"]
+    return model.to(device).eval(), tokenizer, config
+
+
+def _model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's model, without its weights."""
+    files = sorted((path / SHARDS).iterdir()) if (path / SHARDS).is_dir() else [path / "model.safetensors"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not file.is_file():
+            raise BrokenFile(f"checkpoint {path} is damaged: {file.name} is missing")
+        found = _shapes(file)
+        if path / SHARDS in file.parents:
+            # A file a rank: each states its part of a tensor, whose other sizes are the whole's.
+            found = {name: (0, *shape[1:]) for name, shape in found.items()}
+        shapes |= found
+    return {name[6:]: shape for name, shape in shapes.items() if name.startswith("model.")}
+
+
+def _check_architecture(
+    settings: Mapping[str, Any], tokenizer: Tokenizer, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """BrokenFile unless the settings make a model of exactly these weights, found out without its memory."""
+    where = f"{path / 'config.json'}"
+    elements = max([math.prod(max(1, size) for size in shape) for shape in shapes.values()] or [0])
+    sizes = {key: settings[key] for key in ("embed_dim", "image_tower", "text_tower") if key in settings}
+    for key, value in _whole_numbers(sizes):
+        # A sharded file states no first size.
+        limit = len(shapes) if re.search("layer|depth|block", key) else max(elements, 1 << 16)
+        if value > limit or value < -1:
+            raise BrokenFile(f"{where}: {key}={value} is not what made the weights beside it")
+    for key, text in _locations(settings):
+        permit(text, key)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = create_model(settings, tokenizer=tokenizer)
+    except (BrokenFile, OSError):
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BrokenFile(f"{where} does not describe a model: {lines[0][:300]}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*wanted, *shapes}):
+        here, there = shapes.get(name), wanted.get(name)
+        if (
+            here is None
+            or there is None
+            or (here != there and not (here[:1] == (0,) and here[1:] == there[1:]))
+        ):
+            raise BrokenFile(
+                f"the weights of {path} do not fit the architecture in its config.json: {name} is "
+                f"{here or 'missing'} in the weights and {there or 'not there'} in the architecture"
+            )
+    # Masks and the like are no weights, and take memory all the same.
+    spare = sum(buffer.numel() for buffer in model.buffers()) - sum(
+        math.prod(shape) for shape in wanted.values()
+    )
+    if spare > 1 << 26:
+        raise BrokenFile(
+            f"{where} describes a model with {spare} numbers beside its weights: it was not built"
+        )
+
+
+def _whole_numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, number) of nested settings."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from _whole_numbers(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            yield from _whole_numbers(value, prefix)
+    elif isinstance(settings, int) and not isinstance(settings, bool):
+        yield prefix, settings
+
+
+def _locations(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, path) of what a tower's settings have other libraries open on this machine."""
+    for tower in ("image_tower", "text_tower"):
+        for key in ("model", "pretrained"):
+            value = (settings.get(tower) or {}).get(key)
+            if isinstance(value, str):
+                path = value.removeprefix("local-dir:")
+                if path != value or path.startswith(("/", "~", ".")) or Path(path).exists():
+                    yield f"{tower}.{key}", path
 
 
 def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[str, Any]:
@@ -384,9 +628,20 @@ def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[
     )
     part = {key: config[key] for key in keys if key in config}
     if not pretrained:
+        part |= config.get(ARCHITECTURE, {})
         for tower in ("image_tower", "text_tower"):
             part[tower] = dict(part[tower])
             # timm's switch is a boolean; a Hugging Face folder still supplies the architecture's sizes.
             if isinstance(part[tower].get("pretrained"), bool):
                 part[tower]["pretrained"] = False
     return part
+
+
+def with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config with the sizes of a text tower that started from a Hugging Face model, which its checkpoints then
+    do without.
+    """
+    tower = config["text_tower"]
+    if not isinstance(tower.get("pretrained"), str):
+        return dict(config)
+    return {**config, ARCHITECTURE: {"text_tower": without_weights(tower)}}

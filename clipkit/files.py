@@ -29,6 +29,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -28,10 +28,11 @@ import yaml
 T = TypeVar("T")
 
 # Bytes of a small JSON file, of a tokenizer's vocabulary, of a YAML file, of an image file.
-JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 18, 256 << 20
+JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 20, 256 << 20
 # Of a metrics.jsonl: lines, bytes of all of them, and of one.
 LINES, LINES_BYTES, LINE_BYTES = 500_000, 128 << 20, 1 << 20
 _DEPTH, _NODES = 64, 2_000_000
+_HALF = re.compile("[\\ud800-\\udfff]")
 
 
 class BrokenFile(ValueError):
@@ -159,17 +160,18 @@ def _measure(value: Any, name: str) -> None:
         one, depth = waiting.pop()
         if depth > _DEPTH:
             raise BrokenFile(f"{name} is nested more than {_DEPTH} deep")
-        inner = (
-            list(one.values())
-            if isinstance(one, dict)
-            else one
-            if isinstance(one, (list, tuple, set))
-            else ()
-        )
+        inner = [*one.keys(), *one.values()] if isinstance(one, dict) else one if _is_list(one) else [one]
         parts += 1 + len(inner)
         if parts > _NODES:
             raise BrokenFile(f"{name} holds more than {_NODES} values")
-        waiting += [(part, depth + 1) for part in inner if isinstance(part, (dict, list, tuple, set))]
+        waiting += [(part, depth + 1) for part in inner if isinstance(part, dict) or _is_list(part)]
+        # Half of a surrogate pair, as an escape can spell it, can be neither printed nor written.
+        if any(isinstance(part, str) and not part.isascii() and _HALF.search(part) for part in inner):
+            raise BrokenFile(f"{name} holds a text that is no Unicode")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set))
 
 
 def _decoded(raw: bytes, name: str) -> str:

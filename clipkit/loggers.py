@@ -7,7 +7,9 @@ twice.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from clipkit.files import write_text
+from clipkit.foreign import LINES_BYTES, BrokenFile, parse_json, read_bytes
 from clipkit.registry import Registry
 
 loggers = Registry("logger")
@@ -28,35 +31,67 @@ class Logger(Protocol):
 class JSONLines:
     """metrics.jsonl: {"step": n, "train/loss": ...} a line.
 
+    A disk that takes no more costs the lines that do not fit, which is said once; whole lines stay whole.
+
     Args:
         path: the file; it is created with its folder.
         start_step: lines of a later step are removed: the run resumes here and will write them again.
+        scored: False removes the evaluation of `start_step` too.
     """
 
-    def __init__(self, path: str | Path, *, start_step: int = 0):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            kept = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line, start_step)
-            ]
-            write_text(self.path, "".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+    def __init__(self, path: str | Path, *, start_step: int = 0, scored: bool = True):
+        self.path, self._lost = Path(path), 0
+        try:
+            if self.path.exists():
+                kept = [line for line in _lines(self.path) if _kept(line, start_step, scored)]
+                write_text(self.path, "".join(line + "\n" for line in kept))
+        except (BrokenFile, OSError) as error:
+            _say(f"what {self.path} held before step {start_step} is left as it is: {error}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # One write a line, flushed: a killed run loses at most the line it was writing.
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened anew for every line: a folder that was moved or a disk that was away is there again. One write a
+            # line: a killed run loses at most the line it was writing.
+            descriptor = os.open(
+                self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
+            )
+            try:
+                size = os.fstat(descriptor).st_size
+                if os.write(descriptor, line) < len(line):
+                    os.ftruncate(descriptor, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                _say(
+                    f"the numbers of step {step} could not be written to {self.path} ({error}); training goes on"
+                )
 
     def close(self) -> None:
-        self._file.close()
+        if self._lost:
+            _say(f"{self._lost} lines are missing in {self.path}: the disk took no more")
 
 
-def _step(line: str, last: int) -> bool:
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.decode("utf-8", "replace") for line in read_bytes(path, limit=LINES_BYTES).splitlines()]
+
+
+def _kept(line: str, last: int, scored: bool) -> bool:
     """Whether a line of metrics.jsonl is whole and of step `last` or before."""
     try:
-        return json.loads(line)["step"] <= last
-    except (ValueError, KeyError, TypeError):
+        found = parse_json(line, name="line")
+        step = found["step"]
+        again = not scored and step == last and any(name.startswith("eval/") for name in found)
+        return isinstance(step, int) and step <= last and not again
+    except (BrokenFile, KeyError):
         return False
 
 
@@ -143,6 +178,7 @@ class Loggers:
         chosen: {"tensorboard": {}, "wandb": {"mode": "offline"}}: a name and its settings.
         shown: settings of the run, for loggers that show them beside the numbers.
         start_step: the step a run resumes from, 0 for a new one.
+        scored: False where the evaluation after `start_step` will be logged again.
 
     Raises:
         ValueError: an unknown logger. Anything that goes wrong inside a known one is a warning, once.
@@ -155,8 +191,9 @@ class Loggers:
         *,
         shown: Mapping[str, Any],
         start_step: int,
+        scored: bool = True,
     ):
-        self._record = JSONLines(Path(run_dir) / "metrics.jsonl", start_step=start_step)
+        self._record = JSONLines(Path(run_dir) / "metrics.jsonl", start_step=start_step, scored=scored)
         self._others: dict[str, Logger] = {}
         factories = {name: loggers.get(name) for name in chosen}
         for name, factory in factories.items():

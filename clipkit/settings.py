@@ -20,6 +20,8 @@ EXECUTION = (
     "log_every",
     "logger",
     "loss_spike",
+    "skip_nonfinite",
+    "amend",
     "eval_every",
     "save_every",
     "keep",
@@ -27,11 +29,13 @@ EXECUTION = (
 )
 # Asks for a folder of its own, and changes nothing else.
 NAME = "name"
+# In a checkpoint's config.json alone: what the towers' pretrained models decided, see clipkit.checkpoint.
+ARCHITECTURE = "architecture"
 
 
 def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run the one it is, its seed among them."""
-    return {key: value for key, value in config.items() if key not in (*EXECUTION, NAME)}
+    return {key: value for key, value in config.items() if key not in (*EXECUTION, NAME, ARCHITECTURE)}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ number of ranks, and the other way round.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -127,21 +128,28 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]
 
 
 def read_shards(
-    folder: Path, like: Callable[[str], torch.Tensor | None] | None = None
+    folder: Path, like: Callable[[str], torch.Tensor | None] | None = None, *, limit: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a folder that torch.distributed.checkpoint wrote as safetensors; no rank waits for
     another.
 
     Args:
         like: of a name, the tensor to split it as, where shapes agree; None: in full, on the CPU.
+        limit: bytes that all the tensors may have together.
+
+    Raises:
+        ValueError: something in it is no tensor, or they are larger than `limit`.
     """
     from torch.distributed.checkpoint import hf_storage, metadata, state_dict_loader
 
     reader = hf_storage.HuggingFaceStorageReader(str(folder))
-    tensors = {}
+    tensors, size = {}, 0
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise ValueError(f"{folder} holds {name}, which is no tensor: clipkit did not write it")
+        size += math.prod(entry.size) * entry.properties.dtype.itemsize
+        if limit is not None and size > limit:
+            raise ValueError(f"{folder} states tensors of more than the {limit} bytes of its files")
         near = like(name) if like else None
         if near is not None and hasattr(near, "full_tensor") and near.shape == entry.size:
             tensors[name] = torch.empty_like(near, dtype=entry.properties.dtype)

@@ -43,7 +43,7 @@ from clipkit.losses import WeightedSum, create_loss
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.sharding import optimizer_parameters, shard
-from clipkit.training import feed, process, run_folder
+from clipkit.training import feed, lock, process, run_folder
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
@@ -60,10 +60,14 @@ def pretrain(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
         The final metrics, {"task/metric": value}.
     """
     device = process.choose_device(config["device"])
-    with process.process_group(device, config["timeout_minutes"]), run_folder.failure_recorded(run_dir):
+    with (
+        process.process_group(device, config["timeout_minutes"]),
+        process.held_by_rank_0(lock.locked(run_dir)),
+        run_folder.failure_recorded(run_dir),
+    ):
         finished = process.on_rank_0_first(lambda: run_folder.open_run(run_dir, config))
         if finished is None:
-            return build_and_train(config, run_dir, device)
+            return build_and_train(run_folder.amended(run_dir, config), run_dir, device)
         if rank() == 0:
             print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
             print(run_folder.table(finished["metrics"]))
@@ -112,7 +116,17 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     optimizer, schedule = build_optimizer(config["optim"], [model, loss], total_steps)
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
-    # What watches the loop: scores, checkpoints, numbers.
+    # What watches the loop: numbers, scores, checkpoints.
+    record = Record(
+        run_dir,
+        total_steps=total_steps,
+        batch_size=config["batch_size"],
+        log_every=config["log_every"],
+        loss_spike=config["loss_spike"],
+        skip_nonfinite=config["skip_nonfinite"],
+        loggers=config["logger"],
+        shown=config,
+    )
     evaluation = Evaluation(
         model,
         tokenizer,
@@ -125,15 +139,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         at_end=config["final_eval"],
         every=config["eval_every"],
         best_metric=config["best_metric"],
-    )
-    record = Record(
-        run_dir,
-        total_steps=total_steps,
-        batch_size=config["batch_size"],
-        log_every=config["log_every"],
-        loss_spike=config["loss_spike"],
-        loggers=config["logger"],
-        shown=config,
+        say=record.say,
     )
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -150,12 +156,19 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         every=config["save_every"],
         keep=config["keep"],
         best_metric=config["best_metric"],
+        skipped=record.skipped,
         say=record.say,
     )
     # From here on ranks draw dropout masks of their own.
     torch.manual_seed(config["seed"] * world_size() + rank())
     step, metrics = checkpoints.resume()
-    record.start(step)
+    if rank() == 0:
+        run_folder.record_amendment(run_dir, config, step)
+    # A run that ended while it was scored, or failed to be, is scored first.
+    unscored = step > 0 and not metrics and bool(evaluation.due(step))
+    record.start(step, scored=not unscored)
+    if unscored:
+        metrics = score(step, evaluation, record, checkpoints)
 
     # Loop.
     metrics = train(
@@ -175,12 +188,15 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         record=record,
         evaluation=evaluation,
         checkpoints=checkpoints,
+        skip_nonfinite=config["skip_nonfinite"] > 0,
         stop=process.StopRequest(config["max_minutes"]),
         metrics=metrics,
     )
     reports = gather_objects(stream.report())
     if rank() == 0:
-        run_folder.finish(run_dir, total_steps, metrics, reports, seconds=record.seconds)
+        run_folder.finish(
+            run_dir, total_steps, metrics, reports, seconds=record.seconds, skipped_steps=record.skipped
+        )
     return metrics
 
 
@@ -227,6 +243,7 @@ def train(
     record: Record,
     evaluation: Evaluation,
     checkpoints: Checkpoints,
+    skip_nonfinite: bool,
     stop: process.StopRequest,
     metrics: dict[str, float],
 ) -> dict[str, float]:
@@ -237,6 +254,7 @@ def train(
         steps: those to take; the first is more than 0 in a run that resumes.
         precision: "fp32" or "bf16", of the towers.
         micro_batch_size: pairs that activations are held for at once; None: all of this rank's.
+        skip_nonfinite: a step may be left out, and must then leave nothing behind.
         metrics: of the last evaluation, returned where no step is left.
 
     Returns:
@@ -248,11 +266,14 @@ def train(
     loss = process.data_parallel(loss, device)
     autocast = process.autocast(precision, device)
     parameters = optimizer_parameters(optimizer)
+    # What a forward pass writes besides gradients: BatchNorm's statistics, a loss's memory.
+    buffers = [*model.buffers(), *loss.buffers()] if skip_nonfinite else []
     model.train()
     for step in steps:
         asked = time.monotonic()
         batch = feed.augmented(next(batches), augment, wanted, draw=step * world_size() + rank())
         waited = time.monotonic() - asked
+        before = [buffer.clone() for buffer in buffers]
 
         if micro_batch_size:
             # Summing the losses of micro-batches would contrast each within itself alone. The gradient cache takes
@@ -269,27 +290,40 @@ def train(
             terms["loss"].backward()
         norm = process.clip_grad_norm(parameters, clip_grad_norm or math.inf)
         keys = batch.get("key", [])
-        # A loss that is not finite stops every rank here, with the weights as they were.
+        # A loss that is not finite stops every rank here, or is left out by every rank, with the weights as they were.
         numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
-        optimizer.step()
+        if numbers is not None:
+            optimizer.step()
+            # The learned temperature may not sharpen without bound (CLIP, section 2.5).
+            model.clamp_logit_scale(max_logit_scale)
+            if average:
+                average.update(model)
+        else:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        # The learned temperature may not sharpen without bound (CLIP, section 2.5).
-        model.clamp_logit_scale(max_logit_scale)
-        if average:
-            average.update(model)
 
         done = step + 1
-        lr = schedule.get_last_lr()[0]
-        record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
-        metrics = evaluation.after(done)
-        record.evaluation(done, metrics)
+        if numbers is not None:
+            lr = schedule.get_last_lr()[0]
+            record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
         stopping = stop.agree(device)
-        checkpoints.after(done, metrics, stopping=stopping is not None)
+        # Saved before it is scored: an evaluation that fails, or is ended, costs no step.
+        checkpoints.after(done, stopping=stopping is not None)
         if stopping and done < steps.stop:
             record.close()
             stop.leave(done)
+        metrics = score(done, evaluation, record, checkpoints)
     record.close()
+    return metrics
+
+
+def score(step: int, evaluation: Evaluation, record: Record, checkpoints: Checkpoints) -> dict[str, float]:
+    """Evaluate, where this step is one to be evaluated after, and put the numbers on record."""
+    metrics = evaluation.after(step)
+    record.evaluation(step, metrics)
+    checkpoints.score(step, metrics)
     return metrics
 
 

@@ -34,6 +34,7 @@ BROKEN_JSON = {
     "other shape": f'["{SECRET}"]',
     "wrong value": f'{{"step": "{SECRET}"}}',
     "true for a number": '{"step": true}',
+    "half a character": '{"step\\ud800": 1}',
     "wide": "[" + "0," * 3_000_000 + "0]",
 }
 BROKEN_YAML = {

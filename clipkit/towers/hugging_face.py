@@ -136,9 +136,16 @@ def _random_config(
         )
     _check_family(model_type)
     default = _default_config(model_type)
-    check_keys(config, {*_own_keys(default), *default.attribute_map}, f"text_tower.config for {model_type}")
+    own = {*_own_keys(default), *default.attribute_map, "vocab_size"}
+    check_keys(config, own, f"text_tower.config for {model_type}")
+    # Published embeddings have spare rows.
+    rows = config.get("vocab_size", vocab_size)
+    if not 0 <= rows - vocab_size < _SPARE_ROWS:
+        raise ValueError(
+            f"text_tower.config.vocab_size is {rows}, and the tokenizer has {vocab_size} ids: leave it out"
+        )
     return _default_config(
-        model_type, **{**config, "vocab_size": vocab_size, "pad_token_id": pad_id, "eos_token_id": eot_id}
+        model_type, **{**config, "vocab_size": rows, "pad_token_id": pad_id, "eos_token_id": eot_id}
     )
 
 
@@ -159,7 +166,7 @@ def without_weights(tower: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a tower with `pretrained` weights as those of one with random weights of the same sizes."""
     settings = _pretrained_config(tower["pretrained"], tower.get("model_type"))
     own = _own_keys(_default_config(settings.model_type))
-    sizes = {key: value for key, value in settings.to_dict().items() if key in own}
+    sizes = {key: value for key, value in settings.to_dict().items() if key in own or key == "vocab_size"}
     return {**tower, "pretrained": None, "model_type": settings.model_type, "config": sizes}
 
 

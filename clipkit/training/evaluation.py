@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage
 from clipkit.registry import unknown
 from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
+from clipkit.training.process import lost_a_rank
 from clipkit.training.record import due
 from clipkit.training.run_folder import flatten
 
@@ -31,6 +32,7 @@ class Evaluation:
         total_steps: the run's last step.
         best_metric: "task/metric" that names the best checkpoint, or None; it must come out of every evaluation.
         batch_size: images or captions encoded at once.
+        say: prints a line, on rank 0.
 
     Raises:
         ValueError: unknown tasks or settings, in `at_end` and `best_metric` too.
@@ -50,6 +52,7 @@ class Evaluation:
         at_end: Sequence[str] = (),
         every: int = 0,
         best_metric: str | None = None,
+        say: Callable[[str], None] = print,
     ):
         create_tasks(tasks)
         for name in at_end:
@@ -60,23 +63,44 @@ class Evaluation:
         self.model, self.tokenizer, self.average, self.model_config = model, tokenizer, average, model_config
         self.device, self.batch_size = device, batch_size
         self.tasks, self.at_end, self.every, self.total_steps = tasks, at_end, every, total_steps
-        self.best_metric = best_metric
+        self.best_metric, self.say = best_metric, say
 
-    def after(self, step: int) -> dict[str, float]:
-        """{"task/metric": value} of the tasks due after this step; empty where none is. Called by all ranks."""
+    def due(self, step: int) -> dict[str, Mapping[str, Any] | None]:
+        """The tasks that are scored after this step, none for most."""
         last = step == self.total_steps
         if not last and not due(step, self.every):
             return {}
-        tasks = {name: task for name, task in self.tasks.items() if last or name not in self.at_end}
+        return {name: task for name, task in self.tasks.items() if last or name not in self.at_end}
+
+    def after(self, step: int) -> dict[str, float]:
+        """{"task/metric": value} of the tasks due after this step; empty where none is. Called by all ranks.
+
+        An evaluation that fails before the last step is said, and gives no numbers.
+
+        Raises:
+            RuntimeError: that after the last step failed.
+        """
+        tasks = self.due(step)
         if not tasks:
             return {}
-        with self._scored() as model:
-            results = evaluate(
-                model, self.tokenizer, tasks, device=self.device, batch_size=self.batch_size, group="auto"
-            )
+        try:
+            with self._scored() as model:
+                results = evaluate(
+                    model, self.tokenizer, tasks, device=self.device, batch_size=self.batch_size, group="auto"
+                )
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and lost_a_rank(error):
+                raise
+            if step == self.total_steps:
+                raise RuntimeError(
+                    f"the evaluation after the last step failed: {error}. The run is trained and saved: mend what is "
+                    "wrong, and the same command scores it"
+                ) from error
+            self.say(f"warning: the evaluation after step {step} failed: {error}. Training goes on")
+            return {}
         metrics = flatten(results)
         if self.best_metric and self.best_metric not in metrics:
-            raise unknown("best_metric", self.best_metric, metrics)
+            self.say(f"warning: no best checkpoint: {unknown('best_metric', self.best_metric, metrics)}")
         return metrics
 
     @contextlib.contextmanager

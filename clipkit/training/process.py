@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.distributed import barrier, full_tensor, is_distributed, rank
+from clipkit.distributed import barrier, full_tensor, gather_objects, is_distributed, rank
 from clipkit.model import DualEncoder
 from clipkit.registry import unknown
 from clipkit.training.run_folder import STOPPED
@@ -191,10 +191,32 @@ def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.
 
 
 def on_rank_0_first(make: Callable[[], T]) -> T:
-    """Call on rank 0, then on the others: what writes files does so once, and the others find them."""
-    if rank() != 0:
-        barrier()
-        return make()
-    value = make()
-    barrier()
-    return value
+    """Call on rank 0, then on the others: what writes files does so once, and the others find them.
+
+    An error on rank 0 is an error on all, with its text: none waits for a rank that is gone.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = make()
+        except Exception as caught:
+            error = caught
+    # The default group: also where a group of GPUs is up, its gloo half carries objects.
+    problem = gather_objects(None if error is None else (isinstance(error, ValueError), str(error)))[0]
+    if error is not None:
+        raise error
+    if problem is not None:
+        raise (ValueError if problem[0] else RuntimeError)(f"rank 0 says: {problem[1]}")
+    return value if rank() == 0 else make()
+
+
+@contextlib.contextmanager
+def held_by_rank_0(resource: AbstractContextManager) -> Iterator[None]:
+    """Enter a context on rank 0 for all; where that fails, it fails on all."""
+    on_rank_0_first(lambda: resource.__enter__() if rank() == 0 else None)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            resource.__exit__(*sys.exc_info())

@@ -41,20 +41,23 @@ class Progress:
         elif step % self.every == 0 or step == self.total or step == self.first + 1:
             rate = (step - self.first) / max(time.monotonic() - self.started, 1e-9)
             left = (self.total - step) / rate
-            print(
+            self.say(
                 f"step {step}/{self.total}  {text}  {rate * self.batch_size:,.0f} pairs/s  "
-                f"{int(left) // 60}:{int(left) % 60:02d} left",
-                flush=True,
+                f"{int(left) // 60}:{int(left) % 60:02d} left"
             )
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line without breaking the bar; where nothing can be printed, training goes on without."""
         if not self.enabled:
             return
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(text, file=sys.stderr)
+            else:
+                print(text, flush=True)
+        except OSError:
+            # The log's disk is full, or whoever read the output has gone.
+            self.enabled = False
 
     def close(self) -> None:
         if self.bar is not None:

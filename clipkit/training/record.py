@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from clipkit.distributed import rank
 from clipkit.files import write_json
+from clipkit.foreign import shown
 from clipkit.loggers import Loggers
 from clipkit.training.progress import Progress
 from clipkit.training.run_folder import table
@@ -31,6 +33,10 @@ class Record:
         shown: settings of the run, for loggers that show them.
         log_every: steps between two lines and between two entries of the loggers.
         loss_spike: factor of a SpikeRecord, or None.
+        skip_nonfinite: steps of the run that may be left out because they are not finite.
+
+    Attributes:
+        skipped: the steps that were left out.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class Record:
         batch_size: int,
         log_every: int,
         loss_spike: float | None = None,
+        skip_nonfinite: int = 0,
         loggers: Mapping[str, Mapping[str, Any]] | None = None,
         shown: Mapping[str, Any] | None = None,
     ):
@@ -51,13 +58,20 @@ class Record:
         self._loggers: Loggers | None = None
         self._spikes = SpikeRecord(run_dir, loss_spike)
         self._started = time.monotonic()
+        self._may_skip, self.skipped = skip_nonfinite, []
 
-    def start(self, step: int) -> None:
-        """Steps are about to be taken; `step` are done, more than 0 in a run that resumes."""
+    def start(self, step: int, *, scored: bool = True) -> None:
+        """Steps are about to be taken; `step` are done, more than 0 in a run that resumes.
+
+        Args:
+            scored: False where the evaluation after `step` is about to be made again.
+        """
         self._progress.start(step)
         self.say(f"run folder {self._run_dir}" + (f", resumed at step {step}" if step else ""))
         if rank() == 0:
-            self._loggers = Loggers(self._run_dir, self._chosen, shown=self._shown, start_step=step)
+            self._loggers = Loggers(
+                self._run_dir, self._chosen, shown=shown(self._shown), start_step=step, scored=scored
+            )
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -86,23 +100,27 @@ class Record:
             entries = {f"train/{name}": value for name, value in numbers.items()}
             entries |= {"train/lr": lr, "train/logit_scale": logit_scale.item()}
             entries |= {"train/data_seconds": data_seconds, "train/seconds": self.seconds}
+            entries |= memory()
             self._loggers.log(step, entries)
         self._progress.show(
             step, {name: v for name, v in numbers.items() if name != "grad_norm"} | {"lr": lr}
         )
         self._spikes.see(step, numbers["loss"], keys, self._progress)
 
-    def finite(self, step: int, terms: Mapping[str, torch.Tensor], keys: Sequence[str]) -> dict[str, float]:
-        """A step's terms as numbers, before the weights change.
+    def finite(
+        self, step: int, terms: Mapping[str, torch.Tensor], keys: Sequence[str]
+    ) -> dict[str, float] | None:
+        """A step's terms as numbers, before the weights change; None for a step that is to be left out.
 
-        Every rank has the same loss and the same averaged gradient, so all of them stop, or none.
+        Every rank has the same loss and the same averaged gradient, so all of them stop or leave it out, or none.
 
         Args:
             terms: () tensors, "loss" and "grad_norm" among them.
             keys: the batch's samples.
 
         Raises:
-            RuntimeError: the loss or its gradient is not finite; the batch's keys are on record.
+            RuntimeError: the loss or its gradient is not finite, and no further step may be left out; the batch's keys
+                are on record.
         """
         # One copy from the device for all of them.
         values = torch.stack([value.detach().float() for value in terms.values()]).tolist()
@@ -111,11 +129,26 @@ class Record:
         if not bad:
             return numbers
         path = self._run_dir / f"nonfinite_step_{step}{of_rank()}.json"
-        write_json(path, {"terms": {name: str(value) for name, value in numbers.items()}, "keys": list(keys)})
+        try:
+            write_json(
+                path, {"terms": {name: str(value) for name, value in numbers.items()}, "keys": list(keys)}
+            )
+            where = f"the batch's keys are in {path}"
+        except OSError as error:
+            where = f"the batch's keys could not be written to {path} ({error})"
+        what = f"the {' and the '.join(bad)} is not finite at step {step} ({numbers}); the weights are unchanged and {where}"
+        if len(self.skipped) < self._may_skip:
+            self.skipped.append(step)
+            if self._loggers:
+                self._loggers.log(step, {"train/skipped_steps": len(self.skipped)})
+            self.say(
+                f"warning: {what}. The step is left out, {len(self.skipped)} of skip_nonfinite={self._may_skip}"
+            )
+            return None
         raise RuntimeError(
-            f"the {' and the '.join(bad)} is not finite at step {step} ({numbers}); the weights are unchanged "
-            f"and the batch's keys are in {path}. Lower optim.lr, set clip_grad_norm, or use precision=fp32; "
-            "the run resumes from its last checkpoint."
+            f"{what}. The same command goes on from the last checkpoint and comes here again; so add to it "
+            f"skip_nonfinite={self._may_skip + 1} to leave this step out, or amend={{optim.lr: ...}} (also clip_grad_norm, "
+            "precision, max_logit_scale) to go on with other values"
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -144,6 +177,21 @@ def due(step: int, every: int) -> bool:
 def of_rank() -> str:
     """What the name of a file ends in that each rank writes for its share of the batch; nothing on rank 0."""
     return f"_rank_{rank()}" if rank() else ""
+
+
+def memory() -> dict[str, float]:
+    """Resident memory in GB (10^9 bytes) of this process, and of the data workers and others it started."""
+    process = psutil.Process()
+    children = 0
+    for child in process.children(recursive=True):
+        try:
+            children += child.memory_info().rss
+        except psutil.Error:
+            continue
+    return {
+        "train/memory_gb": process.memory_info().rss / 1e9,
+        "train/workers_memory_gb": children / 1e9,
+    }
 
 
 class SpikeRecord:

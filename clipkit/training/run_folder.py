@@ -4,12 +4,15 @@ to resume.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import platform
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,27 +21,39 @@ from typing import Any
 import yaml
 
 from clipkit.files import write_json, write_text
+from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml
+from clipkit.registry import unknown
 from clipkit.settings import differences, experiment
 
 # sysexits' EX_TEMPFAIL: a run that was asked to stop, with everything saved; the same command goes on.
 STOPPED = 75
+# What `amend` changed, a JSON line a change.
+HISTORY = "history.jsonl"
+
+
+# Settings of a run that `amend` may change once it has begun: what helps a run over a loss that is not finite.
+AMENDABLE = ("optim.lr", "optim.weight_decay", "clip_grad_norm", "max_logit_scale", "precision")
+# A record without these was not written whole.
+_ALWAYS = {"seed", "batch_size", "data", "image_tower", "text_tower", "loss", "optim"}
 
 
 def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make or enter a run's folder; the summary if the run in it is finished, else None.
+    """Enter a run's folder, which is there; the summary if the run in it is finished, else None.
 
     Raises:
-        ValueError: the folder holds a run of other settings, or holds one and `resume=false`.
+        ValueError: the folder holds a run of other settings, or one whose settings cannot be read, or holds one and
+            `resume=false`.
         OSError: the folder cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"the run folder {run_dir} cannot be made ({error}); give output_dir= a folder you can write"
-        ) from error
     if not os.access(run_dir, os.W_OK):
         raise OSError(f"the run folder {run_dir} cannot be written; give output_dir= a folder you can write")
+    for part in run_dir.iterdir():
+        # Writing through one would change files elsewhere; a folder from somebody else may hold one.
+        if part.is_symlink():
+            raise ValueError(
+                f"{part} is a link: a run folder's own files are written in it alone. To keep runs on another disk, "
+                "give output_dir= a folder there"
+            )
     record = run_dir / "config.yaml"
     if record.exists():
         if not config["resume"]:
@@ -55,7 +70,7 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def check_unchanged(run_dir: Path, config: Mapping[str, Any]) -> None:
     """ValueError when the run in a folder has other settings than these, those of its execution apart."""
-    before = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))
+    before = recorded_settings(run_dir)
     # A top-level setting that the record lacks came with a later version of clipkit.
     now = {key: value for key, value in config.items() if key in before}
     changed = [
@@ -68,10 +83,94 @@ def check_unchanged(run_dir: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def recorded_settings(run_dir: Path) -> dict[str, Any]:
+    """config.yaml; where it is damaged, what the newest checkpoint says.
+
+    Raises:
+        ValueError: neither can be read.
+    """
+    record = run_dir / "config.yaml"
+    try:
+        found = read_yaml(record)
+        if missing := sorted(_ALWAYS - found.keys()):
+            raise BrokenFile(f"{record} has no {missing[0]}: it is cut short or altered")
+        return found
+    except (BrokenFile, OSError) as error:
+        for checkpoint in sorted(run_dir.glob("checkpoints/step_*/config.json"), reverse=True):
+            try:
+                found = read_json(checkpoint)
+            except (BrokenFile, OSError):
+                continue
+            if _ALWAYS <= found.keys():
+                print(f"warning: {error}. The settings of {checkpoint} stand for it", file=sys.stderr)
+                return found
+        raise ValueError(
+            f"{error}. No checkpoint says what the run's settings are either: give name=ANOTHER, or delete the folder"
+        ) from None
+
+
+def amended(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what `amend` changed in earlier sessions of this run, and changes in this one.
+
+    Raises:
+        ValueError: `amend` names a setting that a run cannot change, or a value of another kind.
+    """
+    changes = {**_amendments(run_dir), **(config["amend"] or {})}
+    now = copy.deepcopy(dict(config))
+    for key, value in changes.items():
+        if key not in AMENDABLE:
+            raise unknown("setting to amend in a run", key, AMENDABLE)
+        *groups, name = key.split(".")
+        place = now
+        for group in groups:
+            place = place[group]
+        if name not in place:
+            raise ValueError(f"amend names {key}, which this run has not")
+        numbers = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not (isinstance(value, str) if key == "precision" else numbers or value is None):
+            raise ValueError(f"amend gives {key} the value {value!r}; it is {place[name]!r} in this run")
+        place[name] = value
+    return now
+
+
+def record_amendment(run_dir: Path, config: Mapping[str, Any], step: int) -> None:
+    """Leave in history.jsonl from which step on `amend` holds, where that is not on record yet."""
+    known = _amendments(run_dir)
+    new = {
+        key: value
+        for key, value in (config["amend"] or {}).items()
+        if key not in known or known[key] != value
+    }
+    if not new:
+        return
+    with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(
+            json.dumps({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": new}) + "\n"
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    print(f"from step {step} on: " + ", ".join(f"{key}={value}" for key, value in new.items()), flush=True)
+
+
+def _amendments(run_dir: Path) -> dict[str, Any]:
+    """What earlier sessions amended, the last value of each setting."""
+    history, found = run_dir / HISTORY, {}
+    for line in read_json_lines(history) if history.exists() else []:
+        found |= checked(line.get("settings", {}), dict[str, Any], name=str(history))
+    return found
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or an empty dict where no run has ended."""
+    """summary.json; an empty dict where no run has ended, or where it cannot be read, which is said."""
     summary = run_dir / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    if not summary.exists():
+        return {}
+    try:
+        found = read_json(summary)
+        return {**found, "metrics": checked(found.get("metrics", {}), dict[str, float], name=str(summary))}
+    except (BrokenFile, OSError) as error:
+        print(f"warning: {error}. The run in it counts as unfinished", file=sys.stderr)
+        return {}
 
 
 def write_summary(run_dir: Path, **entries: Any) -> None:
@@ -86,13 +185,20 @@ def write_summary(run_dir: Path, **entries: Any) -> None:
 
 
 def finish(
-    run_dir: Path, steps: int, metrics: Mapping[str, float], reports: list[dict[str, Any]], *, seconds: float
+    run_dir: Path,
+    steps: int,
+    metrics: Mapping[str, float],
+    reports: list[dict[str, Any]],
+    *,
+    seconds: float,
+    skipped_steps: Sequence[int] = (),
 ) -> None:
     """Leave the summary that marks the run as finished, and print the final table.
 
     Args:
         reports: each rank's stream.report().
         seconds: of this session.
+        skipped_steps: that were left out because they were not finite.
     """
     write_summary(
         run_dir,
@@ -101,6 +207,7 @@ def finish(
         metrics=metrics,
         data=joined_reports(reports),
         seconds_this_session=round(seconds, 1),
+        **({"skipped_steps": list(skipped_steps)} if skipped_steps else {}),
     )
     scores = f"(fractions, 1 is perfect):\n{table(metrics)}" if metrics else "none: eval= names no task"
     print(f"\nFinal numbers after {steps} steps {scores}")

@@ -11,6 +11,7 @@ import torch
 from torch import distributed, nn
 
 from clipkit.checkpoint import (
+    add_metrics,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -20,9 +21,11 @@ from clipkit.checkpoint import (
     save_sharded_checkpoint,
     set_rng_state,
     split_weights,
+    with_architecture,
 )
 from clipkit.data import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank, world_size
+from clipkit.foreign import BrokenFile
 from clipkit.optim import WeightAverage
 from clipkit.sharding import (
     is_sharded,
@@ -52,6 +55,7 @@ class Checkpoints:
         model, loss, average, optimizer, schedule, stream, sentences: what a checkpoint holds.
         tokenizer: saved beside the weights.
         config: the run's resolved settings, saved as config.json.
+        skipped: steps that were left out so far; the loop appends to it.
         total_steps: the last step, whose checkpoint must be written.
         every: steps between two checkpoints; 0: only after the last.
         keep: newest checkpoints kept, besides the best by `best_metric`.
@@ -75,28 +79,51 @@ class Checkpoints:
         every: int,
         keep: int,
         best_metric: str | None,
+        skipped: list[int],
         say: Callable[[str], None] = print,
     ):
-        self.folder, self.tokenizer, self.config, self.say = folder, tokenizer, config, say
+        self.folder, self.tokenizer, self.say = folder, tokenizer, say
+        self.config = with_architecture(config)
         self.model, self.loss, self.average = model, loss, average
         self.optimizer, self.schedule, self.stream, self.sentences = optimizer, schedule, stream, sentences
         self.total_steps, self.every, self.keep, self.best_metric = total_steps, every, keep, best_metric
+        self.skipped = skipped
+        # Warnings that were said, which are not said again.
+        self._said: set[str] = set()
         # One that is written in the background, and its step.
         self._pending: tuple[int, Future] | None = None
         sharded = is_sharded(model.state_dict())
         self._group = cast("Group", distributed.new_group(backend="gloo")) if sharded else None
 
-    def after(self, step: int, metrics: Mapping[str, float], *, stopping: bool) -> None:
-        """Save where it is time: every so many steps, after the last, before a stop, and what may be the best."""
+    def after(self, step: int, *, stopping: bool) -> None:
+        """Save where it is time: every so many steps, after the last, and before a stop."""
         final = stopping or step == self.total_steps
-        if final or due(step, self.every) or (self.best_metric and metrics):
-            self.save(step, metrics, wait=final)
+        if final or due(step, self.every):
+            self.save(step, {}, wait=final)
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep an evaluation's numbers with this step's checkpoint, which is written now if it may be the best."""
+        if not metrics:
+            return
+        self._settle()
+        path = self.folder / f"step_{step:08d}"
+        saved = gather_objects(path.is_dir() if rank() == 0 else None)[0]
+        if not saved:
+            if self.best_metric:
+                self.save(step, metrics, wait=step == self.total_steps)
+            return
+        if rank() == 0:
+            try:
+                add_metrics(path, metrics)
+            except (OSError, BrokenFile) as error:
+                self.say(f"warning: the scores of step {step} are not in its checkpoint: {error}")
+        self._drop_old()
 
     def save(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         """Write a checkpoint and drop old ones; a disk that is full leaves the last good one and a warning.
 
         Args:
-            metrics: of the evaluation after this step, by which the best checkpoint is told.
+            metrics: of the evaluation after this step, by which the best checkpoint is told; empty before it.
             wait: return when it is on the disk. Otherwise one of split tensors is written while training goes on.
 
         Raises:
@@ -114,6 +141,7 @@ class Checkpoints:
             "ranks": ranks,
             "sentences": self.sentences.state_dict() if self.sentences else None,
             "average_updates": self.average.updates if self.average else None,
+            "skipped_steps": list(self.skipped),
         }
         content: dict[str, Any] = {
             "weights": weights,
@@ -152,6 +180,16 @@ class Checkpoints:
             return parameters[int(name.split(".")[1])] if name.startswith("optimizer.") else present.get(name)
 
         loaded = load_checkpoint(path, verified=True, like=like)
+        try:
+            self._restore(loaded, present)
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise BrokenFile(
+                f"checkpoint {path} is whole, but no state of this run: {str(error).splitlines()[0][:300]}. Remove it to "
+                "go on from the one before"
+            ) from error
+        return loaded["step"], loaded["metrics"]
+
+    def _restore(self, loaded: Mapping[str, Any], present: Mapping[str, torch.Tensor]) -> None:
         weights = {name: _as_present(tensor, present.get(name)) for name, tensor in loaded["weights"].items()}
         self.model.load_state_dict(split_weights(weights, "model"))
         self.loss.load_state_dict(split_weights(weights, "loss"))
@@ -159,8 +197,12 @@ class Checkpoints:
         if self.average:
             average = {"updates": saved["average_updates"], "weights": split_weights(weights, "average")}
             self.average.load_state_dict(average)
+        # What the run is told now, by `amend`, counts; the checkpoint holds what it was told then.
+        told = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, saved["optimizer"], loaded["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        self._tell(told)
+        self.skipped[:] = saved.get("skipped_steps", [])
         if self.sentences:
             self.sentences.load_state_dict(saved["sentences"])
         if len(saved["ranks"]) == world_size():
@@ -172,7 +214,15 @@ class Checkpoints:
             faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]]
             position = saved["ranks"][0]["stream"]
             self.stream.load_state_dict({**position, "faults": faults if rank() == 0 else []})
-        return loaded["step"], loaded["metrics"]
+
+    def _tell(self, told: list[tuple[float, float]]) -> None:
+        """Give the optimizer its peak rates and weight decays, and the rate of the step it stands at."""
+        for number, (group, (lr, decay)) in enumerate(zip(self.optimizer.param_groups, told, strict=True)):
+            if lr != group["initial_lr"]:
+                group["lr"] *= lr / group["initial_lr"]
+                group["initial_lr"] = self.schedule.base_lrs[number] = lr
+                self.schedule._last_lr[number] = group["lr"]
+            group["weight_decay"] = decay
 
     def _settle(self) -> None:
         """Wait for the one that is being written in the background; every rank learns how it went."""
@@ -200,7 +250,10 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         if rank() == 0:
-            prune(self.folder, keep=self.keep, metric=self.best_metric)
+            for problem in prune(self.folder, keep=self.keep, metric=self.best_metric):
+                if problem not in self._said:
+                    self._said.add(problem)
+                    self.say(f"warning: {problem}")
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Every weight as a checkpoint names it: "model.*", "loss.*", "average.*"."""

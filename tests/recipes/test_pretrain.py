@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shapes):
         "logger=none",
         status=1,
     )
-    assert "is not finite at step" in output and "Lower optim.lr" in output and "Traceback" not in output
+    assert "is not finite at step" in output and "amend={optim.lr" in output and "Traceback" not in output
     (record,) = tmp_path.rglob("nonfinite_step_*.json")
     assert len(json.loads(record.read_text())["keys"]) == 32
     assert "not finite" in next(tmp_path.rglob("error.txt")).read_text()
