@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
 from clipkit.evals.models import load_any
-from clipkit.evals.sources import IMAGE_SUFFIXES, load_image
+from clipkit.evals.items import IMAGE_SUFFIXES, load_image
 
 
 class Predictor:

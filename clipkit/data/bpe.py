@@ -11,8 +11,12 @@ section 3.2; the vocabulary is OpenAI CLIP's, read from the merges file that the
 from __future__ import annotations
 
 import gzip
+import heapq
 import html
+import io
 import re
+import zlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -20,12 +24,18 @@ from pathlib import Path
 import ftfy
 import regex
 
+from clipkit.foreign import BrokenFile, permit, read_bytes
+
 _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 _ASCII_WORDS = re.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII
 )
 _MERGES = 49152 - 256 - 2
 _CACHED_CHUNKS = 200_000
+# The merges file of CLIP has 1.3 MB, 3.2 MB unpacked.
+_FILE_BYTES, _TEXT_BYTES = 16 << 20, 64 << 20
+# Parts of a word from which merging by a heap is faster.
+_LONG = 48
 
 
 def merges_path() -> Path:
@@ -38,6 +48,30 @@ def merges_path() -> Path:
             "or give tokenizer.merges=PATH of bpe_simple_vocab_16e6.txt.gz"
         )
     return path
+
+
+def read_merges(path: str | Path | None) -> list[str]:
+    """The merges of a gzip file, or of open_clip's; ValueError that names it, whatever is in it."""
+    if path is None:
+        path = merges_path()
+    else:
+        permit(path, "tokenizer.merges")
+    try:
+        raw = read_bytes(path, limit=_FILE_BYTES)
+    except OSError as error:
+        raise ValueError(f"the merges file {path} cannot be read: {error.strerror}") from None
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            text = file.read(_TEXT_BYTES + 1)
+        if len(text) > _TEXT_BYTES:
+            raise BrokenFile(f"the merges file {path} unpacks to more than {_TEXT_BYTES} bytes")
+        if not text:
+            raise BrokenFile(f"the merges file {path} is empty")
+        return text.decode("utf-8").split("\n")[1 : _MERGES + 1]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        raise BrokenFile(
+            f"{path} is no gzip file of merges: it is cut short, altered or another file"
+        ) from None
 
 
 def _byte_letters() -> dict[int, str]:
@@ -73,13 +107,28 @@ class BytePairs:
     """Text to ids.
 
     Args:
-        merges: path of the gzip merges file; None finds open_clip's.
+        merges: path of the gzip merges file, or the merges themselves, one "a b" each; None finds open_clip's file.
+
+    Attributes:
+        merges: the merges, where they are not open_clip's; else None.
+
+    Raises:
+        ValueError: the file is not there, or holds anything else; names it and quotes nothing of it.
     """
 
-    def __init__(self, merges: str | Path | None = None):
-        path = Path(merges) if merges else merges_path()
-        lines = gzip.open(path).read().decode("utf-8").split("\n")[1 : _MERGES + 1]
+    def __init__(self, merges: str | Path | Sequence[str] | None = None):
+        if merges is None or isinstance(merges, (str, Path)):
+            name, lines = str(merges), read_merges(merges)
+        else:
+            name, lines = "the tokenizer's merges", list(merges)
+        self.merges = lines if merges else None
+        if len(lines) > _MERGES:
+            raise BrokenFile(f"{name}: {len(lines)} merges, more than the {_MERGES} of CLIP")
         pairs = [tuple(line.split()) for line in lines]
+        for number, pair in enumerate(pairs, 1):
+            # open_clip counts blank lines too.
+            if len(pair) not in (0, 2):
+                raise BrokenFile(f"{name}: merge {number} is not two parts with a space between")
         self._letters = _byte_letters()
         alphabet = list(self._letters.values())
         vocabulary = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in pairs]
@@ -142,6 +191,8 @@ class BytePairs:
             parts = [self._letters[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         rank = self._ranks.get
+        if len(parts) > _LONG:
+            parts = _merge_long(parts, self._ranks)
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
             ranks = [rank(pair, _MERGES) for pair in pairs]
@@ -154,6 +205,40 @@ class BytePairs:
             else:
                 parts = _merge_everywhere(parts, pairs[at])
         return [self._ids[part] for part in parts]
+
+
+def _merge_long(parts: list[str], ranks: dict[tuple[str, ...], int]) -> list[str]:
+    """What merging the lowest-ranked pair everywhere, again and again, leaves of a long word: in O(n log n).
+
+    Parts are a linked list, candidate pairs a heap of (rank, place). A round takes all of one rank, from left to
+    right, before it looks at the pairs that these merges made.
+    """
+    count = len(parts)
+    after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+    text: list[str | None] = list(parts)
+    rank = ranks.get
+    heap = [(found, i) for i, pair in enumerate(zip(parts, parts[1:])) if (found := rank(pair)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        lowest, made = heap[0][0], []
+        while heap and heap[0][0] == lowest:
+            left = heapq.heappop(heap)[1]
+            right = after[left]
+            # An entry of parts that have been merged since.
+            if right == count or rank((text[left], text[right])) != lowest:  # pyright: ignore[reportArgumentType]
+                continue
+            text[left] = f"{text[left]}{text[right]}"
+            text[right], after[left] = None, after[right]
+            if after[right] < count:
+                before[after[right]] = left
+            made.append(left)
+        for left in made:
+            for start in (before[left], left):
+                if start >= 0 and text[start] is not None and after[start] < count:
+                    found = rank((text[start], text[after[start]]))  # pyright: ignore[reportArgumentType]
+                    if found is not None:
+                        heapq.heappush(heap, (found, start))
+    return [part for part in text if part is not None]
 
 
 def _merge_everywhere(parts: list[str], pair: tuple[str, str]) -> list[str]:

@@ -5,6 +5,9 @@ libjpeg-turbo through simplejpeg; for training it decodes straight to a half, qu
 the crop leaves enough pixels. Everything else, and what simplejpeg does not take (CMYK), goes to Pillow.
 Resizing is torch's antialiased filter on uint8, within 2 of 255 of Pillow's.
 
+The work is bounded by the picture's own pixels and by the wanted size, whatever shape it has. Pillow is asked for
+the formats below alone: it would run another program for some.
+
 Greyscale, palette, CMYK and 16-bit images are converted to RGB, transparency is laid on white, of an
 animation the first frame is used, and the EXIF orientation is applied.
 """
@@ -17,15 +20,25 @@ import struct
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clipkit.data.faults import DataError
+from clipkit.foreign import IMAGE_BYTES, BrokenFile, read_bytes
 
 MAX_PIXELS = 100_000_000
+# Pillow opens EPS by running Ghostscript, and knows formats that nobody keeps photographs in.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+# A longer picture is cut to its middle before it is resized for a square of the middle.
+_LONGEST = 16
+# Pixels converted at once, where a conversion needs several times the picture's memory.
+_STRIP = 1 << 20
 
 
 def decode_train(
@@ -67,9 +80,12 @@ def decode_train(
 def decode_eval(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Shorter side to `size` (bicubic, antialiased), centre crop: (3, size, size) uint8. Raises as
     `decode_train`.
+
+    Of a picture more than 16 times as long as wide, only the middle is resized.
     """
     pixels = decode(data, max_pixels=max_pixels)
-    height, width = pixels.shape[:2]
+    top, left, height, width = middle(*pixels.shape[:2])
+    pixels = pixels[top : top + height, left : left + width]
     if height <= width:
         h, w = size, max(size, int(size * width / height))
     else:
@@ -77,6 +93,15 @@ def decode_eval(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> torc
     image = resize(torch.from_numpy(pixels), h, w, mode="bicubic")
     top, left = round((h - size) / 2), round((w - size) / 2)
     return image[:, top : top + size, left : left + size]
+
+
+def middle(height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of what a centre crop can see of a picture: all of it, unless it is very long."""
+    longest = _LONGEST * min(height, width)
+    # An even number of pixels less, so that the centre stays where it is.
+    h = height - max(0, (height - longest + 1) // 2) * 2
+    w = width - max(0, (width - longest + 1) // 2) * 2
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def decode_squashed(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, float]:
@@ -96,6 +121,44 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def read_size(data: bytes) -> tuple[int, int]:
     """Stored height and width by the header alone. Raises as `decode_train`."""
     return _header(data, sys.maxsize)[:2]
+
+
+def read_image(path: str | Path) -> bytes:
+    """An image file's bytes.
+
+    Raises:
+        DataError: missing_image (not there, or not readable), not_a_file (a folder, FIFO or device, never opened
+            for reading) or image_too_large (256 MiB).
+    """
+    try:
+        return read_bytes(path, limit=IMAGE_BYTES)
+    except BrokenFile as error:
+        raise DataError("image_too_large" if Path(path).is_file() else "not_a_file", str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError("missing_image", str(error)) from None
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Pillow's image of a file's bytes, not decoded yet.
+
+    Raises:
+        DataError: empty_image, corrupt_image, or image_too_large by what its header claims.
+    """
+    if not data:
+        raise DataError("empty_image")
+    try:
+        image = _open(data)
+    except UnidentifiedImageError:
+        raise DataError("corrupt_image", "it is in none of the formats that are read") from None
+    except Image.DecompressionBombError as error:
+        raise DataError("image_too_large", str(error)) from None
+    except Exception as error:  # a fuzzed header can make Pillow raise nearly anything
+        raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            "image_too_large", f"{image.width} x {image.height} is more than max_pixels = {max_pixels}"
+        )
+    return image
 
 
 def crop_box(
@@ -215,20 +278,21 @@ def _tiff_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _open(data: bytes):
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # max_pixels decides, not Pillow's warning.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_formats())
 
 
 def _pillow_size(data: bytes) -> tuple[int, int]:
-    try:
-        return _open(data).size
-    except Image.DecompressionBombError as error:
-        raise DataError("image_too_large", str(error)) from None
-    except Exception as error:  # a fuzzed header can make Pillow raise nearly anything
-        raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+    return open_image(data, max_pixels=sys.maxsize).size
 
 
 def _pillow(data: bytes) -> np.ndarray:
@@ -242,14 +306,26 @@ def _pillow(data: bytes) -> np.ndarray:
         raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
 
 
-def _rgb(image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        # 16-bit greyscale is scaled to 8; Pillow's own convert clips it to white.
-        values = values / 257.0 if image.mode != "F" or values.max(initial=0) > 255 else values
-        grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.asarray(image.convert("RGB"))
+def _rgb(image: Image.Image) -> np.ndarray:
+    grey = image.mode.startswith("I") or image.mode == "F"
+    if not grey and image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return np.asarray(image.convert("RGB"))
+    # 16-bit greyscale is scaled to 8; Pillow's own convert clips it to white.
+    scale = 257.0 if grey and (image.mode != "F" or _extrema(image)[1] > 255) else 1.0
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        if grey:
+            values = np.asarray(strip).astype(np.float64) / scale
+            pixels[top : top + rows] = np.clip(np.rint(values), 0, 255).astype(np.uint8)[:, :, None]
+        else:
+            strip = strip.convert("RGBA")
+            white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+            pixels[top : top + rows] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
+    return pixels
+
+
+def _extrema(image: Image.Image) -> Any:
+    """Smallest and largest value of a picture with one channel."""
+    return image.getextrema()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def iter_eval(
     rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
-    on_bad: str = "error",
+    on_bad: str | Callable[[DataError], None] = "error",
     cache_dir: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[dict[str, Any]]:
@@ -35,7 +36,8 @@ def iter_eval(
         batch_size: pictures a batch; the last may have fewer.
         rank, world_size: rank r reads the r-th of `world_size` contiguous pieces.
         limit: read only the first so many samples of the set.
-        on_bad: "error" raises at the first bad sample; "skip" leaves it out.
+        on_bad: "error" raises at the first bad sample; "skip" leaves it out; a function is given its DataError,
+            which names shard and key, and it is left out.
         cache_dir: folder for indexes and fetched shards.
         max_pixels: larger pictures are bad samples.
 
@@ -47,9 +49,33 @@ def iter_eval(
         ValueError: no such shards.
         DataError: a bad shard, or a bad sample under "error"; names shard and key.
     """
-    if on_bad not in ("error", "skip"):
-        raise ValueError(f"on_bad is {on_bad!r}; expected 'error' or 'skip'")
-    data = _open(shards, cache_dir)
+    if on_bad not in ("error", "skip") and not callable(on_bad):
+        raise ValueError(f"on_bad is {on_bad!r}; expected 'error', 'skip' or a function")
+    with closing(open_set(shards, cache_dir)) as data:
+        yield from read_set(
+            data,
+            image_size=image_size,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            limit=limit,
+            on_bad=_raise if on_bad == "error" else _pass_over if isinstance(on_bad, str) else on_bad,
+            max_pixels=max_pixels,
+        )
+
+
+def read_set(
+    data: ShardSet,
+    *,
+    image_size: int,
+    batch_size: int,
+    on_bad: Callable[[DataError], None],
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[dict[str, Any]]:
+    """`iter_eval` of a set that is open."""
     total = len(data) if limit is None else min(limit, len(data))
     rows: list[tuple] = []
     for sample in range(total * rank // world_size, total * (rank + 1) // world_size):
@@ -58,15 +84,21 @@ def iter_eval(
             image = decode_eval(data.image(sample), image_size, max_pixels=max_pixels)
             rows.append((image, data.captions(sample), data.key(sample), meta, sample))
         except DataError as error:
-            if on_bad == "error":
-                shard, key = data.where(sample)
-                raise DataError(error.cause, error.detail, shard=shard, key=key) from None
+            shard, key = data.where(sample)
+            on_bad(DataError(error.cause, error.detail, shard=shard, key=key))
         if len(rows) == batch_size:
             yield _batch(rows)
             rows = []
     if rows:
         yield _batch(rows)
-    data.close()
+
+
+def _raise(error: DataError) -> None:
+    raise error
+
+
+def _pass_over(error: DataError) -> None:
+    pass
 
 
 def _batch(rows: list[tuple]) -> dict[str, Any]:
@@ -82,7 +114,7 @@ def _batch(rows: list[tuple]) -> dict[str, Any]:
 
 def count_samples(shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None) -> int:
     """How many complete samples shards hold."""
-    return len(_open(shards, cache_dir))
+    return len(open_set(shards, cache_dir))
 
 
 def iter_captions(
@@ -91,7 +123,7 @@ def iter_captions(
     """Every caption once, in file order; samples without a readable one are passed over, bad shards under
     "skip".
     """
-    data = _open(shards, cache_dir, on_bad_shard)
+    data = open_set(shards, cache_dir, on_bad_shard)
     for sample in data:
         try:
             yield from data.captions(sample)
@@ -100,7 +132,8 @@ def iter_captions(
     data.close()
 
 
-def _open(shards: Any, cache_dir: str | Path | None, on_bad_shard: str = "error") -> ShardSet:
+def open_set(shards: Any, cache_dir: str | Path | None = None, on_bad_shard: str = "error") -> ShardSet:
+    """The samples of shards, paths, globs, braces or URLs."""
     names = expand_shards(shards)
     return ShardSet(
         names, cache_dir=Path(cache_dir) if cache_dir else cache_folder({}), on_bad_shard=on_bad_shard

@@ -18,7 +18,7 @@ CAUSES = {
     "truncated_shard": "the tar ends in the middle of a member; the samples before are used",
     # Members of a tar, found while indexing.
     "corrupt_header": "a tar header fails its checksum; reading resumes at the next valid one",
-    "not_a_file": "a directory, link, FIFO or device in the tar; never followed or opened",
+    "not_a_file": "a directory, link, sparse file, FIFO or device; never followed or opened",
     "unsafe_path": "a member with an absolute path or '..' in it; never written anywhere",
     "duplicate_key": "a key's image, caption or json comes twice in a shard; the first is used",
     # Samples, found while indexing.
@@ -31,6 +31,8 @@ CAUSES = {
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",
     "broken_json": "the json does not parse, or is not an object",
+    # Samples of a labelled evaluation set.
+    "broken_label": "the class id is there and is no whole number",
 }
 
 
@@ -62,9 +64,18 @@ class FaultCounter:
             cause: one number for all, or a mapping {cause: fraction} whose "default" (0.05 when absent) holds
             for the rest.
         samples, shards: how many the fractions are of.
+        advice: what to do when a limit is passed.
     """
 
-    def __init__(self, max_bad_fraction: float | Mapping[str, float], *, samples: int, shards: int = 1):
+    def __init__(
+        self,
+        max_bad_fraction: float | Mapping[str, float],
+        *,
+        samples: int,
+        shards: int = 1,
+        advice: str = "Mend the shards (clipkit-data check lists every fault) or raise max_bad_fraction.",
+    ):
+        self.advice = advice
         limits = (
             dict(max_bad_fraction) if isinstance(max_bad_fraction, Mapping) else {"default": max_bad_fraction}
         )
@@ -91,7 +102,7 @@ class FaultCounter:
                 "max_bad_fraction = "
                 f"{limit:g}. The last was {f'key {key!r} of ' if key else ''}shard "
                 f"{shard}{': ' + detail if detail else ''}. "
-                f"Mend the shards (clipkit-data check lists every fault) or raise max_bad_fraction."
+                f"{self.advice}"
             )
 
     def state_dict(self) -> list[str]:

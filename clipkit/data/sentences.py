@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from clipkit.data.order import EpochOrder
+from clipkit.foreign import permit
 from clipkit.registry import check_keys
 
 LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2}
@@ -156,6 +157,7 @@ def _files(names: Any) -> list[Path]:
         return []
     paths = [Path(name).expanduser() for name in ([names] if isinstance(names, (str, Path)) else names)]
     for path in paths:
+        permit(path, "data.sentences")
         if not path.is_file():
             raise ValueError(f"data.sentences: there is no file {path}")
     return paths
@@ -171,10 +173,14 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple]:
             if column == "label":
                 value = _label(value, path, line)
             elif not isinstance(value, str) or not value.strip():
-                found = "missing" if value is None else repr(value)
+                found = "missing" if value is None else repr(value)[:100]
                 raise ValueError(
                     f"{path}, line {line}: {column} is {found}; expected a sentence (columns are "
                     f"{', '.join(columns)})"
+                )
+            elif not value.isascii() and _has_half_pairs(value):
+                raise ValueError(
+                    f"{path}, line {line}: {column} holds half of a surrogate pair, which is no text"
                 )
             texts.append(value)
         if texts[-1] is not None:
@@ -182,6 +188,11 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple]:
     if not rows:
         raise ValueError(f"{path} has no rows; expected {', '.join(columns)}")
     return rows
+
+
+def _has_half_pairs(text: str) -> bool:
+    """Whether json spelt what UTF-8 cannot hold."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _label(value: Any, path: Path, line: int) -> int | None:
@@ -192,7 +203,7 @@ def _label(value: Any, path: Path, line: int) -> int | None:
     if not isinstance(value, bool) and value in (0, 1, 2, "0", "1", "2"):
         return int(value)
     raise ValueError(
-        f"{path}, line {line}: label is {value!r}; expected one of {', '.join(LABELS)}, 0, 1, 2, or - for "
+        f"{path}, line {line}: label is {repr(value)[:100]}; expected one of {', '.join(LABELS)}, 0, 1, 2, or - for "
         "none"
     )
 

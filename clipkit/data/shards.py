@@ -29,6 +29,7 @@ from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder, plain, resolve_data, sources
 from clipkit.data.urls import Spool, expand_shards
+from clipkit.data.workers import LOOK_EVERY_S, Workers
 
 _FIRST_WARNING_S = 30.0
 
@@ -58,6 +59,7 @@ class Stream:
         self.samples_per_epoch, self.num_workers, self.epochs = samples_per_epoch, num_workers, epochs
         self.batches_per_epoch = samples_per_epoch // self.global_batch_size
         self._position = 0
+        self._restarts = 0
         self._samples = sum(len(one) for one in batches.sets)
         self._index_faults = [fault for one in batches.sets for fault in one.faults]
         self._faults = FaultCounter(
@@ -71,18 +73,8 @@ class Stream:
         self._indexed = dict(self._faults.counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        loader = torch.utils.data.DataLoader(
-            self._batches,
-            batch_size=None,
-            sampler=_Starts(self),
-            num_workers=self.num_workers,
-            timeout=self._spec["timeout_s"] if self.num_workers else 0,
-            prefetch_factor=self._spec["prefetch"] if self.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
         watch = _Watch(self)
-        batches = iter(loader)
+        batches = self._from_workers() if self.num_workers else iter(self._loader())
         try:
             while True:
                 watch.waiting()
@@ -90,13 +82,8 @@ class Stream:
                     batch = next(batches)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    if "timed out" in str(error):
-                        raise RuntimeError(
-                            f"no batch for timeout_s = {self._spec['timeout_s']:g} s; waiting for "
-                            f"{self._awaited()}"
-                        ) from error
-                    raise
+                finally:
+                    self._restarts = getattr(batches, "restarts", 0)
                 watch.arrived()
                 if "error" in batch:
                     raise batch["error"]
@@ -106,7 +93,28 @@ class Stream:
                 yield batch
         finally:
             watch.stop()
+            if isinstance(batches, Workers):
+                batches.close()
             del batches
+
+    def _loader(self) -> torch.utils.data.DataLoader:
+        """From the batch at the present position on."""
+        wait = self._spec["timeout_s"] or LOOK_EVERY_S
+        return torch.utils.data.DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=_Starts(self),
+            num_workers=self.num_workers,
+            timeout=min(wait, LOOK_EVERY_S) if self.num_workers else 0,
+            prefetch_factor=self._spec["prefetch"] if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+
+    def _from_workers(self) -> Workers:
+        return Workers(
+            self._loader, timeout_s=self._spec["timeout_s"], awaited=self._awaited, restarts=self._restarts
+        )
 
     def _awaited(self) -> str:
         """The shards that the next batch reads. Called by the watching thread too, hence the copies."""
@@ -165,7 +173,8 @@ class Stream:
         return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}.
+        """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}, and where it is not 0
+        "worker_restarts": how often this rank's workers were started again after one had died.
 
         Faults found while indexing are reported by rank 0 alone and those found while decoding by the rank
         that met them, so the sum over ranks counts each once (a bad sample that two ranks met in different
@@ -178,6 +187,7 @@ class Stream:
             "samples_seen": self._position,
             "epochs": round(self.epoch, 4),
             "skipped": {cause: n for cause, n in sorted(skipped.items()) if n},
+            **({"worker_restarts": self._restarts} if self._restarts else {}),
         }
 
 

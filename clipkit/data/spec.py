@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, shape_paths, write_shapes
+from clipkit.foreign import permit
 from clipkit.registry import check_keys, unknown
 
 # The meaning and unit of each key stand in conf/data/shapes.yaml.
@@ -114,6 +115,7 @@ def _complete_shapes(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _shapes_folder(shapes: Mapping[str, Any]) -> Path:
+    permit(shapes["folder"], "data.shapes.folder")
     return Path(shapes["folder"]) / "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
 
 
@@ -162,6 +164,8 @@ def sources(train: Any) -> list[dict[str, Any]]:
 
 def cache_folder(spec: Mapping[str, Any]) -> Path:
     """Where indexes and fetched shards are kept: data.cache_dir, $CLIPKIT_CACHE, or ~/.cache/clipkit."""
+    if spec.get("cache_dir"):
+        permit(spec["cache_dir"], "data.cache_dir")
     chosen = spec.get("cache_dir") or os.environ.get("CLIPKIT_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "clipkit"
 

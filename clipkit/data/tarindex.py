@@ -10,20 +10,29 @@ modification time.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
-import tempfile
+import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from clipkit.data.faults import CAUSES
 from clipkit.data.order import number
+from clipkit.foreign import BrokenFile, parse_json, read_bytes
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif")
 _BLOCK = 512
-_VERSION = 2
+_VERSION = 3
 _COLUMNS = ("image", "text", "json")
+# Bytes of a long name or extended header, and of an index; digits of a number in an extended header.
+_NAME_BYTES, _INDEX_BYTES, _DIGITS = 1 << 20, 1 << 31, 18
 
 
 @dataclass
@@ -74,6 +83,24 @@ def index_tar(path: str | Path) -> ShardIndex:
     return _complete(samples, faults, size)
 
 
+def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
+    """(name, offset and size of its contents) of every regular file in a tar, in order; for reading what is no shard.
+
+    Links, devices, sparse files and names that lead out are left out.
+
+    Raises:
+        BrokenFile: no tar, one cut short, or a header in it that is broken.
+        OSError: the file cannot be opened.
+    """
+    faults: list[tuple[str, str]] = []
+    with open(path, "rb") as file:
+        members = list(_members(file, os.fstat(file.fileno()).st_size, faults))
+    for cause, where in faults:
+        if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
+            raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
+    return members
+
+
 def _complete(
     samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]], size: int
 ) -> ShardIndex:
@@ -107,9 +134,9 @@ def _split(name: str) -> tuple[str, str, str]:
     return folder + slash + stem, dot, extension
 
 
-def _members(file, size: int, faults: list[tuple[str, str]]):
+def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, length) of every regular member; offsets are of the contents."""
-    position, long_name, long_size, started = 0, None, None, False
+    position, started, extended = 0, False, _Extended()
     while position + _BLOCK <= size:
         file.seek(position)
         header = file.read(_BLOCK)
@@ -125,34 +152,33 @@ def _members(file, size: int, faults: list[tuple[str, str]]):
                 faults.append(("unreadable_shard", ""))
                 return
             faults.append(("corrupt_header", f"byte {position}"))
-            position = _resync(file, position + _BLOCK, size)
-            long_name = long_size = None
+            position, extended = _resync(file, position + _BLOCK, size), _Extended()
             continue
         started = True
         kind = header[156:157]
-        name = _name(header) if long_name is None else long_name
-        if kind in b"LxX" and kind != b"":
-            if length > 1 << 20 or position + _BLOCK + length > size:
+        name = _name(header) if extended.path is None else extended.path
+        if kind in (b"L", b"x", b"X"):
+            if position + _BLOCK + length > size:
                 faults.append(("truncated_shard", name))
                 return
-            payload = file.read(length)
-            if kind == b"L":
-                long_name = _decode(payload.rstrip(b"\0"))
+            if length > _NAME_BYTES:
+                faults.append(("corrupt_header", f"byte {position}"))
+            elif kind == b"L":
+                extended.path = _decode(file.read(length).split(b"\0", 1)[0])
             else:
-                path, extended = _pax(payload)
-                long_name, long_size = path or long_name, extended
+                extended = _pax(file.read(length), extended.path)
             position += _BLOCK + _padded(length)
             continue
-        if long_size is not None:
-            length = long_size
-        offset, long_name, long_size = position + _BLOCK, None, None
+        if extended.size is not None:
+            length = extended.size
+        offset, sparse, extended = position + _BLOCK, extended.sparse, _Extended()
         if kind == b"g" or kind == b"K":
             position = offset + _padded(length)
             continue
-        if kind not in (b"0", b"\0", b"7"):
+        if sparse or kind not in (b"0", b"\0", b"7"):
             faults.append(("not_a_file", name))
             # Links and devices carry no contents, whatever their size field says.
-            position = offset + (_padded(length) if kind not in b"123456" else 0)
+            position = offset + (_padded(length) if kind not in (b"1", b"2", b"3", b"4", b"5", b"6") else 0)
             continue
         if offset + length > size:
             faults.append(("truncated_shard", name))
@@ -205,20 +231,34 @@ def _name(header: bytes) -> str:
     return _decode(prefix + b"/" + name if prefix else name)
 
 
-def _pax(payload: bytes) -> tuple[str | None, int | None]:
-    """The path and size records of an extended header."""
-    path = size = None
-    while payload:
-        head, _, _ = payload.partition(b" ")
-        if not head.isdigit() or not 0 < int(head) <= len(payload):
+@dataclass
+class _Extended:
+    """What the headers before a member's own say of it."""
+
+    path: str | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+def _pax(payload: bytes, path: str | None) -> _Extended:
+    """The path and size records of an extended header, and whether the contents are not the file's bytes."""
+    found = _Extended(path)
+    position = 0
+    while position < len(payload):
+        head = payload[position : position + _DIGITS + 1].partition(b" ")[0]
+        # int() refuses thousands of digits by an exception of its own.
+        if not head.isdigit() or len(head) > _DIGITS or not 0 < int(head) <= len(payload) - position:
             break
-        record, payload = payload[len(head) + 1 : int(head) - 1], payload[int(head) :]
+        record = payload[position + len(head) + 1 : position + int(head) - 1]
+        position += int(head)
         name, _, value = record.partition(b"=")
         if name == b"path":
-            path = _decode(value)
-        elif name == b"size" and value.isdigit():
-            size = int(value)
-    return path, size
+            found.path = _decode(value.split(b"\0", 1)[0])
+        elif name == b"size" and value.isdigit() and len(value) <= _DIGITS:
+            found.size = int(value)
+        elif name.startswith(b"GNU.sparse."):
+            found.sparse = True
+    return found
 
 
 def _padded(length: int) -> int:
@@ -229,7 +269,7 @@ def cached_index(path: str, cache_dir: Path) -> ShardIndex:
     """`index_tar` of a local file, kept under `cache_dir` until the file changes."""
     status = os.stat(path)
     file = index_file(cache_dir, os.path.realpath(path), status.st_size, status.st_mtime_ns)
-    index = load_index(file)
+    index = load_index(file, size=status.st_size)
     if index is None:
         index = index_tar(path)
         store_index(file, index)
@@ -241,15 +281,50 @@ def index_file(cache_dir: Path, *identity: str | int) -> Path:
     return cache_dir / f"{number(_VERSION, *identity):016x}.npz"
 
 
-def load_index(file: Path) -> ShardIndex | None:
-    """A stored index, or None when there is none or it is broken."""
+def load_index(file: Path, *, size: int | None = None) -> ShardIndex | None:
+    """A stored index, or None when there is none or it is broken: not what `store_index` writes for any tar.
+
+    Args:
+        size: bytes of the tar that it must be of; None where that is not known yet.
+    """
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            keys, spans = _unjoin(stored["keys"].tobytes()), stored["spans"]
-            faults = [(str(cause), str(key)) for cause, key in stored["faults"]]
-            return ShardIndex(keys, spans, faults, int(stored["size"])) if len(keys) == len(spans) else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raw = read_bytes(file, limit=_INDEX_BYTES)
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            # Compressed arrays, which are not ours, may be of any length.
+            if any(entry.file_size > len(raw) for entry in archive.infolist()):
+                return None
+        with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
+            blob, spans, faults, found = (stored[name] for name in ("keys", "spans", "faults", "size"))
+        if blob.dtype != np.uint8 or blob.ndim != 1 or faults.dtype != np.uint8 or faults.ndim != 1:
+            return None
+        if found.dtype != np.int64 or found.shape != () or size not in (None, int(found)):
+            return None
+        keys = _unjoin(blob.tobytes())
+        if not _are_spans(spans, len(keys), int(found)):
+            return None
+        listed = parse_json(faults.tobytes(), list[tuple[str, str]], name=str(file))
+        if not all(cause in CAUSES for cause, _ in listed):
+            return None
+        return ShardIndex(keys, spans, listed, int(found))
+    except Exception:
+        # A crafted .npz makes zipfile and NumPy raise nearly anything; whatever it is, the tar is read again.
         return None
+
+
+def _are_spans(spans: np.ndarray, count: int, size: int) -> bool:
+    """Whether these can be the places of `count` samples in a tar: inside, apart, each with an image and a caption."""
+    if spans.dtype != np.int64 or spans.shape != (count, 3, 2):
+        return False
+    offset, length = spans[..., 0], spans[..., 1]
+    there = offset >= 0
+    inside = (length >= 0) & (offset <= size) & (length <= size - offset)
+    if not np.where(there, inside, (offset == -1) & (length == 0)).all():
+        return False
+    if not (there[:, 0] & (length[:, 0] > 0) & (there[:, 1] | there[:, 2])).all():
+        return False
+    order = np.argsort(offset[there], kind="stable")
+    starts, ends = offset[there][order], (offset + length)[there][order]
+    return bool((ends[:-1] <= starts[1:]).all())
 
 
 def _unjoin(raw: bytes) -> list[str]:
@@ -259,17 +334,24 @@ def _unjoin(raw: bytes) -> list[str]:
 def store_index(file: Path, index: ShardIndex) -> None:
     """Write in one step; a cache that cannot be written is no error."""
     keys = np.frombuffer("\0".join(index.keys).encode("utf-8", "surrogateescape"), dtype=np.uint8)
-    faults = [(cause, key.encode("utf-8", "backslashreplace").decode()) for cause, key in index.faults]
+    # As text: an array of strings takes the longest one's room for each.
+    faults = json.dumps(
+        [(cause, key.encode("utf-8", "backslashreplace").decode()) for cause, key in index.faults]
+    )
+    part = file.with_name(f"{file.stem}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+        with open(part, "wb") as out:
             np.savez(
-                part,
+                out,
                 keys=keys,
                 spans=index.spans,
-                size=index.size,
-                faults=np.asarray(faults, dtype=np.str_).reshape(-1, 2),
+                size=np.int64(index.size),
+                faults=np.frombuffer(faults.encode(), dtype=np.uint8),
             )
-        os.replace(part.name, file)
+        os.replace(part, file)
     except OSError:
         return
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

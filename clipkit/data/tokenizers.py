@@ -5,7 +5,10 @@
     hf         any fast Hugging Face tokenizer, by hub name or local folder
 
 `save` writes everything a run needs to make the same ids again as one JSON file; `load_tokenizer` reads it
-back.
+back. It may come from anybody: it is checked whole, and opens no other file (one of an earlier version may name
+its merges, see clipkit.foreign.permit).
+
+Of a text longer than 100,000 characters the rest is not looked at.
 """
 
 from __future__ import annotations
@@ -14,18 +17,23 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import tokenizers
 import torch
 
 from clipkit.data.bpe import BytePairs
+from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, permit, read_json
 from clipkit.registry import Registry, check_keys
 
 _registry = Registry("tokenizer")
+# Cleaning takes time for every character, and a text tower reads some hundred tokens.
+MAX_CHARACTERS = 100_000
+_MAX_CONTEXT = 65_536
 
 
 class Tokenizer:
@@ -55,7 +63,7 @@ class Tokenizer:
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         """Ids of one text or a list of B texts: (B, L) int64."""
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = _cut(texts)
         room = self.context_length - 2
         flat: list[int] = []
         lengths = []
@@ -86,15 +94,15 @@ class ClipBPE(Tokenizer):
 
     Args:
         context_length: tokens a text, start and end included.
-        merges: the merges file; None takes the one inside the open_clip package.
+        merges: the merges file, or the merges themselves ("a b" each); None takes those inside the open_clip
+            package.
     """
 
     name = "clip_bpe"
 
-    def __init__(self, *, context_length: int = 77, merges: str | None = None):
+    def __init__(self, *, context_length: int = 77, merges: str | Path | Sequence[str] | None = None):
         self.context_length = _check_length(context_length)
         self._pairs = BytePairs(merges)
-        self._merges = str(merges) if merges else None
         self.vocab_size = self._pairs.vocab_size
         self.pad_id, self.sot_id, self.eot_id = 0, self._pairs.sot_id, self._pairs.eot_id
 
@@ -102,7 +110,7 @@ class ClipBPE(Tokenizer):
         return self._pairs.ids(text, self.context_length)
 
     def state(self) -> dict[str, Any]:
-        return {"context_length": self.context_length, "merges": self._merges}
+        return {"context_length": self.context_length, "merges": self._pairs.merges}
 
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
@@ -159,6 +167,9 @@ class HuggingFace(Tokenizer):
         backend: a `tokenizers.Tokenizer`.
         context_length: tokens a text, special tokens included.
         special: {"pad": id, "sot": id, "eot": id}.
+
+    Raises:
+        ValueError: an id that the vocabulary does not have.
     """
 
     name = "hf"
@@ -168,6 +179,9 @@ class HuggingFace(Tokenizer):
         self._backend = backend
         self.pad_id, self.sot_id, self.eot_id = special["pad"], special["sot"], special["eot"]
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        for name, one in special.items():
+            if not 0 <= one < self.vocab_size or backend.id_to_token(one) is None:
+                raise ValueError(f"special.{name} is {one}, which is no token of the {self.vocab_size}")
         backend.enable_truncation(self.context_length)
         backend.enable_padding(
             length=self.context_length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id)
@@ -191,7 +205,7 @@ class HuggingFace(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = _cut(texts)
         rows = [encoding.ids for encoding in self._backend.encode_batch(texts)]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
 
@@ -222,6 +236,7 @@ def create_tokenizer(
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = spec.pop("name", None)
     if spec.get("path"):
+        permit(spec["path"], "tokenizer.path")
         return load_tokenizer(spec["path"])
     spec.pop("path", None)
     _registry.get(name)
@@ -234,6 +249,7 @@ def create_tokenizer(
             raise ValueError(
                 "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
             )
+        permit(spec["model"], "tokenizer.model")
         return HuggingFace.build(**spec)
     check_keys(spec, ["context_length", "max_words", "min_count"], "tokenizer words")
     if captions is None:
@@ -244,25 +260,88 @@ def create_tokenizer(
     return Words.build(captions() if callable(captions) else captions, **spec)
 
 
+class _ClipState(msgspec.Struct, forbid_unknown_fields=True):
+    context_length: int
+    # A list; a path in files of earlier versions.
+    merges: list[str] | str | None = None
+
+
+class _WordsState(msgspec.Struct, forbid_unknown_fields=True):
+    context_length: int
+    vocabulary: list[str]
+
+
+class _Special(msgspec.Struct, forbid_unknown_fields=True):
+    pad: int
+    sot: int
+    eot: int
+
+
+class _HuggingFaceState(msgspec.Struct, forbid_unknown_fields=True):
+    context_length: int
+    special: _Special
+    backend: str
+
+
+_STATES = {"clip_bpe": _ClipState, "words": _WordsState, "hf": _HuggingFaceState}
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote to `path`."""
+    """The tokenizer that `save` wrote to `path`.
+
+    Raises:
+        ValueError: the file is not there, or is not what `save` writes; names it and quotes nothing of it.
+    """
     path = Path(path)
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        name = state.pop("tokenizer")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a tokenizer file written by clipkit: {error}") from None
-    cls = _registry.get(name)
-    if name == "hf":
-        state["backend"] = tokenizers.Tokenizer.from_str(state["backend"])
-    return cls(**state)
+        found = read_json(path, dict[str, Any], limit=VOCABULARY_BYTES)
+    except (OSError, ValueError) as error:
+        raise BrokenFile(f"{path} is not a tokenizer file written by clipkit: {error}") from None
+    name = found.pop("tokenizer", None)
+    if not isinstance(name, str) or name not in _STATES:
+        raise BrokenFile(
+            f"{path} is not a tokenizer file written by clipkit: it names no tokenizer that there is"
+        )
+    state: Any = checked(found, _STATES[name], name=str(path))
+    try:
+        if name == "clip_bpe":
+            return ClipBPE(context_length=state.context_length, merges=state.merges)
+        if name == "words":
+            return Words(vocabulary=state.vocabulary, context_length=state.context_length)
+        return _checked_backend(state)
+    except ValueError as error:
+        raise BrokenFile(f"{path} is not a tokenizer file written by clipkit: {error}") from None
+
+
+def _checked_backend(state: _HuggingFaceState) -> HuggingFace:
+    """The tokenizer of a state whose backend anybody may have written; ValueError where it makes no ids."""
+    special = {"pad": state.special.pad, "sot": state.special.sot, "eot": state.special.eot}
+    try:
+        backend = tokenizers.Tokenizer.from_str(state.backend)
+        made = HuggingFace(backend=backend, context_length=state.context_length, special=special)
+        tried = made(["a word", ""])
+    except ValueError:
+        raise
+    except BaseException as error:
+        # The library raises plain Exceptions, and its Rust code panics by a BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("its backend is no tokenizer that the tokenizers library takes") from None
+    if int(tried.min()) < 0 or int(tried.max()) >= made.vocab_size:
+        raise ValueError("its backend gives ids beyond its vocabulary")
+    return made
+
+
+def _cut(texts: str | Iterable[str]) -> list[str]:
+    """The texts as a list, none longer than is looked at."""
+    return [text[:MAX_CHARACTERS] for text in ([texts] if isinstance(texts, str) else texts)]
 
 
 def _check_length(context_length: int) -> int:
-    if not isinstance(context_length, int) or context_length < 3:
+    if not isinstance(context_length, int) or not 3 <= context_length <= _MAX_CONTEXT:
         raise ValueError(
-            f"context_length is {context_length!r}; expected a whole number of tokens, 3 or more (start, "
-            "one word, end)"
+            f"context_length is {str(context_length)[:50]!s}; expected a whole number of tokens, 3 or more (start, "
+            f"one word, end) and at most {_MAX_CONTEXT}"
         )
     return context_length
 

@@ -8,22 +8,38 @@ run by the shell: it is taken from the configuration alone, never from data.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
+import shutil
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
+from clipkit.foreign import permit
 
 _SCHEME = re.compile(r"^(pipe|[a-z][a-z0-9+.-]+):", re.IGNORECASE)
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_MOST_SHARDS = 1_000_000
 _CHUNK = 1 << 16
+# The disk's free space is asked for after so many bytes.
+_LOOK_EVERY = 1 << 22
+
+
+class Expanded(list[str]):
+    """A list of shards that `expand_shards` made. Its names are shards, not patterns: expanding it again changes
+    nothing.
+    """
 
 
 def is_stream(name: str) -> bool:
@@ -31,62 +47,104 @@ def is_stream(name: str) -> bool:
     return bool(_SCHEME.match(name)) and not name.startswith("file:")
 
 
-def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "shards") -> list[str]:
+def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "shards") -> Expanded:
     """The shard list that names stand for: braces, globs, folders (their *.tar), paths and URLs, in the order
     given.
 
     Args:
         shards: one name or several. `{000..331}` and `{a,b}` expand as in a shell; `*`, `?` and `[...]` match
-            local files, sorted.
+            local files, sorted. A file that has such a name itself is that file. What was expanded before is
+            returned as it is.
         what: the setting's name, for messages.
 
     Raises:
-        ValueError: a name that matches nothing, a file that is not there or not a regular file, or a repeated
-            shard.
+        ValueError: a name that matches nothing, a file that is not there or not a regular file, a repeated
+            shard, or more than a million.
     """
+    if isinstance(shards, Expanded):
+        for name in shards:
+            permit(name, what)
+        return shards
     names = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if not names:
         raise ValueError(f"{what} is empty: give a path, glob, brace pattern or URL of .tar shards")
-    found: list[str] = []
+    found = Expanded()
     for name in names:
         found += _expand(str(name), what)
-    repeated = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else ()
-    if repeated:
-        raise ValueError(
-            f"{what} names {sorted(repeated)[0]} more than once; every shard may stand once in a source"
-        )
+    if len(set(found)) < len(found):
+        repeated = min(name for name, count in Counter(found).items() if count > 1)
+        raise ValueError(f"{what} names {repeated} more than once; every shard may stand once in a source")
     return found
 
 
 def _expand(name: str, what: str) -> list[str]:
     out = []
-    for one in braceexpand.braceexpand(name) if "{" in name else [name]:
+    for one in _braces(name, what):
         if is_stream(one):
+            permit(one, what)
             out.append(one)
             continue
         path = os.path.expanduser(one.removeprefix("file://").removeprefix("file:"))
+        permit(_plain(path), what)
         if os.path.isdir(path):
-            path = os.path.join(path, "*.tar")
+            path = os.path.join(glob.escape(path), "*.tar")
         if glob.has_magic(path) and not os.path.exists(path):
+            # Nor is a folder listed that may not be opened.
+            parts = Path(path).parts
+            permit(_plain(str(Path(*takewhile(lambda part: not glob.has_magic(part), parts)))), what)
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
                 raise ValueError(f"{what}: no file matches {path!r}. {_nearby(path)}")
-            out += matches
-            continue
-        _check_file(path, what)
-        out.append(path)
+        else:
+            matches = [path]
+        for match in matches:
+            permit(_plain(match), what)
+            _check_file(match, what)
+            out.append(_plain(match))
     return out
+
+
+def _plain(path: str) -> str:
+    """The same file by a name that is no command, no URL and no home folder, whoever reads it."""
+    return f"./{path}" if _SCHEME.match(path) or path.startswith("~") else path
+
+
+def _braces(name: str, what: str) -> list[str]:
+    """What a brace pattern stands for."""
+    if "{" not in name or os.path.lexists(name):
+        return [name]
+    count, groups = 1, []
+    for found in _RANGE.finditer(name):
+        if any(len(part or "") > 18 for part in found.groups()):
+            count = _MOST_SHARDS + 1
+            break
+        first, last, step = (int(part or 1) for part in found.groups())
+        count *= abs(last - first) // (step or 1) + 1
+    # At most: the lists of nested braces are multiplied too.
+    for letter in name:
+        if letter == "{":
+            groups.append(1)
+        elif letter == "," and groups:
+            groups[-1] += 1
+        elif letter == "}" and groups:
+            count *= groups.pop()
+        if count > _MOST_SHARDS:
+            raise ValueError(f"{what}: {name[:200]!r} stands for more than {_MOST_SHARDS:,} shards")
+    try:
+        return list(braceexpand.braceexpand(name))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {name[:200]!r} is no brace pattern ({str(error)[:100]})") from None
 
 
 def _check_file(path: str, what: str) -> None:
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         raise ValueError(f"{what}: there is no shard {path!r}. {_nearby(path)}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(
-            f"{what}: {path!r} is not a regular file (a FIFO or device would block); to read from a "
-            "command write 'pipe:cat ...'"
+            f"{what}: {path!r} is not a regular file (a folder has no samples of its own, a FIFO or device would "
+            "block); to read from a command write 'pipe:cat ...'"
         )
 
 
@@ -106,7 +164,8 @@ class Spool:
     Args:
         folder: where fetched shards are kept.
         limit_gb: the fetched shards together stay below this many gigabytes (10^9 bytes); the least recently
-            used go first. A shard that is open stays readable.
+            used go first. A shard that is open stays readable. A single larger one is not fetched, nor one that
+            would leave less than 1 GB (or a twentieth) of the disk free.
         stall_s: seconds without a byte after which a try is given up.
         deadline_s: seconds for one shard, all tries together.
         retries: further tries after the first.
@@ -156,7 +215,15 @@ class Spool:
             if left <= 0:
                 break
             tries += 1
-            error = self._try(url, path, left)
+            try:
+                error = self._try(url, path, left)
+            except _NoRoom as no_room:
+                # Another try fails too, unless older shards can make room for it.
+                needed = no_room.seen + 2 * _margin(self.folder)
+                if no_room.seen > self.limit or not self._evict(keep=path, bytes_free=needed):
+                    raise DataError("unreadable_shard", str(no_room), shard=url) from None
+                error = str(no_room)
+                continue
             if not error:
                 return
             if attempt < self.retries:
@@ -169,29 +236,35 @@ class Spool:
         )
 
     def _try(self, url: str, path: Path, seconds: float) -> str:
-        """One try; returns what went wrong, or an empty string."""
+        """One try; returns what went wrong, or an empty string. Leaves the whole shard or nothing."""
         part = path.with_suffix(".part")
-        out = open(part, "wb")
-        copy = _Copy(url, out)
-        copy.start()
+        copy = _Copy(url, part, self.limit)
         end, seen, moved = time.monotonic() + seconds, 0, time.monotonic()
-        while copy.is_alive():
-            copy.join(0.02)
-            now = time.monotonic()
-            if copy.bytes != seen:
-                seen, moved = copy.bytes, now
-            if now - moved > self.stall_s or now > end:
-                copy.stop()
-                why = f"no byte for {self.stall_s:g} s" if now <= end else "deadline passed"
-                return f"{why} after {seen} bytes"
-        out.close()
-        if copy.error:
-            return copy.error
-        os.replace(part, path)
-        return ""
+        try:
+            copy.start()
+            while copy.is_alive():
+                copy.join(0.02)
+                now = time.monotonic()
+                if copy.bytes != seen:
+                    seen, moved = copy.bytes, now
+                if now - moved > self.stall_s or now > end:
+                    why = f"no byte for {self.stall_s:g} s" if now <= end else "deadline passed"
+                    return f"{why} after {seen} bytes"
+            if copy.no_room:
+                raise _NoRoom(copy.no_room, copy.bytes)
+            if copy.error:
+                return copy.error
+            os.replace(part, path)
+            return ""
+        finally:
+            copy.stop()
+            part.unlink(missing_ok=True)
 
-    def _evict(self, keep: Path) -> None:
-        files = []
+    def _evict(self, keep: Path, bytes_free: int = 0) -> bool:
+        """Remove the least recently used shards above the limit, and until so many bytes are free; whether one
+        went.
+        """
+        files, removed = [], False
         for file in self.folder.glob("*.tar"):
             try:
                 status = file.stat()
@@ -200,37 +273,82 @@ class Spool:
             files.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
-            if total <= self.limit:
+            if total <= self.limit and (not bytes_free or shutil.disk_usage(self.folder).free >= bytes_free):
                 break
             if file != keep:
                 file.unlink(missing_ok=True)
-                total -= size
+                total, removed = total - size, True
+        return removed
+
+
+class _NoRoom(Exception):
+    """A shard that does not fit; `seen`: the bytes of it that came."""
+
+    def __init__(self, why: str, seen: int):
+        super().__init__(why)
+        self.seen = seen
+
+
+def _margin(folder: Path) -> int:
+    """Bytes of the folder's disk that stay free."""
+    return min(10**9, shutil.disk_usage(folder).total // 20)
 
 
 class _Copy(threading.Thread):
-    """Copies one stream to an open file; `stop` ends it when it hangs."""
+    """Copies one stream to a new file; `stop` ends it, also when it hangs."""
 
-    def __init__(self, url: str, out):
+    def __init__(self, url: str, part: Path, limit: int):
         super().__init__(daemon=True)
-        self.url, self.out, self.bytes, self.error = url, out, 0, ""
-        self._stream = None
+        self.url, self.part, self.limit, self.bytes, self.error, self.no_room = url, part, limit, 0, "", ""
+        self._stream: Any = None
+        self._ended = False
 
     def run(self) -> None:
         from webdataset.gopen import gopen
 
         try:
-            self._stream = gopen(self.url)
-            while chunk := self._stream.read(_CHUNK):
-                self.out.write(chunk)
-                self.bytes += len(chunk)
+            with open(self.part, "wb") as out:
+                self._stream = gopen(self.url)
+                looked = -_LOOK_EVERY
+                while (chunk := self._stream.read(_CHUNK)) and not self._ended:
+                    self.bytes += len(chunk)
+                    if self.bytes > self.limit:
+                        self.no_room = (
+                            f"it has more than the {self.limit / 1e9:g} GB that fetched shards may take; give more "
+                            "by data.spool_gb if the stream ends, or make smaller shards"
+                        )
+                        return
+                    if self.bytes - looked >= _LOOK_EVERY:
+                        looked = self.bytes
+                        free, margin = shutil.disk_usage(self.part.parent).free, _margin(self.part.parent)
+                        if free < margin:
+                            self.no_room = self._full(
+                                f"{free / 1e9:.2g} GB free, less than {margin / 1e9:.2g}"
+                            )
+                            return
+                    out.write(chunk)
             # Raises when the command's status says that it failed.
             self._stream.close()
             if not self.bytes:
                 self.error = "the stream is empty"
         except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.no_room = self._full(str(error.strerror))
             self.error = self.error or f"{type(error).__name__}: {error}"
+        finally:
+            # A command that goes on writing ends by it.
+            process = getattr(self._stream, "proc", None)
+            if process is not None and process.stdout is not None:
+                process.stdout.close()
+
+    def _full(self, why: str) -> str:
+        return (
+            f"the disk of {self.part.parent} is full ({why}) after {self.bytes} bytes of it; free some, lower "
+            "data.spool_gb, or set data.cache_dir (CLIPKIT_CACHE) to a larger disk"
+        )
 
     def stop(self) -> None:
+        self._ended = True
         process = getattr(self._stream, "proc", None)
-        if process is not None:
+        if process is not None and process.poll() is None:
             process.kill()

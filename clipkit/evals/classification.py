@@ -9,7 +9,7 @@ constant features have the accuracy of guessing.
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
+from clipkit.foreign import BrokenFile, permit, read_json, read_text
 from clipkit.registry import unknown
 
 
@@ -70,24 +71,17 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
         names = [str(name) for name in classes]
     elif classes in CLASSES:
         names = CLASSES[classes]()
-    elif not Path(classes).is_file():
+    elif not _is_file(classes, "classes"):
         raise ValueError(
             f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does."
         )
     elif classes.endswith((".tsv", ".csv")):
-        with open(classes, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if classes.endswith(".tsv") else ","))
-        if not rows or "name" not in rows[0]:
-            raise ValueError(
-                f"{classes} needs a header with the column 'name'; got {list(rows[0]) if rows else 'nothing'}"
-            )
-        names = [row["name"] for row in rows]
-        column = next((column for column in ("folder", "wnid") if column in rows[0]), None)
-        folders = [row[column] for row in rows] if column else None
+        names, folders = _read_table(classes)
+    elif classes.endswith(".json"):
+        names = read_json(classes, list[str])
     else:
-        text = Path(classes).read_text("utf-8")
-        names = json.loads(text) if classes.endswith(".json") else text.splitlines()
-        while names and not str(names[-1]).strip():
+        names = read_text(classes).splitlines()
+        while names and not names[-1].strip():
             names = names[:-1]
     if not names:
         raise ValueError(f"the class list {classes!r} is empty")
@@ -97,6 +91,31 @@ def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | N
                 f"class {label} of {classes if isinstance(classes, str) else 'the list'} is empty"
             )
     return names, folders
+
+
+def _is_file(name: str, what: str) -> bool:
+    """Whether a setting that is none of the known names is the path of a file that may be read."""
+    permit(name, what)
+    return "\0" not in name and Path(name).is_file()
+
+
+def _read_table(classes: str) -> tuple[list[str], list[str] | None]:
+    text = io.StringIO(read_text(classes), newline="")
+    reader = csv.DictReader(text, delimiter="\t" if classes.endswith(".tsv") else ",")
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise BrokenFile(f"{classes}, near line {reader.line_num}: {error}") from None
+    header = list(reader.fieldnames or ())
+    if not rows or "name" not in header:
+        raise ValueError(
+            f"{classes} needs a header with the column 'name'; got {str(header)[:200] if header else 'nothing'}"
+        )
+    column = next((column for column in ("folder", "wnid") if column in header), None)
+    for row in rows:
+        if row["name"] is None or (column and row[column] is None):
+            raise BrokenFile(f"{classes}: a row has fewer columns than the header")
+    return [row["name"] for row in rows], [row[column] for row in rows] if column else None
 
 
 def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str], str]]:
@@ -112,8 +131,8 @@ def read_templates(templates: str | Sequence[str] | None) -> list[Callable[[str]
         made: Sequence[str | Callable[[str], str]] = templates
     elif templates in TEMPLATES:
         made = TEMPLATES[templates]()
-    elif Path(templates).is_file():
-        made = [line for line in Path(templates).read_text("utf-8").splitlines() if line.strip()]
+    elif _is_file(templates, "templates"):
+        made = [line for line in read_text(templates).splitlines() if line.strip()]
     else:
         raise ValueError(f"{unknown('templates', templates, TEMPLATES)} It is no file either.")
     return [_prompt_maker(template) if isinstance(template, str) else template for template in made]
@@ -181,6 +200,6 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
 def image_labels(images: EncodedImages, what: str) -> Tensor:
     """(N,) int64 labels of encoded images; ValueError naming the first image without one."""
     for key, label in zip(images.keys, images.labels, strict=True):
-        if label is None:
+        if not isinstance(label, int):
             raise ValueError(f"{what}: image {key!r} has no class id (KEY.cls, or label_key in its json)")
     return torch.tensor(images.labels)

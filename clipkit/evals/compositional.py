@@ -6,7 +6,6 @@ Chance is 1/2, and a tie counts as half, so a model that cannot tell the two apa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.data.decode import read_image
 from clipkit.evals.encoder import EncodedImages, check_features
-from clipkit.evals.sources import Items
+from clipkit.evals.items import Items
+from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, parse_json, permit, read_json, read_text
+
+_NEEDED = ("caption", "negative_caption", "task")
 
 
 def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
@@ -23,32 +26,46 @@ def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
     ...}}).
     """
     path = Path(pairs)
+    permit(path, "pairs")
+    rows: list[tuple[str, dict[str, Any]]] = []
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
-        rows = [{"task": f.stem, **row} for f in files for row in json.loads(f.read_text("utf-8")).values()]
+        for file in sorted(path.glob("*.json")):
+            permit(file, "pairs")
+            found = read_json(file, dict[str, dict[str, Any]], limit=VOCABULARY_BYTES)
+            rows += [(f"{file}, pair {key[:50]}", {"task": file.stem, **row}) for key, row in found.items()]
     elif path.is_file():
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        for line, text in enumerate(read_text(path, limit=VOCABULARY_BYTES).split("\n"), 1):
+            if text.strip():
+                where = f"{path}, line {line}"
+                rows.append((where, parse_json(text, name=where)))
     else:
         raise ValueError(
             f"compositional pairs {pairs} do not exist: give a .jsonl or a folder of SugarCrepe's json files"
         )
     if not rows:
         raise ValueError(f"compositional pairs {pairs} hold no pair")
-    for number, row in enumerate(rows):
-        missing = [name for name in ("caption", "negative_caption", "task") if not row.get(name)]
-        if missing or not (row.get("key") or row.get("filename")):
-            raise ValueError(
-                f"pair {number} of {pairs} lacks {', '.join(missing) or 'key or filename'}; got {sorted(row)}"
-            )
-    return rows
+    out = []
+    for where, row in rows:
+        used = {name: row[name] for name in (*_NEEDED, "key", "filename") if row.get(name)}
+        missing = [name for name in _NEEDED if name not in used]
+        if missing or not ("key" in used or "filename" in used):
+            raise BrokenFile(f"{where} lacks {', '.join(missing) or 'key or filename'}")
+        out.append(checked(used, dict[str, str], name=where))
+    return out
 
 
 class NamedImages(Items):
     """The images of `folder` that the pairs name, once each."""
 
     def __init__(self, folder: str | Path, pairs: Sequence[dict[str, str]]):
+        permit(folder, "folder")
         self.folder, self.identity = Path(folder), f"images in {folder} of {len(pairs)} pairs"
         names = sorted({pair["filename"] for pair in pairs if "filename" in pair})
+        for name in names:
+            # The pairs, which others wrote, name images of this folder alone.
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BrokenFile(f"the pairs name {name[:200]!r}, which is no image in {folder}")
+            permit(self.folder / name, "folder")
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing or not names:
             raise ValueError(
@@ -57,7 +74,20 @@ class NamedImages(Items):
         self.items = [(name, None, []) for name in names]
 
     def read(self, key):
-        return (self.folder / key).read_bytes()
+        return read_image(self.folder / key)
+
+
+def pairs_left(pairs: Sequence[dict[str, str]], images: EncodedImages) -> list[dict[str, str]]:
+    """The pairs without those whose image could not be read."""
+    read, lost = set(images.keys), {fault.key for fault in images.faults}
+    left = [
+        pair
+        for pair in pairs
+        if not (names := {pair.get("key"), pair.get("filename")} - {None}) & lost or names & read
+    ]
+    if not left:
+        raise ValueError("no image of a pair could be read")
+    return left
 
 
 def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:

@@ -7,6 +7,8 @@ for a million images of 512 dimensions), so that a metric is the same number on 
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from clipkit.evals.sources import ImageSource
+from clipkit.data.faults import DataError
+from clipkit.evals.items import ImageSource, check_faults, located
 
 
 def check_features(features: Tensor, name: str, keys: Sequence[str] | None = None) -> None:
@@ -36,15 +39,45 @@ class EncodedImages:
 
     Attributes:
         image_features: (N, D) CPU float32, unit norm.
-        captions, labels, keys, meta: one entry an image; a label is None where the data has none.
+        captions, labels, keys, meta: one entry an image; a label is None where the data has none, and a DataError
+            where it is no whole number (never in a labelled source).
+        faults: the items left out, by any rank: each with its shard and key.
+        count, shards: how many items there are with those, and how many shards.
     """
 
     image_features: Tensor
     captions: list[list[str]]
-    labels: list[int | None]
+    labels: list[Any]
     keys: list[str]
     meta: list[dict[str, Any]]
+    faults: list[DataError] = field(default_factory=list)
+    count: int = 0
+    shards: int = 1
     text: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """{"skipped": number of items left out}, to stand among a task's metrics; empty where none was."""
+        return {"skipped": len(self.faults)} if self.faults else {}
+
+    def labelled(self) -> EncodedImages:
+        """The images whose label is no broken one; the others are among its faults."""
+        if not any(isinstance(label, DataError) for label in self.labels):
+            return self
+        kept = [row for row, label in enumerate(self.labels) if not isinstance(label, DataError)]
+        broken = [
+            located({"labels": label, "keys": key})
+            for label, key in zip(self.labels, self.keys, strict=True)
+            if isinstance(label, DataError)
+        ]
+        columns: dict[str, Any] = {
+            name: [getattr(self, name)[row] for row in kept]
+            for name in ("captions", "labels", "keys", "meta")
+        }
+        faults = [*self.faults, *broken]
+        return EncodedImages(
+            self.image_features[kept], **columns, faults=faults, count=self.count, shards=self.shards
+        )
 
 
 class Encoder:
@@ -70,7 +103,8 @@ class Encoder:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.device, self.batch_size, self.group = torch.device(device), batch_size, group
-        self._images: dict[Any, EncodedImages] = {}
+        self._images: dict[str, EncodedImages] = {}
+        self._labelled: dict[str, EncodedImages] = {}
 
     @property
     def world(self) -> tuple[int, int]:
@@ -84,10 +118,22 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, source: ImageSource) -> EncodedImages:
-        """Encode every image of `source` once; asked again, the same object is returned."""
+        """Encode every image of `source` once; asked again, the same object is returned.
+
+        What cannot be read is left out and counted, on every rank alike; rank 0 says so once.
+
+        Raises:
+            RuntimeError: more than a twentieth of the items are left out by one cause; names shard and key.
+        """
         if source.identity not in self._images:
-            self._images[source.identity] = self._encode_images(source)
-        return self._images[source.identity]
+            self._images[source.identity] = self._encode_images(source.whole())
+        if not source.labelled:
+            return self._images[source.identity]
+        if source.identity not in self._labelled:
+            images = self._images[source.identity]
+            self._labelled[source.identity] = images.labelled()
+            self._say(self._labelled[source.identity], source.identity, known=len(images.faults))
+        return self._labelled[source.identity]
 
     def _encode_images(self, source: ImageSource) -> EncodedImages:
         if not hasattr(self.model, "encode_image"):
@@ -95,21 +141,47 @@ class Encoder:
         rank, world = self.world
         image_size = self.model.image_tower.image_size
 
-        def encode() -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-            for number, batch in source.batches(image_size, self.batch_size, rank=rank, world_size=world):
-                features = self.model.encode_image(batch.pop("image").to(self.device))
-                yield number, features.float().cpu(), batch
+        def encode() -> Iterator[tuple[int, Tensor | None, dict[str, Any]]]:
+            read = source.batches(image_size, self.batch_size, rank=rank, world_size=world)
+            for number, batch in read:
+                image = batch.pop("image")
+                features = (
+                    self.model.encode_image(image.to(self.device)).float().cpu() if len(image) else None
+                )
+                yield number, features, batch
 
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
-        if not parts:
-            raise ValueError(f"{source.identity} holds no image; check the path")
         merged: dict[str, Any] = {
-            name: [x for part in parts for x in part[2][name]]
-            for name in ("captions", "labels", "keys", "meta")
+            name: [x for part in parts for x in part[2].get(name, ())]
+            for name in ("captions", "labels", "keys", "meta", "faults")
         }
-        encoded = EncodedImages(torch.cat([part[1] for part in parts]), **merged)
+        features = [part[1] for part in parts if part[1] is not None]
+        encoded = EncodedImages(
+            torch.cat(features) if features else torch.empty(0, 0),
+            **merged,
+            count=source.count,
+            shards=len(source.shards),
+        )
+        self._say(encoded, source.identity)
+        if not features:
+            raise ValueError(f"{source.identity} holds no image; check the path")
         check_features(encoded.image_features, f"image_features of {source.identity}", encoded.keys)
         return encoded
+
+    def _say(self, images: EncodedImages, identity: str, *, known: int = 0) -> None:
+        """Say what was left out, beyond the `known` first, and end where that is too much."""
+        check_faults(images.faults, identity, items=images.count, shards=images.shards)
+        new = images.faults[known:]
+        if new and self.world[0] == 0:
+            causes = ", ".join(
+                f"{n} by {cause}" for cause, n in Counter(one.cause for one in new).most_common()
+            )
+            print(
+                f"clipkit.evals: {len(new)} of {images.count} items of {identity} are left out ({causes}); the first: "
+                f"{new[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def captions(self, source: ImageSource) -> tuple[Tensor, Tensor]:
         """(text_features (M, D), text_to_image_index (M,)) of every caption of `source`, in file order."""

@@ -20,12 +20,13 @@ from clipkit.evals.classification import (
     read_templates,
     zero_shot_classifier,
 )
-from clipkit.evals.compositional import NamedImages, choice_metrics, pair_rows, read_pairs
+from clipkit.evals.compositional import NamedImages, choice_metrics, pair_rows, pairs_left, read_pairs
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.geometry import consistency_scores, geometry_metrics
+from clipkit.evals.items import ImageSource
 from clipkit.evals.linear_probe import linear_probe_metrics
 from clipkit.evals.retrieval import retrieval_metrics
-from clipkit.evals.sources import ClipBenchmark, ImageSource, open_source
+from clipkit.evals.sources import ClipBenchmark, open_source
 from clipkit.evals.tasks import register_task
 
 
@@ -36,14 +37,18 @@ class Retrieval:
     def __init__(
         self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
     ):
-        self.source = open_source("retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split)
+        self.source = open_source(
+            "retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split, captioned=True
+        )
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         text_features, index = encoder.captions(self.source)
-        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
-        return retrieval_metrics(
+        encoded = encoder.images(self.source)
+        images = encoded.image_features.to(encoder.ranking_device)
+        metrics = retrieval_metrics(
             images, text_features.to(images.device), index.to(images.device), group=encoder.group
         )
+        return {**metrics, **encoded.skipped}
 
 
 @register_task("geometry")
@@ -53,14 +58,18 @@ class Geometry:
     def __init__(
         self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
     ):
-        self.source = open_source("geometry", shards=shards, clip_benchmark=clip_benchmark, split=split)
+        self.source = open_source(
+            "geometry", shards=shards, clip_benchmark=clip_benchmark, split=split, captioned=True
+        )
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         text_features, index = encoder.captions(self.source)
-        images = encoder.images(self.source).image_features.to(encoder.ranking_device)
-        return geometry_metrics(
+        encoded = encoder.images(self.source)
+        images = encoded.image_features.to(encoder.ranking_device)
+        metrics = geometry_metrics(
             images, text_features.to(images.device), index.to(images.device), group=encoder.group
         )
+        return {**metrics, **encoded.skipped}
 
 
 class _Labelled:
@@ -69,7 +78,7 @@ class _Labelled:
     def __init__(self, what: str, classes: str | list[str] | None, **source: Any):
         names, folders = read_classes(classes) if classes is not None else (None, None)
         self.what = what
-        self.source: ImageSource = open_source(what, folders=folders or names, **source)
+        self.source: ImageSource = open_source(what, folders=folders or names, labelled=True, **source)
         known = names or self.source.classes
         if known is None:
             raise ValueError(f"{what} needs `classes`: a list of names or a file")
@@ -83,6 +92,15 @@ class _Labelled:
     def encode(self, encoder: Encoder) -> tuple:
         images = encoder.images(self.source)
         return images.image_features, image_labels(images, self.what)
+
+    def skipped(self, encoder: Encoder) -> dict[str, int]:
+        """`EncodedImages.skipped` of what `encode` read."""
+        return encoder.images(self.source).skipped
+
+
+def _skipped_of_both(encoder: Encoder, train: _Labelled, test: _Labelled) -> dict[str, int]:
+    counts = [count for data in (train, test) for count in data.skipped(encoder).values()]
+    return {"skipped": sum(counts)} if counts else {}
 
 
 @register_task("zero_shot")
@@ -131,9 +149,10 @@ class ZeroShot:
         if self.present_only:
             present, labels = labels.unique(return_inverse=True)
             classes = [classes[label] for label in present.tolist()]
-        return classification_metrics(
+        metrics = classification_metrics(
             features, zero_shot_classifier(encoder, classes, self.templates), labels
         )
+        return {**metrics, **self.data.skipped(encoder)}
 
 
 @register_task("linear_probe")
@@ -152,9 +171,10 @@ class LinearProbe:
         self.test = _Labelled("linear_probe test", classes or self.train.source.classes, **test)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        return linear_probe_metrics(
+        metrics = linear_probe_metrics(
             *self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes)
         )
+        return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
 
 @register_task("consistency")
@@ -182,7 +202,8 @@ class Consistency:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         classifier = zero_shot_classifier(encoder, self.test.classes, self.templates)
         train, labels = self.train.encode(encoder)
-        return consistency_scores(self.test.encode(encoder)[0], classifier, train, labels, k=self.k)
+        metrics = consistency_scores(self.test.encode(encoder)[0], classifier, train, labels, k=self.k)
+        return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
 
 @register_task("compositional")
@@ -205,9 +226,9 @@ class Compositional:
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         images = encoder.images(self.source)
-        rows = pair_rows(self.pairs, images)
-        right = encoder.texts([pair["caption"] for pair in self.pairs])
-        wrong = encoder.texts([pair["negative_caption"] for pair in self.pairs])
-        return choice_metrics(
-            images.image_features[rows], right, wrong, [pair["task"] for pair in self.pairs]
-        )
+        pairs = pairs_left(self.pairs, images)
+        rows = pair_rows(pairs, images)
+        right = encoder.texts([pair["caption"] for pair in pairs])
+        wrong = encoder.texts([pair["negative_caption"] for pair in pairs])
+        metrics = choice_metrics(images.image_features[rows], right, wrong, [pair["task"] for pair in pairs])
+        return {**metrics, **images.skipped}

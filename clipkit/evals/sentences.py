@@ -11,6 +11,7 @@ a gold score is left out, as SentEval does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.tasks import register_task
+from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, permit, read_bytes, read_text
 from clipkit.registry import unknown
 
 # (first sentence, second sentence, gold score)
@@ -39,6 +41,7 @@ def find_sets(folder: str | Path) -> dict[str, Callable[[], dict[str, list[Pair]
 
     Names: STS12 .. STS16 (test), STS12-train, STSB, STSB-dev, STSB-train, SICK-R, SICK-R-dev, SICK-R-train.
     """
+    permit(folder, "folder")
     root = Path(folder)
     root = root / "downstream" if (root / "downstream").is_dir() else root
     sets: dict[str, Callable[[], dict[str, list[Pair]]]] = {}
@@ -61,15 +64,18 @@ def _read_year(folder: Path) -> dict[str, list[Pair]]:
     subsets = {}
     for path in sorted(folder.glob("STS.input.*.txt")):
         name = path.name[len("STS.input.") : -len(".txt")]
-        sentences = path.read_text("utf-8").split("\n")
-        gold = (folder / f"STS.gs.{name}.txt").read_text("utf-8").split("\n")
-        rows = [
-            (*line.split("\t")[:2], float(score))
-            for line, score in zip(sentences, gold, strict=False)
-            if score.strip()
-        ]
+        sentences = read_lines(path)
+        gold = read_lines(folder / f"STS.gs.{name}.txt")
         if len([line for line in sentences if line]) > len(gold):
             raise ValueError(f"{path} has more lines than its gold scores")
+        rows: list[Pair] = []
+        for number, (line, score) in enumerate(zip(sentences, gold, strict=False), 1):
+            if score.strip():
+                pair = line.split("\t")
+                if len(pair) < 2:
+                    raise BrokenFile(f"{path}, line {number}: expected two sentences with a tab between")
+                where = f"{folder / f'STS.gs.{name}.txt'}, line {number}"
+                rows.append((pair[0], pair[1], _score(score, where)))
         subsets[name] = rows
     if not subsets:
         raise ValueError(f"{folder} holds no STS.input.NAME.txt")
@@ -78,9 +84,42 @@ def _read_year(folder: Path) -> dict[str, list[Pair]]:
 
 def _read_table(path: Path, columns: tuple[int, int, int], *, header: bool) -> dict[str, list[Pair]]:
     # Sentences hold unbalanced quotes: no csv reader.
-    rows = [line.split("\t") for line in path.read_text("utf-8").split("\n") if line.strip()][int(header) :]
+    lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
     first, second, gold = columns
-    return {"all": [(row[first], row[second].rstrip("\r"), float(row[gold])) for row in rows]}
+    rows: list[Pair] = []
+    for number, line in lines[int(header) :]:
+        row = line.split("\t")
+        if len(row) <= max(columns):
+            raise BrokenFile(
+                f"{path}, line {number}: {len(row)} columns, expected {max(columns) + 1} or more"
+            )
+        rows.append((row[first], row[second].rstrip("\r"), _score(row[gold], f"{path}, line {number}")))
+    return {"all": rows}
+
+
+def read_lines(path: Path, *, encoding: str = "utf-8") -> list[str]:
+    """A text file's lines, split at line feeds alone: str.splitlines would also split at \\x85 and the like.
+
+    Raises:
+        ValueError: it is not there, no regular file, or no such text; names it.
+    """
+    permit(path, "folder")
+    try:
+        if encoding == "utf-8":
+            return read_text(path, limit=VOCABULARY_BYTES).removeprefix("\ufeff").split("\n")
+        return read_bytes(path, limit=VOCABULARY_BYTES).decode(encoding).split("\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _score(text: str, where: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise BrokenFile(f"{where}: the gold score is no number")
+    return score
 
 
 def spearman(similarity: Tensor, gold: Tensor) -> float:

@@ -1,150 +1,103 @@
 """Where evaluation images come from: shards, CLIP_benchmark's layout, image folders, tars with a folder a
-class.
-
-Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work
-and the whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the
-shorter side, centre crop): the pixels open_clip's evaluation transform makes, before its normalisation.
+class, CIFAR's files.
 """
 
 from __future__ import annotations
 
+import copy
 import io
-import pickle
-import tarfile
-from collections.abc import Iterator
+import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from clipkit.data import expand_shards, iter_eval
-from clipkit.registry import suggest
+from clipkit.data.decode import read_image
+from clipkit.data.evalset import open_set, read_set
+from clipkit.data.faults import SHARD_CAUSES, DataError
+from clipkit.data.tarindex import tar_members
+from clipkit.data.urls import expand_shards
+from clipkit.evals.items import IMAGE_SUFFIXES, WHOLE, ImageSource, Items, batch_of, check_faults, class_id
+from clipkit.evals.plain_pickle import PickledArray, read_pickle
+from clipkit.foreign import BrokenFile, permit, read_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 SOURCE_SETTINGS = ("shards", "clip_benchmark", "folder", "tar", "cifar")
-
-
-def load_image(data: bytes | Path, image_size: int) -> Tensor:
-    """(3, image_size, image_size) uint8 RGB: shorter side to `image_size` by bicubic, then the centre."""
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-        # 16-bit greyscale would clip to white.
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
-        image = image.convert("RGB")
-    short = min(image.size)
-    width, height = (int(image_size * side / short) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class ImageSource:
-    """Images with captions or class labels.
-
-    Attributes:
-        identity: what the source reads; equal identities are encoded once.
-        classes: the class names or folder names the source itself knows, or None.
-    """
-
-    identity: str
-    classes: list[str] | None = None
-
-    def batches(
-        self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta}, each with its place
-        in the order.
-        """
-        raise NotImplementedError
+# What indexing a shard leaves out that would have been an item.
+_LOST = (
+    "missing_image",
+    "missing_caption",
+    "empty_image",
+    "unsafe_path",
+    "corrupt_header",
+    "truncated_shard",
+)
+_MEMBER_BYTES = 1 << 20
 
 
 class Shards(ImageSource):
-    """img2dataset shards read by clipkit.data.iter_eval; the class id is `label_key` of the json (`cls` or
-    `label`).
-    """
+    """img2dataset shards; the class id is `label_key` of the json, by default `cls` or `label`."""
 
-    def __init__(self, shards: str | list[str], label_key: str | None = None):
+    def __init__(self, shards: str | list[str], label_key: str | None = None, *, labelled: bool = False):
         # A glob that matches nothing is an error now, not after an epoch of training.
-        self.shards = expand_shards(shards)
+        self.shards, self.labelled = expand_shards(shards), labelled
         self.identity = f"shards {shards if isinstance(shards, str) else ', '.join(map(str, shards))}"
+        self.identity += f" by {label_key}" if label_key else ""
         self.label_keys = (label_key,) if label_key else ("cls", "label")
 
     def batches(self, image_size, batch_size, *, rank=0, world_size=1):
-        read = iter_eval(
-            self.shards, image_size=image_size, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-        for batch in read:
-            labels = [
-                next((meta[key] for key in self.label_keys if key in meta), None) for meta in batch["meta"]
+        with closing(open_set(self.shards)) as data:
+            lost = [
+                DataError(cause, *((key,) if cause in SHARD_CAUSES else ()), shard=shard, key=key)
+                for shard, cause, key in data.faults
+                if cause in _LOST
             ]
-            yield (
-                int(batch["index"][0]),
-                {
-                    "image": batch["image"],
-                    "captions": [list(captions) for captions in batch["captions"]],
-                    "labels": [None if label is None else int(label) for label in labels],
-                    "keys": list(batch["key"]),
-                    "meta": list(batch["meta"]),
-                },
+            self.count = len(data) + sum(fault.cause not in SHARD_CAUSES for fault in lost)
+            # Every rank meets the same when it opens the shards: one counts them.
+            faults = lost if rank == 0 else []
+            read = read_set(
+                data,
+                image_size=image_size,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                on_bad=faults.append,
             )
+            for batch in read:
+                samples = batch["index"].tolist()
+                rows = [
+                    {
+                        "image": batch["image"][i],
+                        "captions": list(batch["captions"][i]),
+                        "labels": self._label(batch["meta"][i], data.where(samples[i])[0]),
+                        "keys": batch["key"][i],
+                        "meta": batch["meta"][i],
+                    }
+                    for i in range(len(samples))
+                ]
+                yield samples[0], batch_of(rows, faults[:], image_size, labelled=self.labelled)
+                faults.clear()
+            if faults:
+                yield len(data), batch_of([], faults[:], image_size, labelled=self.labelled)
 
+    def whole(self):
+        found = copy.copy(self)
+        found.labelled = False
+        return found
 
-class Items(ImageSource):
-    """Images listed beforehand; a subclass lists (key, label, captions) and reads the bytes of one."""
-
-    items: list[tuple[str, int | None, list[str]]]
-
-    def read(self, key: str) -> bytes:
-        raise NotImplementedError
-
-    def batches(self, image_size, batch_size, *, rank=0, world_size=1):
-        for number in range(rank, -(-len(self.items) // batch_size), world_size):
-            items = self.items[number * batch_size : (number + 1) * batch_size]
-            images = []
-            for key, _, _ in items:
-                try:
-                    images.append(load_image(self.read(key), image_size))
-                except OSError as error:
-                    raise ValueError(f"{self.identity}: {key} is not a readable image ({error})") from error
-            yield (
-                number,
-                {
-                    "image": torch.stack(images),
-                    "captions": [captions for _, _, captions in items],
-                    "labels": [label for _, label, _ in items],
-                    "keys": [key for key, _, _ in items],
-                    "meta": [{} for _ in items],
-                },
-            )
-
-    def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
-        """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
-        found = sorted({Path(key).parent.name for key in keys})
-        if folders is not None and len(folders) == len(found) and not set(found) & set(folders):
-            # As ImageNet's folders of wnids under a list of names: both in the same order.
-            folders = None
-        self.classes = list(folders) if folders is not None else found
-        for name in found:
-            if name not in self.classes:
-                raise ValueError(
-                    f"{self.identity}: folder {name!r} is none of the {len(self.classes)} classes."
-                    f"{suggest(name, self.classes)}"
-                )
-        labels = {name: label for label, name in enumerate(self.classes)}
-        self.items = [(key, labels[Path(key).parent.name], []) for key in sorted(keys)]
-        if not self.items:
-            raise ValueError(f"{self.identity} holds no image in a class folder; expected CLASS/NAME.jpg")
+    def _label(self, meta: dict[str, Any], shard: str) -> int | None | DataError:
+        label = class_id(next((meta[key] for key in self.label_keys if key in meta), None))
+        if isinstance(label, DataError):
+            return DataError(label.cause, label.detail, shard=shard)
+        return label
 
 
 class ImageFolder(Items):
     """`folder`/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
 
     def __init__(self, folder: str | Path, folders: list[str] | None = None):
+        permit(folder, "folder")
         self.folder, self.identity = Path(folder), f"image folder {folder}"
         if not self.folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist")
@@ -153,6 +106,8 @@ class ImageFolder(Items):
             for path in self.folder.glob("*/*")
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
+        for key in keys:
+            permit(self.folder / key, "folder")
         filled = {Path(key).parent.name for key in keys}
         for path in sorted(self.folder.iterdir()):
             if path.is_dir() and path.name not in filled:
@@ -162,26 +117,26 @@ class ImageFolder(Items):
         self._label_by_folder(keys, folders)
 
     def read(self, key):
-        return (self.folder / key).read_bytes()
+        return read_image(self.folder / key)
 
 
 class ClassTar(Items):
     """One tar of PART/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
 
     def __init__(self, tar: str | Path, folders: list[str] | None = None):
+        permit(tar, "tar")
         self.path, self.identity = Path(tar), f"tar {tar}"
         if not self.path.is_file():
-            raise ValueError(f"tar {tar} does not exist")
-        with tarfile.open(self.path, "r:") as archive:
-            members = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES]
-        self._where = {m.name: (m.offset_data, m.size) for m in members}
+            raise ValueError(f"tar {tar} does not exist, or is not a regular file")
+        self._where = {
+            name: (offset, size)
+            for name, offset, size in tar_members(self.path)
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        }
         self._label_by_folder(list(self._where), folders)
 
     def read(self, key):
-        offset, size = self._where[key]
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return _read_at(self.path, *self._where[key])
 
 
 class ClipBenchmark(Items):
@@ -189,65 +144,95 @@ class ClipBenchmark(Items):
 
     Beside the splits, classnames.txt and zeroshot_classification_templates.txt hold one class and one
     template a line; a retrieval set's .txt holds one caption a line.
+
+    Args:
+        captioned: leave out images without a caption.
     """
 
-    def __init__(self, folder: str | Path, split: str = "test"):
+    def __init__(self, folder: str | Path, split: str = "test", *, captioned: bool = False):
+        permit(folder, "clip_benchmark")
+        permit(Path(folder) / split, "split")
         self.folder, self.identity = Path(folder), f"CLIP_benchmark folder {folder} split {split}"
         tars = sorted((self.folder / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
         if not tars:
             splits = sorted(path.name for path in self.folder.glob("*") if path.is_dir())
             raise ValueError(f"{self.identity} holds no tar; splits found: {', '.join(splits) or 'none'}")
-        count = self.folder / split / "nshards.txt"
-        if count.exists() and int(count.read_text()) != len(tars):
-            raise ValueError(
-                f"{self.identity}: nshards.txt says {count.read_text().strip()}, found {len(tars)} tars"
-            )
+        self._check_count(self.folder / split / "nshards.txt", len(tars))
         self.classes = self.lines("classnames.txt")
         self.templates = self.lines("zeroshot_classification_templates.txt")
         self._where: dict[str, tuple[Path, int, int]] = {}
-        self.items = []
-        for tar in tars:
-            self._index(tar)
+        self.items, self.lost = [], []
+        for tar in expand_shards(tars, what="clip_benchmark"):
+            self._index(Path(tar))
+        if captioned:
+            self.identity += " with captions"
+            self.lost += [
+                self._fault("missing_caption", key) for key, _, captions in self.items if not captions
+            ]
+            self.items = [item for item in self.items if item[2]]
+        check_faults(self.lost, self.identity, items=len(self.items) + len(self.lost), shards=len(tars))
+
+    def _fault(self, cause: str, key: str) -> DataError:
+        return DataError(cause, shard=self.identity, key=key)
+
+    def _check_count(self, file: Path, found: int) -> None:
+        if file.exists():
+            permit(file, "nshards.txt")
+            said = read_text(file, limit=_MEMBER_BYTES).strip()
+            if not WHOLE.fullmatch(said):
+                raise BrokenFile(f"{file} holds no number of tars")
+            if int(said) != found:
+                raise ValueError(f"{self.identity}: nshards.txt says {int(said)}, found {found} tars")
 
     def lines(self, name: str) -> list[str] | None:
         path = self.folder / name
-        return (
-            [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-            if path.exists()
-            else None
-        )
+        if not path.exists():
+            return None
+        permit(path, name)
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
     def _index(self, tar: Path) -> None:
         samples: dict[str, dict[str, Any]] = {}
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                stem, _, suffix = Path(member.name).name.partition(".")
-                sample = samples.setdefault(str(Path(member.name).parent / stem), {})
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    sample["image"] = (member.offset_data, member.size)
-                elif suffix in ("cls", "txt") and (file := archive.extractfile(member)) is not None:
-                    sample[suffix] = file.read().decode("utf-8").strip()
+        for member, offset, size in tar_members(tar):
+            stem, _, suffix = Path(member).name.partition(".")
+            name = str(Path(member).parent / stem)
+            sample = samples.setdefault(name, {})
+            if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                sample["image"] = (offset, size)
+            elif suffix in ("cls", "txt"):
+                if size > _MEMBER_BYTES:
+                    raise BrokenFile(
+                        f"{tar}: {member[:200]} has {size} bytes, which is no class id or caption"
+                    )
+                try:
+                    sample[suffix] = _read_at(tar, offset, size).decode("utf-8").strip()
+                except UnicodeDecodeError:
+                    raise BrokenFile(f"{tar}: {member[:200]} is not UTF-8 text") from None
         for name, sample in samples.items():
             key = f"{tar.name}/{name}"
             if "image" not in sample:
-                raise ValueError(f"{self.identity}: sample {key} has no image")
+                self.lost = [*self.lost, self._fault("missing_image", key)]
+                continue
+            label = class_id(sample.get("cls"))
+            if isinstance(label, DataError):
+                raise BrokenFile(f"{tar}: the class id of sample {name[:200]} is no whole number")
             self._where[key] = (tar, *sample["image"])
             captions = [line.strip() for line in sample.get("txt", "").splitlines() if line.strip()]
-            self.items.append((key, int(sample["cls"]) if "cls" in sample else None, captions))
+            self.items.append((key, label, captions))
 
     def read(self, key):
-        tar, offset, size = self._where[key]
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return _read_at(*self._where[key])
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return os.pread(file.fileno(), size, offset)
 
 
 class Cifar(Items):
     """CIFAR-10 or CIFAR-100 as torchvision keeps it: FOLDER/cifar-10-batches-py or FOLDER/cifar-100-python.
 
-    The files are pickles; they are read by an unpickler that knows arrays, bytes, lists and dicts alone.
+    The files are pickles; they are read by an unpickler that knows plain values and arrays of bytes alone.
     """
 
     def __init__(self, folder: str | Path, split: str = "test"):
@@ -258,22 +243,36 @@ class Cifar(Items):
             },
             "cifar-100-python": {"test": ["test"], "train": ["train"]},
         }
+        permit(folder, "cifar")
         self.identity = f"CIFAR in {folder} split {split}"
         root = next((Path(folder) / name for name in names if (Path(folder) / name).is_dir()), Path(folder))
         if root.name not in names:
             raise ValueError(f"{folder} holds neither cifar-10-batches-py nor cifar-100-python")
         if split not in names[root.name]:
             raise ValueError(f"CIFAR has the splits test and train; got {split!r}")
-        meta = _load_arrays(
-            root / ("batches.meta" if "10-" in root.name and "100" not in root.name else "meta")
-        )
-        names_key, label_key = (
-            (b"label_names", b"labels") if b"label_names" in meta else (b"fine_label_names", b"fine_labels")
-        )
-        self.classes = [name.decode().replace("_", " ") for name in meta[names_key]]
-        batches = [_load_arrays(root / name) for name in names[root.name][split]]
-        self._pixels = [row for batch in batches for row in batch[b"data"]]
-        labels = [label for batch in batches for label in batch[label_key]]
+        meta_file, prefix = ("batches.meta", b"") if root.name.startswith("cifar-10-") else ("meta", b"fine_")
+        found = read_pickle(root / meta_file).get(prefix + b"label_names")
+        if not isinstance(found, list) or not all(isinstance(name, bytes) for name in found):
+            raise BrokenFile(f"{root / meta_file} holds no list of class names")
+        self.classes = [name.decode("utf-8", "replace").replace("_", " ") for name in found]
+        self._pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        for path in (root / name for name in names[root.name][split]):
+            batch = read_pickle(path)
+            pixels, ids = batch.get(b"data"), batch.get(prefix + b"labels")
+            rows = pixels.bytes() if isinstance(pixels, PickledArray) else np.empty(0, np.uint8)
+            if rows.ndim != 2 or rows.shape[-1] != 3072:
+                raise BrokenFile(f"{path} holds no pictures of 32 x 32 (`data` of (N, 3072) bytes)")
+            if (
+                not isinstance(ids, list)
+                or len(ids) != len(rows)
+                or not all(isinstance(label, int) and 0 <= label < len(self.classes) for label in ids)
+            ):
+                raise BrokenFile(
+                    f"{path} does not hold a class from 0 to {len(self.classes) - 1} for each picture"
+                )
+            self._pixels += [np.asarray(row) for row in rows]
+            labels += ids
         self.items = [(f"{split}/{i:05d}", int(label), []) for i, label in enumerate(labels)]
 
     def read(self, key):
@@ -281,27 +280,6 @@ class Cifar(Items):
         pixels = self._pixels[int(key.rpartition("/")[2])].reshape(3, 32, 32).transpose(1, 2, 0)
         Image.fromarray(pixels).save(buffer, "BMP")
         return buffer.getvalue()
-
-
-def _load_arrays(path: Path) -> Any:
-    """A pickle of plain values and NumPy arrays; anything else in it is a ValueError."""
-
-    class Arrays(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name in ("_reconstruct", "ndarray", "dtype") and module.startswith("numpy"):
-                return super().find_class(
-                    "numpy._core.multiarray" if name == "_reconstruct" else "numpy", name
-                )
-            if (module, name) == ("_codecs", "encode"):
-                return super().find_class(module, name)
-            raise ValueError(
-                f"{path} holds {module}.{name}, which is no array: it is not CIFAR's file, and was not loaded"
-            )
-
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with open(path, "rb") as file:
-        return Arrays(file, encoding="bytes").load()
 
 
 def open_source(
@@ -315,8 +293,14 @@ def open_source(
     split: str = "test",
     label_key: str | None = None,
     folders: list[str] | None = None,
+    labelled: bool = False,
+    captioned: bool = False,
 ) -> ImageSource:
-    """The one source that is given; `what` names the task in the error for none or several."""
+    """The one source that is given; `what` names the task in the error for none or several.
+
+    Args:
+        labelled, captioned: what the task needs of each image; one that has it broken is left out.
+    """
     given = {
         name: value
         for name, value in zip(SOURCE_SETTINGS, (shards, clip_benchmark, folder, tar, cifar), strict=True)
@@ -327,9 +311,9 @@ def open_source(
             f"{what} needs exactly one of {', '.join(SOURCE_SETTINGS)}; got {', '.join(given) or 'none'}"
         )
     if shards is not None:
-        return Shards(shards, label_key)
+        return Shards(shards, label_key, labelled=labelled)
     if clip_benchmark is not None:
-        return ClipBenchmark(clip_benchmark, split)
+        return ClipBenchmark(clip_benchmark, split, captioned=captioned)
     if cifar is not None:
         return Cifar(cifar, split)
     if folder is not None:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.logistic import fit_logistic, predict_logistic
+from clipkit.evals.sentences import read_lines
 from clipkit.evals.tasks import register_task
+from clipkit.foreign import BrokenFile, permit
 from clipkit.registry import unknown
 
 SEED = 1111
@@ -49,6 +51,7 @@ class SentEval:
     """
 
     def __init__(self, *, folder: str, tasks: list[str] | None = None, folds: int = 10):
+        permit(folder, "folder")
         self.root = Path(folder) / "downstream" if (Path(folder) / "downstream").is_dir() else Path(folder)
         here = [task for task, files in FILES.items() if all((self.root / name).is_file() for name in files)]
         for task in tasks or []:
@@ -97,35 +100,63 @@ def read_binary(root: Path, task: str) -> list[tuple[str, int]]:
     """(sentence, 1 or 0) of the positive and then the negative file."""
     rows = []
     for name, label in zip(_BINARY[task], (1, 0), strict=True):
-        # latin-1, and no str.splitlines: it would also split at \x85 and the like.
-        lines = (root / name).read_bytes().decode("latin-1").split("\n")
-        rows += [(line.strip(), label) for line in lines if line.strip()]
+        rows += [(line.strip(), label) for _, line in _rows(root / name, encoding="latin-1")]
     return rows
 
 
 def read_sst2(path: Path) -> list[tuple[str, int]]:
     """(sentence, label) of lines `sentence TAB label`."""
-    lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    return [(line.rsplit("\t", 1)[0].strip(), int(line.rsplit("\t", 1)[1])) for line in lines]
+    rows = []
+    for number, line in _rows(path):
+        sentence, _, label = line.rpartition("\t")
+        rows.append((sentence.strip(), _binary_label(label, path, number)))
+    return rows
 
 
 def read_trec(root: Path) -> list[list[tuple[str, int]]]:
     """Train and test rows (question, coarse class); lines are `COARSE:fine question`."""
-    parts = []
+    parts, classes = [], {}
     for name in _TREC:
-        lines = [line for line in (root / name).read_bytes().decode("latin-1").split("\n") if line.strip()]
-        parts.append([(line.split(" ", 1)[1].strip(), line.split(":", 1)[0]) for line in lines])
-    classes = sorted({label for _, label in parts[0]})
-    return [[(question, classes.index(label)) for question, label in part] for part in parts]
+        rows = []
+        for number, line in _rows(root / name, encoding="latin-1"):
+            kind, _, question = line.partition(" ")
+            coarse, colon, _ = kind.partition(":")
+            if not colon or (parts and coarse not in classes):
+                raise BrokenFile(
+                    f"{root / name}, line {number}: expected `COARSE:fine question` with a known class"
+                )
+            rows.append((question.strip(), coarse))
+        classes = classes or {label: i for i, label in enumerate(sorted({label for _, label in rows}))}
+        parts.append(rows)
+    return [[(question, classes[label]) for question, label in part] for part in parts]
 
 
 def read_mrpc(path: Path) -> tuple[list[str], list[str], Tensor]:
     """First sentences, second sentences, (n,) labels, sorted by their numbers of words."""
+    rows = []
+    for number, line in _rows(path)[1:]:
+        row = line.rstrip("\r").split("\t")
+        if len(row) < 5:
+            raise BrokenFile(f"{path}, line {number}: {len(row)} columns, expected 5")
+        rows.append((_binary_label(row[0], path, number), row[0], row[3], row[4]))
+    rows.sort(key=lambda row: (len(row[2].split()), len(row[3].split()), row[1]))
+    return [row[2] for row in rows], [row[3] for row in rows], torch.tensor([row[0] for row in rows])
+
+
+def _rows(path: Path, *, encoding: str = "utf-8") -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; a file without any is an error."""
     rows = [
-        line.rstrip("\r").split("\t") for line in path.read_text("utf-8-sig").split("\n") if line.strip()
-    ][1:]
-    rows.sort(key=lambda row: (len(row[3].split()), len(row[4].split()), row[0]))
-    return [row[3] for row in rows], [row[4] for row in rows], torch.tensor([int(row[0]) for row in rows])
+        (number, line) for number, line in enumerate(read_lines(path, encoding=encoding), 1) if line.strip()
+    ]
+    if not rows:
+        raise BrokenFile(f"{path} has no rows")
+    return rows
+
+
+def _binary_label(text: str, path: Path, number: int) -> int:
+    if text.strip() not in ("0", "1"):
+        raise BrokenFile(f"{path}, line {number}: the label is neither 0 nor 1")
+    return int(text)
 
 
 def sorted_rows(rows: list[tuple[str, int]]) -> tuple[list[str], Tensor]:

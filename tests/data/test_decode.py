@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clipkit.data.decode import crop_box, decode, decode_eval, decode_squashed, decode_train
+from clipkit.data.decode import (
+    crop_box,
+    decode,
+    decode_eval,
+    decode_squashed,
+    decode_train,
+    middle,
+    read_image,
+)
 from clipkit.data.faults import DataError
+from clipkit.evals.items import load_image
+from tests.processes import fork
 
 
 def smooth(width=90, height=60):
@@ -193,3 +206,61 @@ def test_a_cut_jpeg_is_corrupt_and_stray_bytes_are_not():
 def test_squashing_keeps_the_shape_as_a_number():
     pixels, aspect = decode_squashed(save(smooth(90, 60)), 16)
     assert pixels.shape == (3, 16, 16) and aspect == 1.5
+
+
+@pytest.mark.parametrize("size", [(160, 10), (10, 160), (161, 10), (40, 3)])
+def test_a_long_picture_that_is_not_extreme_is_resized_whole(size):
+    height, width = size[1], size[0]
+    assert middle(height, width) == (0, 0, height, width) or max(size) > 160
+    long = middle(3, 50), middle(50, 3), middle(1, 18), middle(18, 1)
+    # 48 of 50 and 16 of 18: as many pixels are cut on both sides, so that the centre stays.
+    assert long == ((0, 1, 3, 48), (1, 0, 48, 3), (0, 1, 1, 16), (1, 0, 16, 1))
+
+
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (999, 20), (40, 1)])
+def test_the_centre_of_an_extreme_picture_is_that_of_the_whole(size):
+    from torchvision.transforms import v2
+
+    image = smooth(*size)
+    whole = v2.Compose([v2.Resize(32, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)])(image)
+    data = save(image, "PNG")
+    for ours in (decode_eval(data, 32), load_image(data, 32)):
+        assert ours.shape == (3, 32, 32) and far(ours.permute(1, 2, 0), whole) <= 4
+
+
+def test_nothing_runs_a_program_to_read_a_picture(monkeypatch):
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda *a, **k: pytest.fail("a program was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) show\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    for read in (decode, lambda data: load_image(data, 8), lambda data: decode_eval(data, 8)):
+        with pytest.raises(DataError, match="corrupt_image: it is in none of the formats"):
+            read(eps)
+
+
+def test_only_regular_files_are_read_as_pictures(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(1 << 30)
+    for name, cause in (
+        ("fifo.png", "not_a_file"),
+        ("link.png", "not_a_file"),
+        ("folder.png", "not_a_file"),
+        ("large.png", "image_too_large"),
+        ("nowhere.png", "missing_image"),
+        ("nul\0.png", "missing_image"),
+    ):
+        for read in (read_image, lambda path: load_image(path, 8)):
+            with pytest.raises(DataError) as raised:
+                read(tmp_path / name)
+            assert raised.value.cause == cause and name.split("\0")[0] in str(raised.value) or "\0" in name
+
+
+def test_memory_is_bounded_by_the_picture_and_the_wanted_size(tmp_path):
+    """Pictures of some hundred bytes: one extremely long, and others whose conversion takes many times their size."""
+    program = Path(__file__).with_name("peak_memory.py")
+    peaks = json.loads(fork(program, cwd=tmp_path).finished().splitlines()[-1])
+    # The first two took 640 MB; 36 megapixels are 108 MB in RGB, and 16-bit ones took 1 GB.
+    assert peaks["decode_eval 4000x1"] < 40 and peaks["load_image 1x4000"] < 40
+    assert peaks["decode_eval 16 bits"] < 450 and peaks["decode_eval alpha"] < 650, peaks

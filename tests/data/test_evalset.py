@@ -57,7 +57,10 @@ def test_a_bad_sample_is_an_error_that_names_it_unless_skipped(tmp_path, write_t
     with pytest.raises(DataError, match=r"a\.tar key 'bad': corrupt_image"):
         list(iter_eval(shard, image_size=16, batch_size=4))
     assert keys(iter_eval(shard, image_size=16, batch_size=4, on_bad="skip")) == ["a", "c"]
-    with pytest.raises(ValueError, match="'error' or 'skip'"):
+    faults = []
+    assert keys(iter_eval(shard, image_size=16, batch_size=4, on_bad=faults.append)) == ["a", "c"]
+    assert [(fault.cause, fault.shard, fault.key) for fault in faults] == [("corrupt_image", shard, "bad")]
+    with pytest.raises(ValueError, match="'error', 'skip' or a function"):
         next(iter_eval(shard, image_size=16, batch_size=4, on_bad="ignore"))
 
 

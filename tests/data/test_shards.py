@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -328,12 +330,83 @@ def test_a_batch_that_never_comes_is_an_error_that_names_the_shard(thousand_shar
         next(iter(stream_of(thousand_shards[:1], stuck, batch_size=1, num_workers=1, timeout_s=1)))
 
 
-def test_a_worker_that_dies_ends_the_stream(thousand_shards):
+def test_a_worker_that_dies_each_time_ends_the_stream(thousand_shards, capfd):
     def die(texts):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(RuntimeError, match="worker"):
-        next(iter(stream_of(thousand_shards[:1], die, batch_size=1, num_workers=1)))
+    stream = stream_of(thousand_shards[:1], die, batch_size=1, num_workers=1)
+    with pytest.raises(
+        RuntimeError,
+        match=r"data worker \d+ was killed by SIGKILL.* GB free and this process takes .*data.num_workers.*data.prefetch"
+        rf".*data.cache=none.*3 times in a row without a batch, after 2 restarts: waiting for {thousand_shards[0]}",
+    ):
+        next(iter(stream))
+    assert stream.report()["worker_restarts"] == 2
+    assert capfd.readouterr().err.count("New workers go on with the same batch") == 2
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_killed_workers_change_no_batch(thousand_shards, byte_tokenizer, cache, capfd):
+    def make(num_workers):
+        return stream_of(
+            thousand_shards[:200],
+            byte_tokenizer,
+            batch_size=25,
+            num_workers=num_workers,
+            epochs=3,
+            cache=cache,
+            augmentation={"crop_scale": [0.3, 1.0]},
+        )
+
+    expected = [(batch["image"].clone(), batch["text"], batch["key"]) for batch in make(0)]
+    before, rng = signal.getsignal(signal.SIGCHLD), random.Random(4)
+    stream, found, killed = make(2), [], 0
+    for batch in stream:
+        found.append((batch["image"].clone(), batch["text"], batch["key"]))
+        assert signal.getsignal(signal.SIGCHLD) is before
+        if len(found) in (2, 9, 10, 20):
+            # As the kernel would, at any moment; and what runs here meanwhile is not disturbed.
+            victim = rng.choice(multiprocessing.active_children())
+            os.kill(victim.pid, rng.choice((signal.SIGKILL, signal.SIGTERM)))
+            killed += 1
+            time.sleep(0.05 * rng.random())
+    assert len(found) == len(expected) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(found, expected)
+    )
+    said = capfd.readouterr().err
+    assert 1 <= stream.report()["worker_restarts"] <= killed
+    assert (
+        said.count("New workers go on") == stream.report()["worker_restarts"]
+        and "was killed by SIGKILL" in said
+    )
+    assert "worker_restarts" not in make(0).report() and not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_change_no_batch(thousand_shards, byte_tokenizer):
+    rng = random.Random(1)
+    expected = [
+        batch["image"].clone()
+        for batch in stream_of(thousand_shards, byte_tokenizer, batch_size=10, epochs=1)
+    ]
+    for _ in range(10):
+        stream = stream_of(thousand_shards, byte_tokenizer, batch_size=10, num_workers=3, epochs=1)
+        for step, batch in enumerate(stream):
+            assert torch.equal(batch["image"], expected[step])
+            if step % 15 == 7:
+                os.kill(rng.choice(multiprocessing.active_children()).pid, signal.SIGKILL)
+                time.sleep(0.02 * rng.random())
+        assert step == len(expected) - 1 and stream.report()["worker_restarts"] >= 8
+
+
+def test_an_error_inside_a_worker_is_no_death(thousand_shards):
+    def fail(texts):
+        raise ConnectionResetError("a server said so")
+
+    stream = stream_of(thousand_shards[:1], fail, batch_size=1, num_workers=1)
+    with pytest.raises(ConnectionResetError, match="a server said so"):
+        next(iter(stream))
+    assert "worker_restarts" not in stream.report()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
+import time
 
 import pytest
 import torch
 
 from clipkit.data import create_tokenizer, list_tokenizers, load_tokenizer
+from clipkit.data.bpe import _merge_everywhere, _merge_long
+from clipkit.foreign import BrokenFile, named_by
 
 ODD = [
     "",
@@ -199,3 +204,186 @@ def test_wrong_settings_say_what_is_right(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="not a tokenizer file"):
         load_tokenizer(tmp_path / "x.json")
+
+
+def long_words() -> list[str]:
+    rng = random.Random(5)
+    letters = {"ascii": "abcdefghijklmnopqrstuvwxyz", "few": "aeinst", "marks": "!?.,-_#"}
+    out = ["".join(rng.choices(kind, k=n)) for kind in letters.values() for n in (47, 48, 49, 50, 200, 1500)]
+    out += [
+        "".join(chr(rng.randrange(*span)) for _ in range(300)) for span in ((0xE0, 0x17F), (0x4E00, 0x9000))
+    ]
+    out += ["".join(rng.choices("ab\u00e9\u4e2d", k=600))]
+    out += [piece * n for piece in ("a", "ab", "aba", "the", "\u00e9") for n in (49, 100, 511, 1024)]
+    return out + ["antidisestablishmentarianism" * 40, "a" * 300 + "the" * 200 + "z"]
+
+
+def test_long_words_get_open_clips_ids(clip, reference):
+    for word in long_words():
+        assert clip._pairs.ids(word, 10**9) == reference.encode(word), word[:60]
+
+
+def test_merging_by_a_heap_is_merging_round_by_round():
+    """Also where merges are in an order that training would not give, such as one that needs a later one."""
+    rng = random.Random(0)
+    for _ in range(300):
+        made = ["a", "b", "c"]
+        pairs = {}
+        for _ in range(rng.randrange(1, 25)):
+            pair = (rng.choice(made), rng.choice(made))
+            pairs[pair] = len(pairs)
+            made.append("".join(pair))
+        order = list(range(len(pairs)))
+        rng.shuffle(order)
+        ranks = dict(zip(pairs, order, strict=True))
+        parts = rng.choices("abc", k=rng.randrange(2, 60))
+        slow = list(parts)
+        while True:
+            found = [pair for pair in zip(slow, slow[1:]) if pair in ranks]
+            if not found:
+                break
+            slow = _merge_everywhere(slow, min(found, key=ranks.__getitem__))
+        assert _merge_long(parts, ranks) == slow
+
+
+def test_a_long_word_takes_no_quadratic_time(clip):
+    """100,000 letters: hours by rounds over the whole word, some tenths of a second now."""
+    word = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
+    start = time.process_time()
+    clip(word)
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("name", ["clip_bpe", "words", "hf"])
+def test_the_rest_of_a_very_long_text_is_not_looked_at(name, test_data, monkeypatch):
+    monkeypatch.setattr("clipkit.data.tokenizers.MAX_CHARACTERS", 12)
+    spec = {"name": name, "context_length": 16}
+    if name == "hf":
+        spec["model"] = str(test_data("tokenizers/bert-uncased"))
+    tokenizer = create_tokenizer(spec, captions=["a red circle and stars"] if name == "words" else None)
+    long = "a red circle and stars"
+    assert (
+        torch.equal(tokenizer(long), tokenizer("a red circle")) and len(set(tokenizer(long)[0].tolist())) > 4
+    )
+    assert torch.equal(tokenizer([long, "a"]), tokenizer(["a red circle", "a"]))
+
+
+def merges_file(path, lines, pack=gzip.compress):
+    path.write_bytes(pack("\n".join(["#version", *lines]).encode()))
+    return path
+
+
+def test_own_merges_are_kept_in_the_saved_file(tmp_path):
+    path = merges_file(tmp_path / "merges.gz", ["h e", "l l", "he ll", "o</w> x"])
+    tokenizer = create_tokenizer({"name": "clip_bpe", "context_length": 12, "merges": str(path)})
+    expected = tokenizer(["hello hell", "world"])
+    assert tokenizer.vocab_size == 512 + 4 + 2
+    tokenizer.save(tmp_path / "tokenizer.json")
+    path.unlink()
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert torch.equal(again(["hello hell", "world"]), expected) and again.vocab_size == tokenizer.vocab_size
+    create_tokenizer("clip_bpe").save(tmp_path / "usual.json")
+    assert (tmp_path / "usual.json").stat().st_size < 200, "open_clip's own merges are not copied"
+
+
+def test_a_file_that_names_its_merges_opens_what_it_may_alone(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    elsewhere, own = (merges_file(folder / "merges.gz", ["h e"]) for folder in (tmp_path, tmp_path / "work"))
+    for path, allowed in ((own, True), (elsewhere, False)):
+        saved = {"tokenizer": "clip_bpe", "context_length": 12, "merges": str(path)}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+        assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == 515
+        with named_by(tmp_path / "run"):
+            if allowed:
+                assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == 515
+            else:
+                with pytest.raises(BrokenFile, match="tokenizer.merges is"):
+                    load_tokenizer(tmp_path / "tokenizer.json")
+
+
+SECRET = "hunter2"
+BROKEN_MERGES = {
+    "no gzip": SECRET.encode(),
+    "cut short": gzip.compress(SECRET.encode() * 99)[:-12],
+    "altered": gzip.compress(SECRET.encode() * 99)[:20] + b"xxxx",
+    "no text": gzip.compress(b"\n\xff\xff"),
+    "a merge of three": gzip.compress(f"#\n{SECRET} b c\n".encode()),
+    "a merge of one": gzip.compress(f"#\na b\n{SECRET}\n".encode()),
+    "a bomb": gzip.compress(b"\0" * (65 << 20), 1),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_MERGES)
+def test_broken_merges_are_an_error_that_names_the_file(what, tmp_path):
+    path = tmp_path / "merges.gz"
+    path.write_bytes(BROKEN_MERGES[what])
+    with pytest.raises(ValueError, match=str(path)) as raised:
+        create_tokenizer({"name": "clip_bpe", "merges": str(path)})
+    assert SECRET not in str(raised.value)
+
+
+def test_merges_that_are_no_regular_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero", tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=str(path)):
+            create_tokenizer({"name": "clip_bpe", "merges": str(path)})
+
+
+def hf_state(**changes):
+    backend = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"},
+    }
+    state = {"tokenizer": "hf", "context_length": 8, "special": {"pad": 0, "sot": 0, "eot": 1}}
+    return {**state, "backend": json.dumps({**backend, **changes.pop("backend", {})}), **changes}
+
+
+BROKEN_TOKENIZERS = {
+    "no name": {"context_length": 12},
+    "another name": {"tokenizer": SECRET, "context_length": 12},
+    "a name that is a list": {"tokenizer": [SECRET]},
+    "a setting too many": {"tokenizer": "words", "context_length": 12, "vocabulary": [], "x": SECRET},
+    "a setting too few": {"tokenizer": "words", "context_length": 12},
+    "words that are numbers": {"tokenizer": "words", "context_length": 12, "vocabulary": ["a", 3]},
+    "a huge context": {"tokenizer": "words", "context_length": 10**12, "vocabulary": ["a"]},
+    "a context of text": {"tokenizer": "words", "context_length": SECRET, "vocabulary": ["a"]},
+    "a context that is true": {"tokenizer": "words", "context_length": True, "vocabulary": ["a"]},
+    "merges of three": {"tokenizer": "clip_bpe", "context_length": 12, "merges": [f"{SECRET} b c"]},
+    "merges of lists": {"tokenizer": "clip_bpe", "context_length": 12, "merges": [["a", "b"]]},
+    "too many merges": {"tokenizer": "clip_bpe", "context_length": 12, "merges": ["a b"] * 50_000},
+    "merges that are a file of another kind": {
+        "tokenizer": "clip_bpe",
+        "context_length": 12,
+        "merges": "/etc/passwd",
+    },
+    "a backend that is no json": hf_state() | {"backend": SECRET},
+    "a backend of nothing": hf_state() | {"backend": "{}"},
+    "a deep backend": hf_state() | {"backend": "[" * 100_000},
+    "a model that is not": hf_state(backend={"model": {"type": SECRET}}),
+    "special ids beyond the vocabulary": hf_state(special={"pad": 7, "sot": 0, "eot": 1}),
+    "negative special ids": hf_state(special={"pad": -1, "sot": 0, "eot": 1}),
+    "special ids too few": hf_state(special={"pad": 0}),
+    "a post-processor of unknown tokens": hf_state(
+        backend={"post_processor": {"type": "BertProcessing", "sep": [SECRET, 99], "cls": [SECRET, 98]}}
+    ),
+    "no token for the unknown": hf_state(
+        backend={"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": SECRET}}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_file_is_one_error_that_names_it_and_quotes_nothing(what, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(BROKEN_TOKENIZERS[what]))
+    with pytest.raises(ValueError, match=str(path)) as raised:
+        load_tokenizer(path)
+    assert SECRET not in str(raised.value) and "root:" not in str(raised.value)
+
+
+def test_the_backend_of_these_cases_is_otherwise_good(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(hf_state()))
+    assert load_tokenizer(path)("a b").tolist() == [[0, 0, 0, 0, 0, 0, 0, 0]]

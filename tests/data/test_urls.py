@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import threading
 import time
@@ -13,7 +14,8 @@ import pytest
 
 from clipkit.data import create_stream, expand_shards, iter_eval
 from clipkit.data.faults import DataError
-from clipkit.data.urls import Spool
+from clipkit.data.urls import Expanded, Spool
+from clipkit.foreign import BrokenFile, named_by
 from tests.processes import PATIENCE
 
 needs_curl = pytest.mark.skipif(
@@ -236,3 +238,106 @@ def test_what_is_not_there_is_an_error_that_says_what_is(shards):
         expand_shards([f"{folder}/*.tar", f"{folder}/000.tar"])
     with pytest.raises(ValueError, match="is empty"):
         expand_shards([])
+
+
+HOSTILE_NAMES = [
+    "pipe:touch ran; cat set.tar", "PIPE:touch ran.tar", "https:x.tar", "file:x.tar", "{a,b}.tar", "{0..9}.tar",
+    "[ab].tar", "*.tar", "x?.tar", "~x.tar", "{.tar", "a\\{b.tar", "-x.tar",
+]  # fmt: skip
+
+
+def test_files_whose_names_are_patterns_or_commands_are_those_files(tmp_path, monkeypatch, write_tar, sample):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(HOSTILE_NAMES):
+        write_tar(tmp_path / name, sample(f"key{i}", i))
+    found = expand_shards("./*tar")
+    assert sorted(Path(name).name for name in found) == sorted(HOSTILE_NAMES)
+    for again in (found, expand_shards(found), expand_shards(list(found))):
+        assert again == found
+    # Their relative names too, as `*.tar` in the present folder gives them, by every way that expands names twice.
+    names = expand_shards("*tar")
+    assert names == expand_shards(list(names)) and not any(name.startswith(("pipe", "~")) for name in names)
+    keys = [key for batch in iter_eval(names, image_size=8, batch_size=4) for key in batch["key"]]
+    assert sorted(keys) == sorted(f"key{i}" for i in range(len(HOSTILE_NAMES)))
+    for name in HOSTILE_NAMES:
+        if ":" not in name and "\\" not in name:
+            assert [Path(one).name for one in expand_shards(name)] == [name]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_whose_name_is_a_pattern_is_that_folder(shards, tmp_path):
+    folder = tmp_path / "set[1]"
+    shutil.copytree(shards[0].parent, folder)
+    assert expand_shards(folder) == [str(folder / path.name) for path in shards]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_pattern_that_matches_no_regular_file_is_refused(shards, make):
+    make(shards[0].parent / "zzz.tar")
+    for name in (f"{shards[0].parent}/*.tar", shards[0].parent, str(shards[0].parent / "zz?.tar")):
+        with pytest.raises(ValueError, match=r"zzz\.tar' is not a regular file"):
+            expand_shards(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{0..99999999}.tar",
+        "{0..9999}{0..9999}.tar",
+        "{{0..9999}{0..9999},x}",
+        "{a,b}" * 40,
+        "{1" + "0" * 5000 + "..2}",
+    ],
+)
+def test_braces_without_bound_are_refused(name):
+    with pytest.raises(ValueError, match="stands for more than 1,000,000 shards"):
+        expand_shards(name)
+    with pytest.raises(ValueError, match="is no brace pattern"):
+        expand_shards("{" * 3000)
+
+
+def test_a_stranger_s_settings_open_no_shard_elsewhere(shards, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    (work / "mine").mkdir(parents=True)
+    shutil.copy(shards[0], work / "mine" / "0.tar")
+    monkeypatch.chdir(work)
+    elsewhere = shards[0].parent
+    (work / "mine" / "set").symlink_to(elsewhere)
+    bad = [
+        str(shards[0]), f"{elsewhere}/*.tar", str(elsewhere), f"{elsewhere}/{{000..001}}.tar", f"file:{shards[0]}",
+        "../set/*.tar", "mine/../../set/000.tar", "{mine/0.tar,/etc/passwd}", "/*/passwd", "nowhere/../../set/*",
+        "pipe:cat mine/0.tar", "https://host/{0..1}.tar",
+    ]  # fmt: skip
+    with named_by(tmp_path / "run"):
+        assert len(expand_shards("mine/*.tar")) == 1 and len(expand_shards("mine")) == 1
+        for name in bad:
+            with pytest.raises(BrokenFile, match="settings that"):
+                expand_shards(name)
+        with pytest.raises(BrokenFile):
+            expand_shards(Expanded([str(shards[0])]))
+    assert len(expand_shards(str(elsewhere))) == 4
+
+
+def test_an_endless_stream_ends_at_the_limit_and_leaves_nothing(tmp_path):
+    spool = Spool(tmp_path / "spool", limit_gb=0.002, retries=3, backoff_s=10.0)
+    with pytest.raises(DataError, match="unreadable_shard: it has more than the 0.002 GB.*data.spool_gb"):
+        spool.path("pipe:cat /dev/zero")
+    assert not [path for path in (tmp_path / "spool").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_stream_stops_before_the_disk_is_full(shards, tmp_path, monkeypatch):
+    spool = Spool(tmp_path / "spool", retries=2, backoff_s=0.01)
+    spool.path(f"pipe:cat {shards[0]}")
+    kept = list((tmp_path / "spool").glob("*.tar"))
+    usage = shutil.disk_usage(tmp_path)
+    # As the older shard goes, the disk has room again.
+    monkeypatch.setattr(
+        "clipkit.data.urls.shutil.disk_usage",
+        lambda path: usage._replace(free=1000 if kept[0].exists() else usage.total // 2),
+    )
+    assert Path(spool.path(f"pipe:cat {shards[1]}")).read_bytes() == shards[1].read_bytes()
+    assert not kept[0].exists()
+    monkeypatch.setattr("clipkit.data.urls.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"disk of .* is full .* lower data.spool_gb, or set data.cache_dir"):
+        Spool(tmp_path / "other", retries=2, backoff_s=10.0).path(f"pipe:cat {shards[2]}")
+    assert not [path for path in (tmp_path / "other").iterdir() if path.suffix != ".lock"]

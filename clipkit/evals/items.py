@@ -1,0 +1,181 @@
+"""Evaluation images one by one: decoded, or left out and counted as a fault.
+
+Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work
+and the whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the
+shorter side, centre crop): the pixels open_clip's evaluation transform makes, before its normalisation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkit.data.decode import MAX_PIXELS, middle, open_image, read_image
+from clipkit.data.faults import DataError, FaultCounter
+from clipkit.foreign import BrokenFile
+from clipkit.registry import suggest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+# The fraction of a set's items that may be left out, for each cause, before its metrics are those of another set.
+MAX_BAD_FRACTION = 0.05
+WHOLE = re.compile(r"\s*[+-]?\d{1,9}\s*", re.ASCII)
+
+
+def load_image(data: bytes | Path, image_size: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """(3, image_size, image_size) uint8 RGB: shorter side to `image_size` by bicubic, then the centre.
+
+    Of a picture more than 16 times as long as wide, only the middle is resized.
+
+    Raises:
+        DataError: it does not decode, its header claims more than `max_pixels`, or `data` is no regular file.
+    """
+    raw = data if isinstance(data, bytes) else read_image(data)
+    with open_image(raw, max_pixels=max_pixels) as opened:
+        try:
+            top, left, height, width = middle(opened.height, opened.width)
+            whole = (height, width) == (opened.height, opened.width)
+            image = opened if whole else opened.crop((left, top, left + width, top + height))
+            # 16-bit greyscale would clip to white.
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+            image = image.convert("RGB")
+        except Exception as error:  # Pillow raises nearly anything for what is no image
+            raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+    short = min(image.size)
+    width, height = (int(image_size * side / short) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    image = image.crop((left, top, left + image_size, top + image_size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def check_faults(faults: Sequence[DataError], identity: str, *, items: int, shards: int = 1) -> None:
+    """RuntimeError naming an item's shard and key, when too many of a set's items are left out by one cause."""
+    counter = FaultCounter(
+        MAX_BAD_FRACTION,
+        samples=items,
+        shards=shards,
+        advice=f"Mend {identity}: its metrics would be those of another set.",
+    )
+    for fault in faults:
+        counter.add(fault.cause, shard=fault.shard, key=fault.key, detail=fault.detail)
+
+
+def class_id(value: Any) -> int | None | DataError:
+    """A class id as the data gives it: None where there is none, a broken_label for what is no whole number."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e9:
+        return int(value)
+    if isinstance(value, str) and WHOLE.fullmatch(value):
+        return int(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e9):
+        return value
+    return DataError("broken_label", f"the class id is of type {type(value).__name__}, and no whole number")
+
+
+class ImageSource:
+    """Images with captions or class labels.
+
+    Attributes:
+        identity: what the source reads; equal identities are encoded once.
+        classes: the class names or folder names the source itself knows, or None.
+        labelled: leave out images whose class id is no whole number.
+        count, shards: how many items it has with those that are left out, and in how many shards; known once
+            `batches` has been begun.
+    """
+
+    identity: str
+    classes: list[str] | None = None
+    labelled: bool = False
+    count: int = 0
+    shards: Sequence[str] = ("",)
+
+    def whole(self) -> ImageSource:
+        """The source with its images whose label is broken."""
+        return self
+
+    def batches(
+        self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta, faults}, each with its
+        place among those of all ranks. `faults` are the items left out, as DataErrors; B may be 0.
+        """
+        raise NotImplementedError
+
+
+def batch_of(
+    rows: list[dict[str, Any]], faults: list[DataError], image_size: int, *, labelled: bool
+) -> dict[str, Any]:
+    """A batch of rows {image, captions, labels, keys, meta} and of what was left out."""
+    if labelled:
+        faults = faults + [located(row) for row in rows if isinstance(row["labels"], DataError)]
+        rows = [row for row in rows if not isinstance(row["labels"], DataError)]
+    images = [row["image"] for row in rows]
+    return {
+        "image": torch.stack(images)
+        if images
+        else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        **{name: [row[name] for row in rows] for name in ("captions", "labels", "keys", "meta")},
+        "faults": faults,
+    }
+
+
+def located(row: dict[str, Any]) -> DataError:
+    """A row's broken label with the row's shard and key."""
+    label = row["labels"]
+    return DataError(label.cause, label.detail, shard=label.shard, key=row["keys"])
+
+
+class Items(ImageSource):
+    """Images listed beforehand; a subclass lists (key, label, captions) and reads the bytes of one.
+
+    Attributes:
+        lost: what was found to be no item while listing.
+    """
+
+    items: list[tuple[str, int | None, list[str]]]
+    lost: Sequence[DataError] = ()
+
+    def read(self, key: str) -> bytes:
+        raise NotImplementedError
+
+    def batches(self, image_size, batch_size, *, rank=0, world_size=1):
+        self.count = len(self.items) + len(self.lost)
+        for number in range(rank, -(-len(self.items) // batch_size), world_size):
+            rows, faults = [], list(self.lost) if number == 0 else []
+            for key, label, captions in self.items[number * batch_size : (number + 1) * batch_size]:
+                try:
+                    image = load_image(self.read(key), image_size)
+                except DataError as error:
+                    faults.append(DataError(error.cause, error.detail, shard=self.identity, key=key))
+                    continue
+                except (OSError, BrokenFile) as error:
+                    faults.append(DataError("missing_image", str(error), shard=self.identity, key=key))
+                    continue
+                rows.append({"image": image, "captions": captions, "labels": label, "keys": key, "meta": {}})
+            yield number, batch_of(rows, faults, image_size, labelled=False)
+
+    def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
+        """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
+        found = sorted({Path(key).parent.name for key in keys})
+        if folders is not None and len(folders) == len(found) and not set(found) & set(folders):
+            # As ImageNet's folders of wnids under a list of names: both in the same order.
+            folders = None
+        self.classes = list(folders) if folders is not None else found
+        for name in found:
+            if name not in self.classes:
+                raise ValueError(
+                    f"{self.identity}: folder {name!r} is none of the {len(self.classes)} classes."
+                    f"{suggest(name, self.classes)}"
+                )
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.items = [(key, labels[Path(key).parent.name], []) for key in sorted(keys)]
+        if not self.items:
+            raise ValueError(f"{self.identity} holds no image in a class folder; expected CLASS/NAME.jpg")
