@@ -213,10 +213,7 @@ def permit(location: str | Path, what: str) -> None:
     text = os.fspath(location)
     path = Path(text.removeprefix("file://").removeprefix("file:")).expanduser()
     if text.startswith("file:") or not re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", text):
-        # Its links are followed: a folder may hold one that leads out of it.
-        if trusted or (
-            _below(path, folder, follow=True) if _below(path, folder) else _below(path, Path.cwd())
-        ):
+        if trusted or _near(path, folder):
             return
     raise BrokenFile(
         f"{what} is {redacted(text)!r} in the settings that {folder} carries. A run folder may come from anybody: "
@@ -242,12 +239,16 @@ def blamed_on(folder: str | Path, *, settings: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # clipkit's own kinds, such as DataError, are messages too.
         told = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("clipkit.")
-        system = isinstance(error, OSError) and error.errno is not None
-        if system or told and (not settings or str(folder) in str(error)):
+        if isinstance(error, OSError) and error.errno is not None or told and not settings:
+            raise
+        named = str(folder) in str(error)
+        if named and isinstance(error, ValueError):
             raise
         kind = "" if told else f"{type(error).__name__}: "
-        raise BrokenFile(f"{folder} cannot be used: {kind}{redacted(str(error))[:2000]}") from error
+        text = f"{kind}{redacted(str(error))[:2000]}"
+        raise BrokenFile(text if named else f"{folder} cannot be used: {text}") from error
 
 
 def leads_out(path: str | Path, folder: str | Path) -> bool:
@@ -273,14 +274,24 @@ def output_in_run(checkpoint: Path, *parts: str) -> Path:
     return path
 
 
-def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
-    """Whether a path lies below a folder other than the root, through no hidden name; `follow`: behind its links too."""
+def _near(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a run folder, or below the present one."""
+    if _below(path, folder):
+        return not leads_out(path, folder)
+    here = Path.cwd()
+    if not _below(path, here):
+        return False
+    # The present folder's links are the user's own, but runs/theirs may have come with a runs/also-theirs.
+    together = here / Path(os.path.relpath(folder, here)).parts[0]
+    return not _below(path, together) or not leads_out(path, together)
+
+
+def _below(path: Path, folder: Path) -> bool:
+    """Whether a path lies below a folder other than the root, through no hidden name."""
     inside, root = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     if root == Path(root.anchor) or (inside != root and root not in inside.parents):
         return False
-    if any(part.startswith(".") for part in inside.relative_to(root).parts):
-        return False
-    return not follow or not leads_out(inside, root)
+    return not any(part.startswith(".") for part in inside.relative_to(root).parts)
 
 
 _CREDENTIALS = re.compile(

@@ -130,8 +130,14 @@ def test_a_run_folder_names_data_below_the_present_folder_or_its_own_alone(tmp_p
         for location in bad:
             with pytest.raises(BrokenFile, match="shards is"):
                 permit(location, "shards")
-    with named_by(inner), pytest.raises(BrokenFile):
-        permit("runs/mine/out/passwd", "shards")
+    (work / "runs" / "beside").symlink_to("/etc")
+    (work / "linked").symlink_to("/etc")
+    with named_by(inner):
+        # A link in the present folder is the user's.
+        permit("linked/passwd", "shards")
+        for location in ("runs/mine/out/passwd", "runs/beside/passwd"):
+            with pytest.raises(BrokenFile):
+                permit(location, "shards")
     with named_by(run, trust_paths=True):
         permit("/etc/passwd", "shards")
         for location in ("pipe:touch x", "https://host/x.tar"):

@@ -510,6 +510,13 @@ MANIFESTS: dict[str, str | bytes | Callable[[Any], Any]] = {
     "manifest_with_texts_as_metrics": lambda m: m.update(metrics={"zero_shot/top1": "best"}),
     "manifest_of_very_many_files": lambda m: m["sha256"].update({f"f{i}": "0" * 64 for i in range(100_000)}),
 }
+# What may be passed over: it concerns no file that is read.
+MAY_DO = (
+    "manifest_with_nan_metrics",
+    "manifest_with_texts_as_metrics",
+    "manifest_of_another_step",
+    "manifest_of_very_many_files",
+)
 for _name, _manifest in MANIFESTS.items():
 
     def _altered(place: Place, given: Any = _manifest) -> None:
@@ -519,10 +526,7 @@ for _name, _manifest in MANIFESTS.items():
             (place.step / "manifest.json").write_bytes(given.encode() if isinstance(given, str) else given)
 
     _altered.__name__ = _name
-    _fine = _name in ("manifest_with_nan_metrics",)
-    kind(export=None if _fine else 1, resume=None)(_altered)
-KINDS["manifest_of_another_step"].aims.update(export=None)
-KINDS["manifest_with_texts_as_metrics"].aims.update(export=None)
+    kind(export=None if _name in MAY_DO else 1, resume=None)(_altered)
 
 
 def _header(place: Place, header: bytes, *, length: int | None = None, rest: bytes = b"\0" * 64) -> None:
@@ -563,7 +567,7 @@ def weights_of_other_shapes(place: Place) -> None:
     place.seal()
 
 
-@kind(predict=1)
+@kind(predict=None)
 def weights_of_other_types(place: Place) -> None:
     weights = load_file(place.step / "model.safetensors")
     weights = {
@@ -573,7 +577,7 @@ def weights_of_other_types(place: Place) -> None:
     place.seal(lambda manifest: None)
 
 
-@kind(predict=None, evaluate=1, report=0)
+@kind(predict=1, evaluate=1, report=0)
 def weights_not_finite(place: Place) -> None:
     weights = load_file(place.step / "model.safetensors")
     weights = {
