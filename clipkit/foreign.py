@@ -218,7 +218,8 @@ def permit(location: str | Path, what: str) -> None:
     raise BrokenFile(
         f"{what} is {redacted(text)!r} in the settings that {folder} carries. A run folder may come from anybody: "
         "what it names is opened below the folder you work in or in itself alone, and it names no command, URL or "
-        "hidden file. Give the data yourself (eval=NAME), or, for local files of a run that you made, trust_paths=true"
+        "hidden file. Give the data yourself (eval=NAME), or, for local files of a run that you made, trust_paths=true "
+        "(clipkit-report: --trust-paths)"
     )
 
 
