@@ -23,6 +23,10 @@ from clipkit.registry import Registry
 loggers = Registry("logger")
 
 
+# A link is not followed, and a FIFO without a reader is an error instead of a wait.
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
 class Logger(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -54,9 +58,7 @@ class JSONLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Opened anew for every line: a folder that was moved or a disk that was away is there again. One write a
             # line: a killed run loses at most the line it was writing.
-            descriptor = os.open(
-                self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
-            )
+            descriptor = os.open(self.path, _APPEND, 0o666)
             try:
                 size = os.fstat(descriptor).st_size
                 if os.write(descriptor, line) < len(line):

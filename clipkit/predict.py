@@ -21,10 +21,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from clipkit.data.faults import DataError
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
-from clipkit.evals.models import load_any
 from clipkit.evals.items import IMAGE_SUFFIXES, load_image
+from clipkit.evals.models import load_any
+from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, read_json
 
 
 class Predictor:
@@ -72,8 +74,8 @@ class Predictor:
                 try:
                     batch.append(load_image(path, size))
                     keys.append(str(path))
-                except Exception as error:  # PIL raises many kinds for what is no image
-                    self.skipped[str(path)] = f"{type(error).__name__}: {error}"
+                except DataError as error:
+                    self.skipped[str(path)] = str(error)
             if batch:
                 parts.append(
                     self.encoder.model.encode_image(torch.stack(batch).to(self.encoder.device)).float().cpu()
@@ -134,7 +136,7 @@ class Predictor:
 
 def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     """Image files of a folder (at any depth, sorted), or the files given; ValueError for one that is not
-    there.
+    there, or is a FIFO or device.
     """
     given = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
     found: list[Path] = []
@@ -145,6 +147,8 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
             )
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise ValueError(f"{path} is a FIFO or device, and no image: it was not opened")
         else:
             raise ValueError(f"there is no image or folder {path}")
     return found
@@ -168,24 +172,72 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
         parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
     elif path.suffix == ".npy":
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-        numpy.save(temporary, features.numpy())
-        path.with_suffix(".keys.json").write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            numpy.save(temporary, features.numpy())
+            path.with_suffix(".keys.json").write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     else:
         raise ValueError(f"embeddings go to a .npy or .parquet file; got {path.name!r}")
 
 
 def load_embeddings(path: str | Path) -> tuple[list[str], Tensor]:
-    """(keys, (N, D)) of what save_embeddings wrote."""
+    """(keys, (N, D)) of what save_embeddings wrote.
+
+    Raises:
+        ValueError: it is not there, or not what save_embeddings writes: a key for each row of finite numbers.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file of embeddings {path}")
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
-        table = parquet.read_table(path)
-        return table["key"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
-    features = torch.from_numpy(numpy.load(path, allow_pickle=False))
-    return json.loads(path.with_suffix(".keys.json").read_text("utf-8")), features
+        keys, values = _read_parquet(path)
+    else:
+        keys = read_json(path.with_suffix(".keys.json"), list[str], limit=VOCABULARY_BYTES)
+        values = _read_npy(path)
+    if (
+        values.ndim != 2
+        or values.dtype.kind != "f"
+        or not 2 <= values.dtype.itemsize <= 8
+        or len(keys) != len(values)
+    ):
+        raise BrokenFile(
+            f"{path} holds an array of shape {values.shape} and type {values.dtype.str} with {len(keys)} keys; expected "
+            "(rows, dimensions) of floats and a key for each row"
+        )
+    features = torch.from_numpy(numpy.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
+    check_features(features, str(path), keys)
+    return keys, features
+
+
+def _read_npy(path: Path) -> numpy.ndarray:
+    try:
+        # Mapped: a header that claims more than the file holds costs nothing.
+        found = numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a crafted header makes NumPy raise nearly anything
+        if isinstance(error, OSError) and not path.is_file():
+            raise
+        raise BrokenFile(f"{path} is no .npy file of numbers: it is cut short or altered") from None
+    if not isinstance(found, numpy.ndarray):
+        raise BrokenFile(f"{path} is an archive, and no .npy file of numbers")
+    return found
+
+
+def _read_parquet(path: Path) -> tuple[list[str], numpy.ndarray]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        table = parquet.read_table(path, columns=["key", "embedding"])
+        keys = table["key"].to_pylist()
+        values = numpy.array(table["embedding"].to_pylist(), dtype=numpy.float32)
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError):
+        raise BrokenFile(
+            f"{path} is no Parquet file with the columns key and embedding: it is damaged, or another"
+        ) from None
+    if not all(isinstance(key, str) for key in keys):
+        raise BrokenFile(f"{path}: a key is no text")
+    return keys, values

@@ -139,6 +139,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         at_end=config["final_eval"],
         every=config["eval_every"],
         best_metric=config["best_metric"],
+        objective=config["objective"],
         say=record.say,
     )
     checkpoints = Checkpoints(

@@ -129,7 +129,7 @@ MAY_IMPORT = {
     "checkpoint": "data distributed files foreign model settings sharding towers",
     "export": "data foreign model",
     "evals": "checkpoint data distributed foreign loggers model registry",
-    "predict": "evals foreign",
+    "predict": "data evals foreign",
     "planner": "checkpoint kernels losses model optim towers",
     "reports": "checkpoint evals files foreign settings",
     "training": "checkpoint data distributed evals files foreign loggers model optim registry settings sharding",

@@ -12,20 +12,23 @@ import csv
 import io
 import json
 import os
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
-from clipkit.data.decode import MAX_PIXELS, decode
+from clipkit.data.decode import MAX_PIXELS, decode, read_image
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import IMAGES
+from clipkit.foreign import BrokenFile, parse_json, read_bytes, read_json
+
+# Bytes of a captions file beside a picture, of one field of a table, and of one of its lines.
+_CAPTION_BYTES, _FIELD_BYTES, _LINE_BYTES = 1 << 20, 1 << 24, 1 << 28
 
 _EXTENSIONS = {
     b"\xff\xd8": "jpg",
@@ -69,12 +72,14 @@ def pack(
         {"rows", "samples", "shards", "skipped": {cause: n}} over all shards, finished earlier or now.
 
     Raises:
-        ValueError: no such source or column, or a folder with shards made from other arguments.
+        ValueError: no such source or column, a table that is broken (names file and line), or a folder with shards
+            made from other arguments.
     """
     source, folder = Path(source), Path(folder)
-    if not source.exists():
+    if not source.is_file() and not source.is_dir():
         raise ValueError(
-            f"there is no {source} to pack; give a .csv, .tsv, .jsonl, .parquet file or a folder of pictures"
+            f"there is no {source} to pack, or it is a FIFO or device; give a .csv, .tsv, .jsonl, .parquet file or "
+            "a folder of pictures"
         )
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError("samples_per_shard, workers and resize must be at least 1")
@@ -122,7 +127,12 @@ def _add(done: set[Future], total: Counter[str], skipped: Counter[str]) -> None:
 def _same_settings(file: Path, settings: dict[str, Any]) -> None:
     """Refuse to continue a folder that was begun with other arguments."""
     if file.exists():
-        found = json.loads(file.read_text())
+        try:
+            found = read_json(file)
+        except BrokenFile as error:
+            raise ValueError(
+                f"{error}. It says what {file.parent} was made from: give an empty folder"
+            ) from None
         if found != settings:
             changed = sorted(key for key in settings if found.get(key) != settings[key])
             raise ValueError(
@@ -163,45 +173,61 @@ def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, 
         texts: list[str] = []
         for name in captions:
             value = row[name]
-            texts += (
-                [value]
-                if isinstance(value, str)
-                else [v for v in value if isinstance(v, str)]
-                if value
-                else []
-            )
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            texts += [one for one in listed if isinstance(one, str)]
         value = row[image]
         yield value.get("bytes") or value.get("path") if isinstance(value, dict) else value, texts
 
 
-def _table(source: Path) -> Iterator[dict[str, Any]]:
+def _table(source: Path) -> Iterator[dict[Any, Any]]:
     suffix = source.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        with open(source, encoding="utf-8", newline="") as file:
-            csv.field_size_limit(sys.maxsize)
-            yield from csv.DictReader(file, delimiter="," if suffix == ".csv" else "\t")
+        yield from _csv_rows(source, "," if suffix == ".csv" else "\t")
     elif suffix in (".jsonl", ".ndjson"):
         with open(source, "rb") as file:
-            for line, raw in enumerate(file, 1):
+            line = 0
+            while raw := file.readline(_LINE_BYTES):
+                line += 1
+                if len(raw) == _LINE_BYTES:
+                    raise BrokenFile(f"{source}, line {line}: longer than {_LINE_BYTES} bytes")
                 if raw.strip():
-                    try:
-                        row = json.loads(raw)
-                    except ValueError as error:
-                        raise ValueError(f"{source}, line {line}: not JSON ({error})") from None
-                    if not isinstance(row, dict):
-                        raise ValueError(
-                            f"{source}, line {line}: expected an object, got {type(row).__name__}"
-                        )
-                    yield row
+                    yield parse_json(raw, name=f"{source}, line {line}")
     elif suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(256):
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(256):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError, ArithmeticError, LookupError) as error:
+            raise BrokenFile(f"{source} is no Parquet file, or a damaged one: {str(error)[:200]}") from None
     else:
         raise ValueError(f"{source} is not .csv, .tsv, .jsonl, .parquet or a folder")
+
+
+def _csv_rows(source: Path, delimiter: str) -> Iterator[dict[Any, Any]]:
+    before = csv.field_size_limit(_FIELD_BYTES)
+    try:
+        with open(source, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            try:
+                yield from reader
+            except UnicodeDecodeError:
+                raise BrokenFile(f"{source}, near line {reader.line_num + 1}: not UTF-8 text") from None
+            except csv.Error as error:
+                raise BrokenFile(f"{source}, near line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+class _Stats(TypedDict):
+    """What is written beside a shard when it is finished."""
+
+    rows: int
+    samples: int
+    skipped: dict[str, int]
+    bytes: int
 
 
 def _write_shard(
@@ -212,14 +238,15 @@ def _write_shard(
     resize: int | None,
     max_pixels: int,
     samples_per_shard: int,
-) -> dict[str, Any]:
+) -> _Stats:
     """Write one shard whole, then its statistics; a finished one is left as it is."""
     tar_path, stats_path = folder / f"{number:06d}.tar", folder / f"{number:06d}_stats.json"
     try:
-        stats = json.loads(stats_path.read_text())
+        stats: _Stats = read_json(stats_path, _Stats)
         if stats["rows"] == len(rows) and tar_path.stat().st_size == stats["bytes"]:
             return stats
-    except (OSError, ValueError, KeyError):
+    except (OSError, BrokenFile):
+        # Not finished, or damaged: it is made again.
         pass
     skipped: Counter[str] = Counter()
     samples, part = 0, folder / f"{number:06d}.part"
@@ -260,10 +287,7 @@ def _members(
         data = bytes(value)
     elif source:
         path = root / source
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError("missing_image", str(error)) from None
+        data = read_image(path)
         if captions is None:
             captions = _beside(path)
     else:
@@ -271,6 +295,10 @@ def _members(
     texts = [text.strip() for text in captions or [] if text.strip()]
     if not texts:
         raise DataError("empty_caption" if captions else "missing_caption")
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:  # json can spell half of a surrogate pair
+        raise DataError("caption_not_utf8", str(error)) from None
     pixels = decode(data, max_pixels=max_pixels)
     if resize and min(pixels.shape[:2]) > resize:
         data, pixels = _reduce(pixels, resize)
@@ -287,16 +315,18 @@ def _members(
     return [
         (f"{key}.{_EXTENSIONS.get(data[:2], 'jpg')}", data),
         (f"{key}.txt", texts[0].encode()),
-        (f"{key}.json", json.dumps(meta, ensure_ascii=False).encode()),
+        (f"{key}.json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "backslashreplace")),
     ]
 
 
 def _beside(path: Path) -> list[str]:
     """The captions in NAME.txt, one a line."""
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+        return read_bytes(path.with_suffix(".txt"), limit=_CAPTION_BYTES).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError("caption_not_utf8", str(error)) from None
+    except BrokenFile as error:
+        raise DataError("not_a_file", str(error)) from None
     except OSError:
         return []
 

@@ -8,10 +8,11 @@ from clipkit.evals.geometry import consistency_scores, geometry_metrics
 from clipkit.evals.linear_probe import linear_probe_metrics
 from clipkit.evals.models import load_any
 from clipkit.evals.retrieval import retrieval_metrics
-from clipkit.evals.tasks import create_tasks, evaluate, list_tasks, register_task
+from clipkit.evals.tasks import check_metric, create_tasks, evaluate, list_tasks, register_task
 
 __all__ = [
     "Encoder",
+    "check_metric",
     "classification_metrics",
     "consistency_scores",
     "create_tasks",

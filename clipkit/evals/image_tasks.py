@@ -34,6 +34,12 @@ from clipkit.evals.tasks import register_task
 class Retrieval:
     """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
 
+    metrics = tuple(
+        f"{direction}_{name}"
+        for direction in ("image_to_text", "text_to_image")
+        for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")
+    )
+
     def __init__(
         self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
     ):
@@ -54,6 +60,8 @@ class Retrieval:
 @register_task("geometry")
 class Geometry:
     """Alignment, uniformity and modality gap over one captioned data set; see clipkit.evals.geometry."""
+
+    metrics = ("align_l2", "uniform_i", "uniform_t", "uniform_it", "modality_gap")
 
     def __init__(
         self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
@@ -116,6 +124,8 @@ class ZeroShot:
             1,000.
     """
 
+    metrics = ("top1", "top5", "mean_per_class")
+
     def __init__(
         self,
         *,
@@ -164,6 +174,8 @@ class LinearProbe:
         classes: as read_classes, for both; folders and CLIP_benchmark folders bring their own.
     """
 
+    metrics = ("top1", "mean_per_class", "C")
+
     def __init__(
         self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None
     ):
@@ -198,6 +210,7 @@ class Consistency:
         self.train = _Labelled("consistency train", classes, **train)
         self.test = _Labelled("consistency test", classes or self.train.source.classes, **test)
         self.templates, self.k = self.test.templates(templates), tuple(k)
+        self.metrics = tuple(f"consistency@{nearest}" for nearest in self.k)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         classifier = zero_shot_classifier(encoder, self.test.classes, self.templates)
@@ -219,6 +232,7 @@ class Compositional:
 
     def __init__(self, *, pairs: str, shards: str | list[str] | None = None, folder: str | None = None):
         self.pairs = read_pairs(pairs)
+        self.metrics = (*sorted({pair["task"] for pair in self.pairs}), "average", "all")
         if folder is not None and shards is None:
             self.source: ImageSource = NamedImages(folder, self.pairs)
         else:

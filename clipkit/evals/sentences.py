@@ -167,6 +167,8 @@ class STS:
             if name not in found:
                 raise unknown(f"STS set under {folder}", name, found)
         self.sets, self.per_subset = {name: found[name] for name in sets}, per_subset
+        # The subsets' names are in the files.
+        self.metrics = None if per_subset else (*sets, "average")
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         metrics, scores = {}, []

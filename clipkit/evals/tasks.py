@@ -1,7 +1,9 @@
 """The registry of evaluation tasks and `evaluate`, which runs the ones a config names.
 
 A task is a class: its constructor's keyword arguments are the settings, checked before anything is encoded,
-and calling it with an Encoder gives {metric: value}.
+and calling it with an Encoder gives {metric: value}. Its attribute `metrics` names them beforehand (None or no such
+attribute: unknown), so that a wrong `best_metric=` is an error before training; `skipped` comes beside them where items
+were left out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from clipkit.distributed import resolve_group
 from clipkit.evals.encoder import Encoder
-from clipkit.registry import Registry, check_keys
+from clipkit.registry import Registry, check_keys, unknown
 
 Task = Callable[[Encoder], dict[str, float]]
 
@@ -57,6 +59,17 @@ def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Tas
     return built
 
 
+def check_metric(name: str, built: Mapping[str, Task], what: str) -> None:
+    """ValueError unless some task reports "task/metric" `name`, as far as tasks say what they report."""
+    task, _, metric = name.partition("/")
+    known = {one: getattr(built[one], "metrics", None) for one in built}
+    if task not in built:
+        raise unknown(f"task of {what}", name, [f"{one}/{m}" for one in built for m in known[one] or ["..."]])
+    names = known[task]
+    if names is not None and metric not in names:
+        raise unknown(what, name, [f"{task}/{one}" for one in names])
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Any],
@@ -88,7 +101,15 @@ def evaluate(
     if training:
         model.eval()
     try:
-        return {name: task(encoder) for name, task in built.items()}
+        results = {}
+        for name, task in built.items():
+            results[name] = task(encoder)
+            stated = getattr(task, "metrics", None)
+            if stated is not None and (unnamed := results[name].keys() - {*stated, "skipped"}):
+                raise RuntimeError(
+                    f"the task {name!r} reports {min(unnamed)}, which its `metrics` does not name"
+                )
+        return results
     finally:
         if training:
             model.train()

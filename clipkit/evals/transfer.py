@@ -60,6 +60,7 @@ class SentEval:
             if task not in here:
                 raise ValueError(f"SentEval task {task} needs {', '.join(FILES[task])} under {self.root}")
         self.tasks, self.folds = list(tasks or here), folds
+        self.metrics = (*self.tasks, *(["MRPC_F1"] if "MRPC" in self.tasks else []), "average")
         if not self.tasks:
             raise ValueError(
                 f"no SentEval task under {folder}: expected for instance downstream/MR/rt-polarity.pos"

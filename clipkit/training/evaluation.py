@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clipkit.data import Tokenizer
-from clipkit.evals import create_tasks, evaluate
+from clipkit.evals import check_metric, create_tasks, evaluate
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage
 from clipkit.registry import unknown
@@ -32,6 +32,7 @@ class Evaluation:
         total_steps: the run's last step.
         best_metric: "task/metric" that names the best checkpoint, or None; it must come out of every evaluation.
         batch_size: images or captions encoded at once.
+        objective: "task/metric" that a search makes largest, checked here alone.
         say: prints a line, on rank 0.
 
     Raises:
@@ -52,14 +53,16 @@ class Evaluation:
         at_end: Sequence[str] = (),
         every: int = 0,
         best_metric: str | None = None,
+        objective: str | None = None,
         say: Callable[[str], None] = print,
     ):
-        create_tasks(tasks)
+        built = create_tasks(tasks)
         for name in at_end:
             if name not in tasks:
                 raise unknown("task of final_eval", name, tasks)
-        if best_metric and best_metric.split("/")[0] not in tasks:
-            raise unknown("task of best_metric", best_metric, [f"{name}/..." for name in tasks])
+        for what, name in (("best_metric", best_metric), ("objective", objective)):
+            if name:
+                check_metric(name, built, what)
         self.model, self.tokenizer, self.average, self.model_config = model, tokenizer, average, model_config
         self.device, self.batch_size = device, batch_size
         self.tasks, self.at_end, self.every, self.total_steps = tasks, at_end, every, total_steps

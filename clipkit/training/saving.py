@@ -180,35 +180,47 @@ class Checkpoints:
             return parameters[int(name.split(".")[1])] if name.startswith("optimizer.") else present.get(name)
 
         loaded = load_checkpoint(path, verified=True, like=like)
+        saved = loaded["train_state"]
         try:
-            self._restore(loaded, present)
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            self._restore(loaded, saved, present)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise BrokenFile(
-                f"checkpoint {path} is whole, but no state of this run: {str(error).splitlines()[0][:300]}. Remove it to "
-                "go on from the one before"
+                f"checkpoint {path} is whole, but no state of this run: {(str(error).splitlines() or [''])[0][:300]}. "
+                "Remove it to go on from the one before"
             ) from error
+        try:
+            # What differs in the data itself is a ValueError that says so.
+            self._seek(saved)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise BrokenFile(f"checkpoint {path} does not say how far its data was read") from error
         return loaded["step"], loaded["metrics"]
 
-    def _restore(self, loaded: Mapping[str, Any], present: Mapping[str, torch.Tensor]) -> None:
+    def _restore(
+        self, loaded: Mapping[str, Any], saved: Mapping[str, Any], present: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Weights, optimizer, schedule and random numbers."""
         weights = {name: _as_present(tensor, present.get(name)) for name, tensor in loaded["weights"].items()}
         self.model.load_state_dict(split_weights(weights, "model"))
         self.loss.load_state_dict(split_weights(weights, "loss"))
-        saved = loaded["train_state"]
         if self.average:
             average = {"updates": saved["average_updates"], "weights": split_weights(weights, "average")}
             self.average.load_state_dict(average)
         # What the run is told now, by `amend`, counts; the checkpoint holds what it was told then.
         told = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, saved["optimizer"], loaded["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
+        known = self.schedule.state_dict()
+        self.schedule.load_state_dict({key: one for key, one in saved["schedule"].items() if key in known})
         self._tell(told)
-        self.skipped[:] = saved.get("skipped_steps", [])
+        self.skipped[:] = map(int, saved.get("skipped_steps", []))
+        if len(saved["ranks"]) == world_size():
+            set_rng_state(saved["ranks"][rank()]["rng"])
+
+    def _seek(self, saved: Mapping[str, Any]) -> None:
+        """Go on reading where the checkpoint stopped."""
         if self.sentences:
             self.sentences.load_state_dict(saved["sentences"])
         if len(saved["ranks"]) == world_size():
-            mine = saved["ranks"][rank()]
-            set_rng_state(mine["rng"])
-            self.stream.load_state_dict(mine["stream"])
+            self.stream.load_state_dict(saved["ranks"][rank()]["stream"])
         else:
             # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
             faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]]
