@@ -130,8 +130,10 @@ def _status(status: int, output: str, place: Place, kind: str, command: str) -> 
         if re.search("^Error: ", output, re.MULTILINE)
         else ""
     )
-    named = KINDS[kind].named in told or "its checkpoint is damaged" in told
-    if status == 1 and not (named and len(told) < 5000):
+    # A run that goes on has said where it is.
+    where = output if command == "resume" else told
+    named = KINDS[kind].named in where or "its checkpoint is damaged" in told
+    if status == 1 and not (named and told and len(where) < 20_000):
         faults.append("no short message that names the folder or a file in it")
     if "weights_only=False" in output:
         faults.append("it advises to trust a pickle")

@@ -438,7 +438,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "residual_layers_ten_million": {"image_tower": {"name": "clip_resnet50", "image_size": 32, "layers": [10**7, 1, 1, 1], "width": 8}},
     "heads_zero": {"text_tower.heads": 0},
     "width_negative": {"text_tower.width": -32},
-    "width_a_text": {"text_tower.width": SECRET},
+    "width_a_text": {"text_tower.width": "wide"},
     "width_of_many_digits": {"text_tower.width": 10**400},
     "mlp_ratio_infinite": {"text_tower.mlp_ratio": 1e308},
     "scale_of_zero": {"init_logit_scale": 0},
