@@ -21,6 +21,7 @@ import clipkit.recipes
 from clipkit.command import jobs
 from clipkit.command.check import check_overrides
 from clipkit.command.compose import compose, is_hydras, resolved
+from clipkit.command.values import check_values
 from clipkit.foreign import read_text
 from clipkit.training import run_folder
 
@@ -67,6 +68,7 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
     check_overrides(cfg, config_name, overrides)
     folder = Path(os.path.abspath(cfg.hydra.run.dir))
     config = resolved(cfg, config_name)
+    check_values(config, config_name)
     if finished(folder):
         run_folder.check_unchanged(folder, config)
     return folder
