@@ -40,7 +40,7 @@ def export(config: Mapping[str, Any], run_dir: Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds files: give output=ANOTHER, or remove them")
     with blamed_on(given), named_by(given):
-        model, tokenizer, _ = load_model(path)
+        model, tokenizer, _ = load_model(path, trust_paths=config["trust_paths"])
     with blamed_on(given, settings=False):
         if target == "open_clip":
             save_open_clip(model, folder, tokenizer=tokenizer)
