@@ -11,6 +11,7 @@ that folder says so is asked about first, by `permit`: it must lie below the pre
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 # Bytes of a small JSON file, of a tokenizer's vocabulary, of a YAML file, of an image file.
 JSON_BYTES, VOCABULARY_BYTES, YAML_BYTES, IMAGE_BYTES = 16 << 20, 256 << 20, 1 << 20, 256 << 20
-# Of a metrics.jsonl: lines, and bytes of all of them.
-LINES, LINES_BYTES = 500_000, 128 << 20
+# Of a metrics.jsonl: lines, bytes of all of them, and of one.
+LINES, LINES_BYTES, LINE_BYTES = 500_000, 128 << 20, 1 << 20
 _DEPTH, _NODES = 64, 2_000_000
 _HALF = re.compile("[\\ud800-\\udfff]")
 
@@ -93,25 +94,31 @@ def parse_json(text: str | bytes, shape: type[T] | Any = dict[str, Any], *, name
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The list of `iter_json_lines`."""
+    return list(iter_json_lines(path))
+
+
+def iter_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one JSON object a line; other lines, such as a last one cut short, are left out.
 
     Raises:
-        BrokenFile: more than 500,000 lines or 128 MiB, or bytes that are no text.
+        BrokenFile: more than 500,000 lines or 128 MiB, or no line that can be read; one of more than 1 MiB cannot.
         OSError: as `read_bytes`.
     """
-    raw = read_bytes(path, limit=LINES_BYTES).splitlines()
-    if len(raw) > LINES:
-        raise BrokenFile(f"{path} has {len(raw)} lines, more than the {LINES} that such a file may have")
-    found, text = [], 0
-    for line in raw:
+    raw = read_bytes(path, limit=LINES_BYTES)
+    if (lines := raw.count(b"\n")) > LINES:
+        raise BrokenFile(f"{path} has {lines} lines, more than the {LINES} that such a file may have")
+    readable = False
+    for line in io.BytesIO(raw):
         try:
-            found.append(parse_json(line, name=str(path)))
-            text += 1
+            found = parse_json(line, name=str(path)) if len(line) <= LINE_BYTES else None
         except BrokenFile:
-            continue
-    if raw and not text:
+            found = None
+        if found is not None:
+            readable = True
+            yield found
+    if raw and not readable:
         raise BrokenFile(f"{path} holds no line of JSON: it is cut short or altered")
-    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -206,32 +213,93 @@ def permit(location: str | Path, what: str) -> None:
     text = os.fspath(location)
     path = Path(text.removeprefix("file://").removeprefix("file:")).expanduser()
     if text.startswith("file:") or not re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", text):
-        # Its links are followed: a folder may hold one that leads out of it.
-        if trusted or (
-            _below(path, folder, follow=True) if _below(path, folder) else _below(path, Path.cwd())
-        ):
+        if trusted or _near(path, folder):
             return
     raise BrokenFile(
         f"{what} is {redacted(text)!r} in the settings that {folder} carries. A run folder may come from anybody: "
         "what it names is opened below the folder you work in or in itself alone, and it names no command, URL or "
-        "hidden file. Give the data yourself (eval=NAME), or, for local files of a run that you made, trust_paths=true"
+        "hidden file. Give the data yourself (eval=NAME), or, for local files of a run that you made, trust_paths=true "
+        "(clipkit-report: --trust-paths)"
     )
 
 
-def _below(path: Path, folder: Path, *, follow: bool = False) -> bool:
-    """Whether a path lies below a folder other than the root, through no hidden name; `follow`: behind its links too."""
+@contextmanager
+def blamed_on(folder: str | Path, *, settings: bool = True) -> Iterator[None]:
+    """An error inside is a message that names this run or checkpoint folder, whatever it was.
+
+    For what works on settings and weights that somebody else made: they can be wrong in more ways than are checked.
+    What the system says (a file that is not there, a full disk) stays as it is.
+
+    Args:
+        settings: the folder says what is done. False: its model is used as the user says, so that a ValueError is
+            the user's own to read, and only what is no message at all is blamed on the folder.
+
+    Raises:
+        BrokenFile: for the other exceptions.
+    """
+    try:
+        yield
+    except Exception as error:
+        # clipkit's own kinds, such as DataError, are messages too.
+        told = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("clipkit.")
+        if isinstance(error, OSError) and error.errno is not None or told and not settings:
+            raise
+        named = str(folder) in str(error)
+        if named and isinstance(error, ValueError):
+            raise
+        kind = "" if told else f"{type(error).__name__}: "
+        text = f"{kind}{redacted(str(error))[:2000]}"
+        raise BrokenFile(text if named else f"{folder} cannot be used: {text}") from error
+
+
+def leads_out(path: str | Path, folder: str | Path) -> bool:
+    """Whether links make of a path in a folder one that is outside."""
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real != root and root not in real.parents
+
+
+def output_in_run(checkpoint: Path, *parts: str) -> Path:
+    """A place to write to by default in the run folder of a checkpoint, RUN/checkpoints/step_* or RUN/step_*.
+
+    Raises:
+        BrokenFile: it is outside by a link.
+    """
+    run = checkpoint.parent
+    run = run.parent if run.name == "checkpoints" else run
+    path = run.joinpath(*parts)
+    if leads_out(path, run):
+        raise BrokenFile(
+            f"{path} leads out of {run} by a link, and a run folder may come from anybody: nothing is written there. "
+            "Give output=ANOTHER"
+        )
+    return path
+
+
+def _near(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a run folder, or below the present one."""
+    if _below(path, folder):
+        return not leads_out(path, folder)
+    here = Path.cwd()
+    if not _below(path, here):
+        return False
+    # The present folder's links are the user's own, but runs/theirs may have come with a runs/also-theirs.
+    together = here / Path(os.path.relpath(folder, here)).parts[0]
+    return not _below(path, together) or not leads_out(path, together)
+
+
+def _below(path: Path, folder: Path) -> bool:
+    """Whether a path lies below a folder other than the root, through no hidden name."""
     inside, root = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     if root == Path(root.anchor) or (inside != root and root not in inside.parents):
         return False
-    if any(part.startswith(".") for part in inside.relative_to(root).parts):
-        return False
-    return not follow or root.resolve() in (inside.resolve(), *inside.resolve().parents)
+    return not any(part.startswith(".") for part in inside.relative_to(root).parts)
 
 
 _CREDENTIALS = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/@'\"]*@)?(?P<place>[^\s?#'\",]*)(?P<query>[?#][^\s'\",]*)?"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s?#'\"]*@)?(?P<place>[^\s?#'\",]*)(?P<query>[?#][^\s'\",]*)?"
 )
-_COMMAND = re.compile(r"pipe:\s*(?P<program>[^\s'\",|;&]+).*")
+# A command may begin with variables, NAME=VALUE, and go on over lines.
+_COMMAND = re.compile(r"pipe:\s*(?P<program>[^\s'\",|;&=]*).*", re.IGNORECASE | re.DOTALL)
 
 
 def redacted(text: str) -> str:
@@ -240,6 +308,16 @@ def redacted(text: str) -> str:
     return _CREDENTIALS.sub(
         lambda found: found["scheme"] + found["place"] + ("?..." if found["query"] else ""), text
     )
+
+
+_UNREADABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def readable(text: str) -> str:
+    """A text that a terminal and a file take: no control character, change of direction or half of a pair."""
+    return _UNREADABLE.sub(lambda found: " " if found[0] in "\t\r\n" else "\ufffd", text)
 
 
 def shown(value: Any) -> Any:

@@ -8,6 +8,7 @@ twice.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from clipkit.files import write_text
 from clipkit.foreign import LINES_BYTES, BrokenFile, parse_json, read_bytes
-from clipkit.registry import Registry
+from clipkit.registry import Registry, check_keys
 
 loggers = Registry("logger")
 
@@ -170,6 +171,14 @@ def tolerate_broken_wandb() -> None:
         # None marks a module as absent; the wandb logger then reports it, once.
         absent: Any = None
         sys.modules["wandb"] = absent
+
+
+def check_loggers(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """ValueError for an unknown logger, or a setting that it does not take."""
+    for name, settings in chosen.items():
+        parameters = inspect.signature(loggers.get(name)).parameters
+        own = [key for key in parameters if key not in ("run_dir", "shown", "start_step")]
+        check_keys(settings or {}, own, f"logger {name!r}")
 
 
 class Loggers:

@@ -87,6 +87,26 @@ def parameter_groups(
     return list(groups.values())
 
 
+def check_optimizer(
+    *,
+    name: str = "adamw",
+    lr: float,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
+    momentum: float | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """What makes the optimizer, and its own settings; ValueError for what create_optimizer would refuse in them."""
+    factory, valid = _optimizers.get(name)
+    if lr <= 0:
+        raise ValueError(f"lr must be above 0, not {lr}")
+    settings = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    check_keys(settings, valid, f"the optimizer {name!r}")
+    return factory, settings
+
+
 def create_optimizer(
     modules: nn.Module | Iterable[nn.Module],
     *,
@@ -113,12 +133,7 @@ def create_optimizer(
     Raises:
         ValueError: an unknown name, a setting that the optimizer does not have, or nothing to train.
     """
-    factory, valid = _optimizers.get(name)
-    if lr <= 0:
-        raise ValueError(f"lr must be above 0, not {lr}")
-    settings = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    check_keys(settings, valid, f"the optimizer {name!r}")
+    factory, settings = check_optimizer(name=name, lr=lr, betas=betas, eps=eps, momentum=momentum)
     groups = parameter_groups(
         modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, separate_tables=name == "muon"
     )
@@ -150,7 +165,7 @@ def create_schedule(
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"warmup_steps {warmup_steps} is not shorter than the {total_steps} steps of training, so the "
-            "peak rate would never be held: lower optim.warmup_steps or train longer"
+            "peak rate would never be held: lower warmup_steps or train longer"
         )
     if not 0 <= final <= 1:
         raise ValueError(f"final is a factor of the peak rate from 0 to 1, not {final}")

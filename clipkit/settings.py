@@ -26,6 +26,31 @@ EXECUTION = (
     "save_every",
     "keep",
     "objective",
+    "micro_batch_size",
+    "parallel",
+    "compile",
+    "channels_last",
+    "image_tower.activation_checkpointing",
+    "text_tower.activation_checkpointing",
+    "data.num_workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.spool_gb",
+    "data.timeout_s",
+    "data.shard_stall_s",
+    "data.shard_deadline_s",
+    "data.shard_retries",
+)
+# Where a run's data lies: part of its name, for other data are another run; but a run may go on where the same data has
+# moved to. What the data is stands in its checkpoints, which are compared.
+LOCATION = (
+    "data.root",
+    "data.train",
+    "data.val",
+    "data.zeroshot",
+    "data.shapes.folder",
+    "data.sentences.triplets",
+    "data.sentences.pairs",
 )
 # Asks for a folder of its own, and changes nothing else.
 NAME = "name"
@@ -35,7 +60,20 @@ ARCHITECTURE = "architecture"
 
 def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run the one it is, its seed among them."""
-    return {key: value for key, value in config.items() if key not in (*EXECUTION, NAME, ARCHITECTURE)}
+    return _without(config, {*EXECUTION, NAME, ARCHITECTURE})
+
+
+def learnt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`experiment` without where its data lies, and so without the tasks, which are found beside it."""
+    return _without(config, {*EXECUTION, NAME, ARCHITECTURE, *LOCATION, "eval"})
+
+
+def _without(config: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in keys
+    }
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

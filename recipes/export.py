@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from clipkit.checkpoint import find_checkpoint, load_model
 from clipkit.export import save_open_clip, save_sentence_transformer
+from clipkit.foreign import blamed_on, named_by, output_in_run
 from clipkit.registry import unknown
 
 TARGETS = ("open_clip", "safetensors", "sentence_transformers")
@@ -32,24 +33,28 @@ def export(config: Mapping[str, Any], run_dir: Path) -> Path:
     target = config["to"]
     if target not in TARGETS:
         raise unknown("export target", target, TARGETS)
-    path = find_checkpoint(config["checkpoint"])
-    folder = Path(config["output"] or path.parent.parent / "export" / f"{path.name}-{target}")
+    given = config["checkpoint"]
+    with blamed_on(given), named_by(given):
+        path = find_checkpoint(given)
+    folder = Path(config["output"] or output_in_run(path, "export", f"{path.name}-{target}"))
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds files: give output=ANOTHER, or remove them")
-    model, tokenizer, _ = load_model(path)
-    if target == "open_clip":
-        save_open_clip(model, folder, tokenizer=tokenizer)
-        load = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
-    elif target == "sentence_transformers":
-        save_sentence_transformer(model, folder, tokenizer=tokenizer, project=config["project"])
-        load = f'SentenceTransformer("{folder}")'
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        # T5 names one embedding twice, and safetensors refuses shared memory.
-        weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
-        tokenizer.save(folder / "tokenizer.json")
-        load = f'model.load_state_dict(safetensors.torch.load_file("{folder / "model.safetensors"}"))'
+    with blamed_on(given), named_by(given):
+        model, tokenizer, _ = load_model(path, trust_paths=config["trust_paths"])
+    with blamed_on(given, settings=False):
+        if target == "open_clip":
+            save_open_clip(model, folder, tokenizer=tokenizer)
+            load = f'open_clip.create_model_and_transforms("local-dir:{folder}")'
+        elif target == "sentence_transformers":
+            save_sentence_transformer(model, folder, tokenizer=tokenizer, project=config["project"])
+            load = f'SentenceTransformer("{folder}")'
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            # T5 names one embedding twice, and safetensors refuses shared memory.
+            weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+            save_file(weights, folder / "model.safetensors")
+            tokenizer.save(folder / "tokenizer.json")
+            load = f'model.load_state_dict(safetensors.torch.load_file("{folder / "model.safetensors"}"))'
     print(f"{path}\nwritten to {folder}; load it with\n    {load}")
     return folder
 

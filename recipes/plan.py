@@ -37,12 +37,10 @@ def plan(config: Mapping[str, Any], run_dir: Path) -> None:
     tokenizer, assumed = vocabulary(config["data"]["tokenizer"], config["vocab_size"])
     capability = config["gpu"]["capability"]
     gpu = GPU(**{**config["gpu"], "capability": capability and tuple(capability)}).measured()
-    # A schedule keeps no state.
-    scheduled = ("schedule", "warmup_steps", "final")
     measured = Measured(
         model=model_config(config, pretrained=False),
         loss=config["loss"],
-        optim={key: value for key, value in config["optim"].items() if key not in scheduled},
+        optim=config["optim"],
         tokenizer=tokenizer,
         precision=config["precision"],
         sentence_batch_size=config["data"]["sentences"]["batch_size"] or 0,

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from clipkit.evals.classification import read_classes
+from clipkit.foreign import blamed_on, named_by
 from clipkit.predict import Predictor, load_embeddings, save_embeddings
 
 
@@ -26,7 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The console command."""
     given = _parser().parse_args(arguments)
     try:
-        given.run(given)
+        # A run or checkpoint folder may come from anybody; a file of images is the user's own.
+        with blamed_on(given.model, settings=False):
+            given.run(given)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
 
@@ -73,7 +76,10 @@ def classify(given: argparse.Namespace) -> None:
 
 
 def _predictor(given: argparse.Namespace) -> Predictor:
-    return Predictor(given.model, device=given.device, batch_size=given.batch_size)
+    if given.model.partition(":")[0] in ("open_clip", "sentence_transformers"):
+        return Predictor(given.model, device=given.device, batch_size=given.batch_size)
+    with blamed_on(given.model), named_by(given.model):
+        return Predictor(given.model, device=given.device, batch_size=given.batch_size)
 
 
 def _tell_skipped(predictor: Predictor) -> None:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from clipkit.checkpoint import model_config
 from clipkit.data import (
@@ -45,6 +44,7 @@ from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.sharding import optimizer_parameters, shard
 from clipkit.training import feed, lock, process, run_folder
 from clipkit.training.evaluation import Evaluation
+from clipkit.training.names import check_names
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
 
@@ -79,6 +79,15 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
 
     Whatever can be wrong with the config is an error here, before the first step.
     """
+    check_names(
+        image_tower=config["image_tower"],
+        text_tower=config["text_tower"],
+        tokenizer=config["data"]["tokenizer"],
+        loss=config["loss"],
+        optim=config["optim"],
+        tasks=config["eval"],
+        loggers=config["logger"],
+    )
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     # Every rank draws the same weights.
@@ -113,7 +122,14 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         batch_size=config["batch_size"],
         batches_per_epoch=stream.batches_per_epoch,
     )
-    optimizer, schedule = build_optimizer(config["optim"], [model, loss], total_steps)
+    optimizer = create_optimizer([model, loss], **config["optim"])
+    schedule = create_schedule(
+        optimizer,
+        name=config["schedule"],
+        total_steps=total_steps,
+        warmup_steps=config["warmup_steps"],
+        final=config["final_lr"],
+    )
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
     # What watches the loop: numbers, scores, checkpoints.
@@ -211,19 +227,6 @@ def build_model(config: Mapping[str, Any], tokenizer: Any, device: torch.device)
     if config["compile"]:
         process.compile_towers(model, by_block=sharded)
     return model
-
-
-def build_optimizer(
-    settings: Mapping[str, Any], modules: list[nn.Module], total_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimizer over what the model and its losses train, and its learning rate over the steps."""
-    rest = dict(settings)
-    name, warmup, final = (rest.pop(key) for key in ("schedule", "warmup_steps", "final"))
-    optimizer = create_optimizer(modules, **rest)
-    schedule = create_schedule(
-        optimizer, name=name, total_steps=total_steps, warmup_steps=warmup, final=final
-    )
-    return optimizer, schedule
 
 
 def train(

@@ -4,7 +4,8 @@
     clipkit-report runs/study --output study.html --title "CLIP and CyCLIP with sentence losses"
     clipkit-report runs/* --no-models                     # numbers and curves alone: needs no checkpoint, no data
 
-Runs whose settings differ by the seed alone become one column, mean and standard deviation.
+Runs whose settings differ by the seed alone become one column, mean and standard deviation. A run that cannot be
+read is left out, and the page says why. Runs may come from anybody: nothing of one is run or fetched, see SECURITY.md.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--no-models", action="store_true", help="leave out what needs a checkpoint and its data"
     )
+    parser.add_argument(
+        "--trust-paths",
+        action="store_true",
+        help="runs that you made may name local files anywhere; others only what is below this folder or their own",
+    )
     given = parser.parse_args(arguments)
     try:
         path = write_report(
@@ -45,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             device=given.device,
             batch_size=given.batch_size,
             models=not given.no_models,
+            trust_paths=given.trust_paths,
         )
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from clipkit.command import jobs, processes
 from clipkit.command.compose import start_hydra
 from clipkit.command.programs import reported
-from clipkit.reports.comparison import compare, text_tables, unfinished, write_comparison
+from clipkit.reports.comparison import finished_groups, left_out, text_tables, write_comparison
+from clipkit.reports.runs import find_runs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,14 +60,15 @@ def write_tables(
     folders: Sequence[str], output: str | None, order: str | None, *, shown: bool = True
 ) -> None:
     """Print the comparison of the finished runs, and write it to OUTPUT.md, .csv, .json and .html."""
-    groups = compare(folders, order=order)
+    runs = find_runs(folders)
+    groups, missing = finished_groups(runs, order=order), left_out(runs)
     if shown:
         print(
             f"Mean ± sample standard deviation over n runs that differ by the seed alone:\n{text_tables(groups) or 'no run was evaluated'}"
         )
-        print(unfinished(folders))
+        print("".join(f"\n{line}" for line in missing))
     if output:
-        print("written: " + ", ".join(map(str, write_comparison(groups, output))))
+        print("written: " + ", ".join(map(str, write_comparison(groups, output, left_out=missing))))
 
 
 if __name__ == "__main__":

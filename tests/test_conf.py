@@ -66,7 +66,7 @@ def test_losses_add_up_on_the_command_line():
 def test_the_cc3m_experiments_hold_the_published_settings(variant):
     """Goel et al. 2022, section 4 and appendix."""
     cfg = composed(f"experiment={variant}_rn50_cc3m")
-    assert (cfg.optim.lr, list(cfg.optim.betas), cfg.optim.weight_decay, cfg.optim.warmup_steps) == (
+    assert (cfg.optim.lr, list(cfg.optim.betas), cfg.optim.weight_decay, cfg.warmup_steps) == (
         5e-4,
         [0.9, 0.999],
         0.1,

@@ -10,6 +10,8 @@ import pytest
 
 from clipkit.foreign import (
     BrokenFile,
+    blamed_on,
+    leads_out,
     named_by,
     parse_json,
     permit,
@@ -17,6 +19,7 @@ from clipkit.foreign import (
     read_json,
     read_json_lines,
     read_yaml,
+    readable,
     redacted,
     shown,
 )
@@ -127,8 +130,14 @@ def test_a_run_folder_names_data_below_the_present_folder_or_its_own_alone(tmp_p
         for location in bad:
             with pytest.raises(BrokenFile, match="shards is"):
                 permit(location, "shards")
-    with named_by(inner), pytest.raises(BrokenFile):
-        permit("runs/mine/out/passwd", "shards")
+    (work / "runs" / "beside").symlink_to("/etc")
+    (work / "linked").symlink_to("/etc")
+    with named_by(inner):
+        # A link in the present folder is the user's.
+        permit("linked/passwd", "shards")
+        for location in ("runs/mine/out/passwd", "runs/beside/passwd"):
+            with pytest.raises(BrokenFile):
+                permit(location, "shards")
     with named_by(run, trust_paths=True):
         permit("/etc/passwd", "shards")
         for location in ("pipe:touch x", "https://host/x.tar"):
@@ -141,11 +150,61 @@ def test_what_is_shown_holds_no_credential():
         "https://user:pa55@host/a/{0..3}.tar?sig=k3y&x=1#t": "https://host/a/{0..3}.tar?...",
         "see s3://AKIA:k3y@bucket/x.tar, please": "see s3://bucket/x.tar, please",
         "pipe:curl -H 'Authorization: Bearer k3y' https://host/x": "pipe:curl ...",
+        "Pipe: TOKEN=k3y curl https://host/x": "pipe:TOKEN ...",
+        "pipe:curl \\\n -H k3y": "pipe:curl ...",
+        "http://user:pa55/k3y@host/x": "http://host/x",
         "a photo of a {}.": "a photo of a {}.",
     }
     for text, wanted in texts.items():
         found = redacted(text)
         assert "k3y" not in found and "pa55" not in found
-        if "pipe" not in text:
-            assert found == wanted
+        assert found == wanted
     assert "k3y" not in str(shown({"a": [{"b": "https://h/x?k=k3y"}], "c": ("pipe:cat k3y",)}))
+
+
+def test_a_line_that_is_too_long_is_left_out_and_too_many_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "x": "' + "x" * (1 << 20) + '"}\n{"step": 3}\n')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 3}]
+    path.write_bytes(b"\n" * 500_001)
+    with pytest.raises(BrokenFile, match=f"{path} has 500001 lines"):
+        read_json_lines(path)
+
+
+def test_a_link_that_leads_out_is_told_from_one_that_stays(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, target in {"in": "file", "out": "..", "round": "round", "there": "../run/file"}.items():
+        (run / name).symlink_to(target)
+    (tmp_path / "same").symlink_to("run")
+    assert [name for name in ("in", "out", "round", "there", "file") if leads_out(run / name, run)] == ["out"]
+    assert not leads_out(tmp_path / "same" / "file", run) and not leads_out(run, run)
+    with named_by(run), pytest.raises(BrokenFile):
+        permit(run / "out", "shards")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("eval"), ZeroDivisionError(), ValueError("of k3y"), OSError("no hub")]
+)
+def test_whatever_a_strangers_settings_do_is_told_as_the_folders_fault(error):
+    with pytest.raises(BrokenFile, match="^runs/a cannot be used: ") as told, blamed_on("runs/a"):
+        raise error
+    assert told.value.__cause__ is error
+    named = ValueError("runs/a/config.json is cut short")
+    with pytest.raises(ValueError, match="^runs/a/config.json is cut short$"), blamed_on("runs/a"):
+        raise named
+    full = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as told, blamed_on("runs/a"):
+        raise full
+    assert told.value is full
+    with pytest.raises(ValueError, match="^no image here$"), blamed_on("runs/a", settings=False):
+        raise ValueError("no image here")
+    with (
+        pytest.raises(BrokenFile, match="^runs/a cannot be used: IndexError: row"),
+        blamed_on("runs/a", settings=False),
+    ):
+        raise IndexError("row 5")
+
+
+def test_what_is_printed_steers_no_terminal():
+    assert readable("a\x1b]0;x\x07\tb\nc\u202ed\ud800 é") == "a\ufffd]0;x\ufffd b c\ufffdd\ufffd é"

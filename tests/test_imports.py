@@ -132,7 +132,7 @@ MAY_IMPORT = {
     "predict": "data evals foreign",
     "planner": "checkpoint kernels losses model optim towers",
     "reports": "checkpoint evals files foreign settings",
-    "training": "checkpoint data distributed evals files foreign loggers model optim registry settings sharding",
+    "training": "checkpoint data distributed evals files foreign loggers losses model optim registry settings sharding towers",
     "command": "data files foreign recipes registry reports settings training",
 }
 

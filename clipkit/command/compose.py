@@ -19,6 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
+import clipkit.conf
+from clipkit.command import experiments
 from clipkit.data import locate_data
 from clipkit.settings import EXECUTION
 
@@ -44,13 +46,34 @@ def run_name(overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """What the YAML files call as `${name:...}`; each process of a launcher registers them anew."""
+    """What the YAML files call as `${name:...}`, and how experiments count; each process of a launcher does it anew."""
+    experiments.install()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("execution_settings", lambda: list(EXECUTION), replace=True)
 
 
+def check_config_dir(config_dir: str | None) -> None:
+    """ValueError for a `--config-dir` that is not there, or has a file of the same name as one of clipkit's.
+
+    hydra would take one of the two without a word.
+    """
+    if config_dir is None:
+        return
+    if not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir: there is no folder {config_dir}")
+    ours = Path(clipkit.conf.__path__[0])
+    for path in sorted(Path(config_dir).rglob("*.yaml")):
+        name = path.relative_to(config_dir)
+        if (ours / name).is_file():
+            raise ValueError(
+                f"{path} has the name of clipkit's own {name}: only one of the two would count. Give yours another name, "
+                f"such as {name.with_stem('my_' + name.stem)}; it may start from ours by `defaults: [{name.stem}, _self_]`"
+            )
+
+
 def start_hydra(config_dir: str | None = None) -> Any:
-    """hydra's config loader over conf/, and over the user's `--config-dir` before it."""
+    """hydra's config loader over conf/, and over the user's `--config-dir` beside it."""
+    check_config_dir(config_dir)
     path = create_config_search_path(CONFIG_PATH)
     if config_dir:
         path.prepend("command-line", f"file://{Path(config_dir).resolve()}")

@@ -8,7 +8,6 @@ not do. Torch is not imported.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from clipkit.files import write_json
+from clipkit.foreign import read_json
 from clipkit.reports.comparison import compare, text_tables
 from clipkit.training.run_folder import STOPPED
 
@@ -105,8 +105,16 @@ class Records:
         write_json(self.folder / name, asdict(job))
 
     def read(self, planned: Sequence[Sequence[str]] = ()) -> list[Job]:
-        """Every job on record, in the order of the plan; a planned one that never began is among them."""
-        found = [Job(**json.loads(path.read_text("utf-8"))) for path in sorted(self.folder.glob("*.json"))]
+        """Every job on record, in the order of the plan; a planned one that never began is among them.
+
+        A record that cannot be read is said on standard error, and its job counts as one that never began.
+        """
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                found.append(read_json(path, Job))
+            except (ValueError, OSError) as error:
+                print(f"left out of the sweep's list: {error}", file=sys.stderr)
         by_overrides = {tuple(job.overrides): job for job in found}
         wanted = [tuple(overrides) for overrides in planned]
         rest = [job for job in found if tuple(job.overrides) not in wanted]
@@ -213,7 +221,12 @@ class Outcome:
         folders = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
         if len(folders) < 2:
             return
-        tables = text_tables(compare(folders, order=objective))
+        try:
+            tables = text_tables(compare(folders, order=objective))
+        except ValueError as error:
+            # The list of what is to do says more than a table would have.
+            print(f"\nNo comparison: {error}", file=sys.stderr)
+            return
         if tables:
             print(
                 f"\nFinal numbers, mean ± sample standard deviation over n runs that differ by the seed alone:\n{tables}"

@@ -21,6 +21,8 @@ import clipkit.recipes
 from clipkit.command import jobs
 from clipkit.command.check import check_overrides
 from clipkit.command.compose import compose, is_hydras, resolved
+from clipkit.command.values import check_values
+from clipkit.foreign import read_text
 from clipkit.training import run_folder
 
 LOG = "output.log"
@@ -66,6 +68,7 @@ def job_folder(config_name: str, overrides: list[str]) -> Path:
     check_overrides(cfg, config_name, overrides)
     folder = Path(os.path.abspath(cfg.hydra.run.dir))
     config = resolved(cfg, config_name)
+    check_values(config, config_name)
     if finished(folder):
         run_folder.check_unchanged(folder, config)
     return folder
@@ -151,7 +154,7 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / LOG, "ab")
+        log = open(folder / LOG, "ab", opener=_in_place)
     except OSError as error:
         job.state, job.error = jobs.FAILED, f"its run folder cannot be written: {error}"
         say(f"{label}: {job.error}")
@@ -192,8 +195,8 @@ def close(one: Running, label: str) -> None:
     one.log.close()
     folder, status, seconds = Path(one.job.run_dir), one.process.returncode, time.monotonic() - one.began
     error = folder / "error.txt"
-    if error.exists():
-        one.job.state, one.job.error = jobs.FAILED, error.read_text("utf-8").strip().splitlines()[-1]
+    if os.path.lexists(error):
+        one.job.state, one.job.error = jobs.FAILED, _last_line(error)
     elif status == 0 and finished(folder):
         one.job.state = jobs.FINISHED
     elif status == run_folder.STOPPED or one.told:
@@ -217,9 +220,29 @@ def finished(folder: Path) -> bool:
     return bool(run_folder.read_summary(folder).get("finished"))
 
 
+def _in_place(path: str, flags: int) -> int:
+    """open's opener: a link is not followed, and a FIFO is an error rather than a wait for its reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def _last_line(error: Path) -> str:
+    """What a job's error.txt says at its end."""
+    try:
+        lines = read_text(error).strip().splitlines()
+    except (ValueError, OSError) as problem:
+        return str(problem)
+    return lines[-1] if lines else f"{error} is empty"
+
+
 def last_lines(path: Path, count: int) -> str:
-    """The last lines of a log that say anything."""
-    lines = [line.rstrip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    """The last lines of a log that say anything, within its last 64 KiB."""
+    try:
+        with open(path, "rb", opener=_in_place) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - (64 << 10)))
+            text = file.read(64 << 10).decode("utf-8", errors="replace")
+    except OSError as error:
+        return str(error)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-count:])
 
 

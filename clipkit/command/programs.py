@@ -33,6 +33,7 @@ from clipkit.command import jobs
 from clipkit.command.check import check_overrides, explain
 from clipkit.command.compose import (
     CONFIG_PATH,
+    check_config_dir,
     compose,
     fixed,
     is_hydras,
@@ -40,6 +41,10 @@ from clipkit.command.compose import (
     resolved,
     start_hydra,
 )
+from clipkit.command.experiments import LEFT_OUT
+from clipkit.command.launch import adopt_slurm
+from clipkit.command.unread import unread
+from clipkit.command.values import check_values
 from clipkit.registry import unknown
 from clipkit.training import run_folder
 
@@ -56,10 +61,12 @@ def run(program: str) -> None:
         program: the name of a module of recipes/, of the function in it, and of its settings, conf/PROGRAM.yaml.
     """
     register_resolvers()
+    adopt_slurm()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sweep = None
     try:
+        check_config_dir(get_args_parser().parse_args(sys.argv[1:]).config_dir)
         if {"-m", "--multirun"} & set(sys.argv[1:]):
             sweep = Sweep.from_command_line(program)
         job = JobFunction(program, sweep.records if sweep else None)
@@ -142,9 +149,16 @@ class JobFunction:
 
     def _call(self, cfg: DictConfig, run_dir: Path, overrides: list[str]) -> Any:
         """Check the settings, then import the program, and torch with it."""
+        if os.environ.get("RANK", "0") == "0":
+            for line in HydraConfig.get().runtime.choices.get(LEFT_OUT, []):
+                print(f"experiment {line}", flush=True)
         check_overrides(cfg, self.program, overrides)
         check_objective(cfg)
         config = resolved(cfg, self.program)
+        check_values(config, self.program)
+        if self.program == "pretrain" and os.environ.get("RANK", "0") == "0":
+            for line in unread(config, overrides):
+                print(f"warning: {line}", flush=True)
         function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
         return function(config, run_dir)
 

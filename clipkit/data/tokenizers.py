@@ -233,31 +233,50 @@ def create_tokenizer(
     Raises:
         ValueError: an unknown name or setting, or "words" without captions.
     """
+    check_tokenizer(spec)
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = spec.pop("name", None)
-    if spec.get("path"):
-        permit(spec["path"], "tokenizer.path")
-        return load_tokenizer(spec["path"])
-    spec.pop("path", None)
-    _registry.get(name)
+    name, path = spec.pop("name", None), spec.pop("path", None)
+    if path:
+        permit(path, "tokenizer.path")
+        return load_tokenizer(path)
     if name == "clip_bpe":
-        check_keys(spec, ["context_length", "merges"], "tokenizer clip_bpe")
         return ClipBPE(**spec)
     if name == "hf":
-        check_keys(spec, ["model", "context_length"], "tokenizer hf")
-        if not spec.get("model"):
-            raise ValueError(
-                "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
-            )
         permit(spec["model"], "tokenizer.model")
         return HuggingFace.build(**spec)
-    check_keys(spec, ["context_length", "max_words", "min_count"], "tokenizer words")
     if captions is None:
         raise ValueError(
             "tokenizer words is built from the training captions: pass captions=..., or tokenizer.path of "
             "a saved one"
         )
     return Words.build(captions() if callable(captions) else captions, **spec)
+
+
+_SETTINGS = {
+    "clip_bpe": ("context_length", "merges"),
+    "words": ("context_length", "max_words", "min_count"),
+    "hf": ("model", "context_length"),
+}
+
+
+def check_tokenizer(spec: str | Mapping[str, Any]) -> None:
+    """ValueError for an unknown name, or a setting that what it names does not take; no file is looked at."""
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    if spec.get("path"):
+        return
+    name = spec.get("name")
+    _registry.get(name)
+    check_keys(
+        [key for key in spec if key not in ("name", "path")], _SETTINGS[str(name)], f"tokenizer {name}"
+    )
+    for key, least in (("context_length", 3), ("max_words", 1), ("min_count", 1)):
+        value = spec.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"tokenizer.{key}={value!r}: expected a whole number, {least} or more")
+    if name == "hf" and not spec.get("model"):
+        raise ValueError(
+            "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
+        )
 
 
 class _ClipState(msgspec.Struct, forbid_unknown_fields=True):

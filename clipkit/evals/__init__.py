@@ -8,11 +8,12 @@ from clipkit.evals.geometry import consistency_scores, geometry_metrics
 from clipkit.evals.linear_probe import linear_probe_metrics
 from clipkit.evals.models import load_any
 from clipkit.evals.retrieval import retrieval_metrics
-from clipkit.evals.tasks import check_metric, create_tasks, evaluate, list_tasks, register_task
+from clipkit.evals.tasks import check_metric, check_tasks, create_tasks, evaluate, list_tasks, register_task
 
 __all__ = [
     "Encoder",
     "check_metric",
+    "check_tasks",
     "classification_metrics",
     "consistency_scores",
     "create_tasks",

@@ -38,6 +38,17 @@ def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Tas
         ValueError: names the task and what is wrong with it.
     """
     built = {}
+    for name, spec in check_tasks(tasks).items():
+        try:
+            built[name] = _TASKS.get(spec["kind"])(**{key: spec[key] for key in spec if key != "kind"})
+        except (ValueError, OSError) as error:
+            raise ValueError(f"evaluation {name!r}: {error}") from error
+    return built
+
+
+def check_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Mapping[str, Any]]:
+    """The specs without those of None; ValueError for an unknown kind or setting. No file is looked at."""
+    checked = {}
     for name, spec in tasks.items():
         if spec is None:
             continue
@@ -45,18 +56,14 @@ def create_tasks(tasks: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Tas
             raise ValueError(
                 f"evaluation {name!r} needs a `kind` (one of {', '.join(list_tasks())}); got {spec!r}"
             )
-        task = _TASKS.get(spec["kind"])
-        settings = {key: value for key, value in spec.items() if key != "kind"}
-        parameters = inspect.signature(task).parameters
+        parameters = inspect.signature(_TASKS.get(spec["kind"])).parameters
+        settings = [key for key in spec if key != "kind"]
         check_keys(settings, parameters, f"evaluation {name!r} ({spec['kind']})")
         missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
         if missing:
             raise ValueError(f"evaluation {name!r} ({spec['kind']}) needs {', '.join(missing)}")
-        try:
-            built[name] = task(**settings)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"evaluation {name!r}: {error}") from error
-    return built
+        checked[name] = spec
+    return checked
 
 
 def check_metric(name: str, built: Mapping[str, Task], what: str) -> None:

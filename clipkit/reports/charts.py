@@ -7,11 +7,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from clipkit.reports.runs import POINTS, cut
+from clipkit.reports.spread import deviation, mean
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6000", "#444444")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 260, 52, 12, 12, 40
@@ -34,10 +36,33 @@ class Series:
     arrow: bool = False
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str = "") -> str:
-    """A figure with a line a series; points that are not finite are left out."""
+def _drawable(value: float) -> bool:
+    """Whether a number has a place on an axis: finite, and so small that differences of two are."""
+    return abs(value) < 1e150
+
+
+def _thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many of the points, evenly, the last among them."""
+    every = -(-(len(points) - 1) // (most - 1))
+    return points if every <= 1 else points[:-1:every] + points[-1:]
+
+
+def line_chart(
+    title: str, series: Sequence[Series], *, x_label: str, y_label: str = "", points: int = POINTS
+) -> str:
+    """A figure with a line a series; points that are not finite, or have no place on an axis, are left out.
+
+    Args:
+        points: of a line that are drawn, evenly spaced.
+    """
     drawn = [
-        Series([p for p in s.points if all(map(math.isfinite, p))], s.colour, s.label, s.faint, s.arrow)
+        Series(
+            _thinned([p for p in s.points if all(map(_drawable, p))], points),
+            s.colour,
+            s.label,
+            s.faint,
+            s.arrow,
+        )
         for s in series
     ]
     drawn = [s for s in drawn if s.points]
@@ -75,10 +100,10 @@ def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longe
     deviation.
 
     Args:
-        rows: drawn from the top; values that are not finite are left out, a row without any stays empty.
+        rows: drawn from the top; values that are not finite or above 1e150 are left out, a row without any stays empty.
         longest: characters of a label; a longer one is cut in the middle, and whole when pointed at.
     """
-    kept = [DotRow(row.label, row.colour, [v for v in row.values if math.isfinite(v)]) for row in rows]
+    kept = [DotRow(row.label, row.colour, [v for v in row.values if _drawable(v)]) for row in rows]
     spans = [_span(row.values) for row in kept]
     seen = [
         v for row, span in zip(kept, spans, strict=True) for v in (*row.values, *span[1:]) if math.isfinite(v)
@@ -93,18 +118,18 @@ def dot_chart(title: str, rows: Sequence[DotRow], *, row_height: int = 24, longe
         x = axis(value)
         parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{foot}" class="tick"/>')
         parts.append(f'<text x="{x:.1f}" y="{foot + 15}" text-anchor="middle">{value:.6g}</text>')
-    for i, (row, (mean, low, high)) in enumerate(zip(kept, spans, strict=True)):
+    for i, (row, (middle, low, high)) in enumerate(zip(kept, spans, strict=True)):
         y = TOP + (i + 0.5) * row_height
         tip = f"<title>{escape(row.label)}</title>"
         parts.append(
-            f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_cut(row.label, longest))}{tip}</text>'
+            f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(cut(row.label, longest))}{tip}</text>'
         )
         if not row.values:
             continue
         parts.append(
             f'<rect x="{axis(low):.1f}" y="{y - 6:.1f}" width="{max(axis(high) - axis(low), 0):.1f}" height="12" '
             f'fill="{row.colour}" opacity="0.2"/>'
-            f'<line x1="{axis(mean):.1f}" y1="{y - 8:.1f}" x2="{axis(mean):.1f}" y2="{y + 8:.1f}" stroke="{row.colour}" '
+            f'<line x1="{axis(middle):.1f}" y1="{y - 8:.1f}" x2="{axis(middle):.1f}" y2="{y + 8:.1f}" stroke="{row.colour}" '
             f'stroke-width="2.5"/>'
         )
         dots = "".join(f'<circle cx="{axis(v):.1f}" cy="{y:.1f}" r="3.2"/>' for v in row.values)
@@ -116,16 +141,8 @@ def _span(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, mean - s, mean + s) with the sample standard deviation s, 0 for one value; NaN for none."""
     if not values:
         return math.nan, math.nan, math.nan
-    mean = statistics.fmean(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return mean, mean - deviation, mean + deviation
-
-
-def _cut(label: str, longest: int) -> str:
-    if len(label) <= longest:
-        return label
-    head = (longest - 1) // 2
-    return f"{label[:head]}…{label[head + 1 - longest :]}"
+    middle, spread = mean(values), deviation(values) or 0.0
+    return middle, middle - spread, middle + spread
 
 
 def scatter(

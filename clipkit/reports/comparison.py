@@ -6,6 +6,7 @@ deviation.
     write_comparison(groups, "comparison")     # comparison.md, .csv, .json and .html
 
 A number over n runs is mean = sum(x) / n and s = sqrt(sum((x - mean)^2) / (n - 1)); one run alone has no s.
+Settings are shown without credentials, and texts of a run can neither be marks of Markdown nor formulas of a table.
 """
 
 from __future__ import annotations
@@ -13,36 +14,56 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipkit.files import write_text
+from clipkit.foreign import readable
 from clipkit.reports.page import number, write_page
-from clipkit.reports.runs import Group, find_runs, flatten, group_runs, metric_names
+from clipkit.reports.runs import Group, Run, find_runs, group_runs, metric_names, public_settings
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def compare(paths: Sequence[str | Path], *, order: str | None = None) -> list[Group]:
-    """The groups of the finished runs at or below the paths.
+    """The groups of the finished runs at or below the paths; `finished_groups` of `find_runs`."""
+    return finished_groups(find_runs(paths), order=order)
+
+
+def finished_groups(runs: Sequence[Run], *, order: str | None = None) -> list[Group]:
+    """The groups of the finished runs.
 
     Args:
-        paths: run folders, or folders that hold them.
-        order: "task/metric" whose largest mean comes first; None: the order of the paths.
+        order: "task/metric" whose largest mean comes first; None: the order of the runs.
 
     Raises:
-        ValueError: no such folder, no run in it, or none that is finished.
+        ValueError: none is finished.
     """
-    runs = [run for run in find_runs(paths) if run.summary.get("finished")]
-    if not runs:
+    finished = [run for run in runs if run.summary.get("finished")]
+    if not finished:
+        names = [str(run.path) for run in runs]
         raise ValueError(
-            f"no run under {', '.join(map(str, paths))} is finished: summary.json says when one is"
+            f"no run is finished, of {', '.join(names[:5] + ['...'][: len(names) > 5])}: summary.json says when one is"
         )
-    groups = group_runs(runs)
+    groups = group_runs(finished)
     if order:
-        groups.sort(key=lambda group: -(group.spread(order) or (float("-inf"),))[0])
+        groups.sort(key=lambda group: -_finite((group.spread(order) or (-math.inf,))[0], -math.inf))
     return groups
+
+
+def left_out(runs: Sequence[Run]) -> list[str]:
+    """A line for every run that a comparison leaves out, and why; one for all that are not finished."""
+    lines = [f"Left out: {run.problem}" for run in runs if run.problem]
+    lines += [readable(f"Left out: {run.note}") for run in runs if run.note]
+    unfinished = [str(run.path) for run in runs if not run.problem and not run.summary.get("finished")]
+    return lines + ([readable(f"Not finished, so left out: {', '.join(unfinished)}")] if unfinished else [])
+
+
+def _finite(value: float, otherwise: Any = None) -> Any:
+    return value if math.isfinite(value) else otherwise
 
 
 def blocks(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -106,14 +127,26 @@ def markdown_tables(groups: Sequence[Group]) -> str:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Cells, the header first, as one Markdown table; numbers are set right."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in rows]
     lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
     return "\n".join(lines)
 
 
-def csv_table(groups: Sequence[Group]) -> str:
+def markdown_text(text: str) -> str:
+    """A text that Markdown shows as it is: no tag, link, picture, code or end of a cell."""
+    return re.sub(
+        r"[\\|\[\]`<&]", lambda found: {"<": "&lt;", "&": "&amp;"}.get(found[0], f"\\{found[0]}"), text
+    )
+
+
+def _csv_text(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def csv_table(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
     """A line a group and metric: group, metric, n, mean, standard_deviation (empty for one run), and each
-    run's value.
+    run's value; then a line without numbers for everything left out.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -125,14 +158,31 @@ def csv_table(groups: Sequence[Group]) -> str:
             mean, deviation, n = spread
             values = " ".join(repr(run.final[name]) for run in group.runs if name in run.final)
             writer.writerow(
-                [group.label, name, n, repr(mean), "" if deviation is None else repr(deviation), values]
+                [
+                    _csv_text(group.label),
+                    _csv_text(name),
+                    n,
+                    repr(mean),
+                    "" if deviation is None else repr(deviation),
+                    values,
+                ]
             )
+    writer.writerows([_csv_text(line), "", 0, "", "", ""] for line in left_out)
     return out.getvalue()
 
 
-def as_json(groups: Sequence[Group]) -> dict[str, Any]:
-    """Every number with the runs it comes from."""
-    return {"groups": [_group_json(group) for group in groups]}
+def as_json(groups: Sequence[Group], left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Every number with the runs it comes from; null for one that is not finite."""
+    return _standard({"groups": [_group_json(group) for group in groups], "left_out": list(left_out)})
+
+
+def _standard(value: Any) -> Any:
+    """A value that JSON has words for: it has none for inf and nan."""
+    if isinstance(value, Mapping):
+        return {key: _standard(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_standard(one) for one in value]
+    return _finite(value) if isinstance(value, float) else value
 
 
 def _group_json(group: Group) -> dict[str, Any]:
@@ -149,7 +199,7 @@ def _group_json(group: Group) -> dict[str, Any]:
         }
     runs = [
         {
-            "folder": str(run.path),
+            "folder": readable(str(run.path)),
             "seed": run.config.get("seed"),
             "step": run.summary.get("step"),
             "seconds": run.summary.get("seconds_this_session"),
@@ -158,7 +208,7 @@ def _group_json(group: Group) -> dict[str, Any]:
         for run in group.runs
     ]
     settings = (
-        {key: value for key, value in flatten(group.runs[0].config).items() if key != "seed"}
+        {key: value for key, value in public_settings(group.runs[0].config).items() if key != "seed"}
         if group.runs
         else {}
     )
@@ -173,6 +223,7 @@ def write_comparison(
     notes: str = "",
     html: str = "",
     entries: dict[str, Any] | None = None,
+    left_out: Sequence[str] = (),
 ) -> list[Path]:
     """Write OUTPUT.md, OUTPUT.csv, OUTPUT.json and OUTPUT.html; returns their paths.
 
@@ -180,16 +231,19 @@ def write_comparison(
         notes: Markdown set above the tables.
         html: the same for the page.
         entries: more for the JSON, beside "groups".
+        left_out: what `left_out` says of the runs that are not in the groups.
     """
     output = Path(output)
     explained = (
         "Mean ± sample standard deviation over n runs that differ by the seed alone. STS and SentEval are per cent, recall and "
         "accuracy fractions of 1."
     )
+    missing = "".join(f"- {markdown_text(line)}\n" for line in left_out)
     texts = {
-        ".md": f"# {title}\n\n{notes}{explained}\n\n{markdown_tables(groups)}\n",
-        ".csv": csv_table(groups),
-        ".json": json.dumps({**(entries or {}), **as_json(groups)}, indent=1) + "\n",
+        ".md": f"# {title}\n\n{notes}{explained}\n\n{markdown_tables(groups)}\n"
+        + (missing and f"\n{missing}"),
+        ".csv": csv_table(groups, left_out),
+        ".json": json.dumps(_standard({**(entries or {}), **as_json(groups, left_out)}), indent=1) + "\n",
     }
     paths = []
     for suffix, text in texts.items():
@@ -197,10 +251,5 @@ def write_comparison(
         path = output.with_name(output.name + suffix)
         write_text(path, text)
         paths.append(path)
-    return [*paths, write_page(groups, output.with_name(f"{output.name}.html"), title=title, notes=html)]
-
-
-def unfinished(paths: Sequence[str | Path]) -> str:
-    """Which runs a comparison leaves out, for a terminal; empty where all are finished."""
-    left = [str(run.path) for run in find_runs(paths) if not run.summary.get("finished")]
-    return f"\nNot finished, so left out: {', '.join(left)}" if left else ""
+    page = output.with_name(f"{output.name}.html")
+    return [*paths, write_page(groups, page, title=title, notes=html, left_out=left_out)]

@@ -17,9 +17,10 @@ of those whose true answer is zero, 1 in 20 falls outside.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from clipkit.reports.spread import deviation, mean
 
 SHOWS, OPPOSITE, UNTOLD = "shows", "the opposite", "cannot be told"
 
@@ -73,7 +74,7 @@ class Difference:
     high: float | None
 
     def verdict(self, sign: int) -> str:
-        """Whether the difference is above zero (`sign` 1) or below it (-1)."""
+        """Whether the difference is above zero (`sign` 1) or below it (-1); untold of numbers that are not finite."""
         if self.low is None or self.high is None:
             return UNTOLD
         if self.low > 0:
@@ -88,12 +89,12 @@ def difference(values: Sequence[float]) -> Difference | None:
     values = tuple(values)
     if not values:
         return None
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return Difference(values, mean, None, None, None)
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    middle, spread = mean(values), deviation(values)
+    if spread is None:
+        return Difference(values, middle, None, None, None)
+    error = spread / math.sqrt(len(values))
     reach = t_quantile(len(values) - 1) * error
-    return Difference(values, mean, error, mean - reach, mean + reach)
+    return Difference(values, middle, error, middle - reach, middle + reach)
 
 
 def paired(changed: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:

@@ -3,10 +3,14 @@
 `write_report(runs, output)` reads what the run folders hold; what needs the model (gallery, confusion,
 similarities) comes from clipkit.reports.pictures and is left out where a run has no checkpoint or its data is
 gone, with the reason on the page.
+
+A run folder may come from anybody: each of its texts is escaped, its settings are shown without credentials, and the
+page tells the browser to run nothing and to fetch nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -14,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.files import write_text
+from clipkit.foreign import readable
 from clipkit.reports.charts import PALETTE, DotRow, Series, dot_chart, line_chart
-from clipkit.reports.runs import Group, find_runs, flatten, group_runs, metric_names
+from clipkit.reports.runs import POINTS, Group, find_runs, group_runs, metric_names, public_settings
 
 # Metrics of which less is better.
 LOWER = ("rank", "align_l2", "uniform_", "modality_gap", "loss")
 # Metrics without a better or worse.
 NEITHER = ("C",)
+# Charts of one heading, and points of all their lines together.
+CHARTS, ALL_POINTS = 400, 1_000_000
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
@@ -59,6 +67,7 @@ def write_report(
     device: str = "cpu",
     batch_size: int = 64,
     models: bool = True,
+    trust_paths: bool = False,
 ) -> Path:
     """Write the page and return its path.
 
@@ -68,12 +77,20 @@ def write_report(
         queries: retrieval examples of each direction a group.
         device, batch_size: for encoding the evaluation data again.
         models: False leaves out what needs a checkpoint.
+        trust_paths: the runs may name local files anywhere, and have links that lead out of their folders.
 
     Raises:
-        ValueError: a path that holds no run.
+        ValueError: a path that holds no run, or none that can be read.
     """
-    pictures = {"queries": queries, "device": device, "batch_size": batch_size} if models else None
-    return write_page(group_runs(find_runs(runs)), output, title=title, pictures=pictures)
+    found = find_runs(runs, trust_paths=trust_paths)
+    pictures = {"queries": queries, "device": device, "batch_size": batch_size, "trust_paths": trust_paths}
+    return write_page(
+        group_runs(found),
+        output,
+        title=title,
+        pictures=pictures if models else None,
+        left_out=[f"Left out: {text}" for run in found for text in (run.problem, run.note) if text],
+    )
 
 
 def write_page(
@@ -83,16 +100,18 @@ def write_page(
     title: str,
     notes: str = "",
     pictures: dict[str, Any] | None = None,
+    left_out: Sequence[str] = (),
 ) -> Path:
     """Write the page about groups of runs and return its path.
 
     Args:
         notes: HTML set before the final numbers.
         pictures: settings of clipkit.reports.pictures.group_pictures; None leaves out what needs a checkpoint.
+        left_out: what is said of runs that are not in the groups.
     """
     groups = list(groups)
     colours = {group.label: PALETTE[i % len(PALETTE)] for i, group in enumerate(groups)}
-    parts = [_head(title, groups), _legend(colours), notes, _table(groups), _dots(groups, colours)]
+    parts = [_head(title, groups, left_out), _legend(colours), notes, _table(groups), _dots(groups, colours)]
     parts += [
         _tradeoff(groups, colours),
         _curves(groups, colours, "Training", "train/"),
@@ -108,16 +127,18 @@ def write_page(
             parts.append(group_pictures(run, **pictures))
     parts.append(_settings(groups))
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>"
     )
     output = Path(output)
-    write_text(output, page)
+    # A folder's name may hold bytes that are no text.
+    write_text(output, page.encode("utf-8", "replace").decode("utf-8"))
     return output
 
 
-def _head(title: str, groups: list[Group]) -> str:
+def _head(title: str, groups: list[Group], left_out: Sequence[str]) -> str:
     runs = [run for group in groups for run in group.runs]
     unfinished = [run.path.name for run in runs if not run.summary.get("finished")]
     notes = [f"{len(runs)} runs in {len(groups)} groups; runs of a group differ by their seed alone."]
@@ -127,7 +148,8 @@ def _head(title: str, groups: list[Group]) -> str:
         )
         notes.append(f"Not finished, so their last evaluation stands: {named}.")
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return f'<h1>{escape(title)}</h1><p class="note">{date}. {escape(" ".join(notes))}</p>'
+    missing = "".join(f'<p class="note">{escape(line)}</p>' for line in left_out)
+    return f'<h1>{escape(title)}</h1><p class="note">{date}. {escape(" ".join(notes))}</p>{missing}'
 
 
 def _legend(colours: dict[str, str]) -> str:
@@ -150,7 +172,7 @@ def _table(groups: list[Group]) -> str:
     rows = []
     for metric in metrics:
         found = [group.spread(metric) for group in groups]
-        means = [value[0] for value in found if value]
+        means = [value[0] for value in found if value and math.isfinite(value[0])]
         sign = _direction(metric)
         best = max(means, key=lambda mean: sign * mean) if sign and len(set(means)) > 1 else None
         cells = []
@@ -199,7 +221,7 @@ def _dots(groups: list[Group], colours: dict[str, str]) -> str:
         return ""
     names = metric_names(groups)
     charts = []
-    for name in names:
+    for name in names[:CHARTS]:
         rows = [
             DotRow(
                 group.label,
@@ -218,15 +240,12 @@ def _dots(groups: list[Group], colours: dict[str, str]) -> str:
 
 def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: str) -> str:
     names = dict.fromkeys(
-        name
-        for g in groups
-        for run in g.runs
-        for line in run.lines
-        for name in line
-        if name.startswith(prefix)
+        name for g in groups for run in g.runs for name in run.curves if name.startswith(prefix)
     )
+    runs = sum(len(group.runs) + 1 for group in groups)
+    most = max(50, min(POINTS, ALL_POINTS // max(1, runs * min(len(names), CHARTS))))
     charts = []
-    for name in names:
+    for name in list(names)[:CHARTS]:
         series = []
         for group in groups:
             if len(group.runs) > 1:
@@ -236,7 +255,7 @@ def _curves(groups: list[Group], colours: dict[str, str], heading: str, prefix: 
             series.append(Series(group.mean_curve(name), colours[group.label], group.label))
         # A single evaluation at the end is in the table already.
         if any(len(s.points) > 1 for s in series):
-            charts.append(line_chart(name[len(prefix) :], series, x_label="step"))
+            charts.append(line_chart(name[len(prefix) :], series, x_label="step", points=most))
     if not charts:
         return ""
     return f'<h2>{heading}</h2><p class="note">Thick: mean over runs; thin: each run.</p><div class="grid">{"".join(charts)}</div>'
@@ -252,7 +271,7 @@ def _tradeoff(groups: list[Group], colours: dict[str, str]) -> str:
         if name.endswith("/align_l2")
     )
     charts = []
-    for task in tasks:
+    for task in list(tasks)[: CHARTS // 3]:
         for uniform in ("uniform_t", "uniform_i", "uniform_it"):
             series = []
             for group in groups:
@@ -277,8 +296,8 @@ def _tradeoff(groups: list[Group], colours: dict[str, str]) -> str:
 def _settings(groups: list[Group]) -> str:
     blocks = []
     for group in groups:
-        flat = "\n".join(f"{key}: {value}" for key, value in flatten(group.runs[0].config).items())
-        folders = "\n".join(str(run.path) for run in group.runs)
+        flat = "\n".join(f"{key}: {value}" for key, value in public_settings(group.runs[0].config).items())
+        folders = "\n".join(readable(str(run.path)) for run in group.runs)
         blocks.append(
             f"<details><summary>{escape(group.label)}</summary><pre>{escape(folders)}\n\n{escape(flat)}</pre></details>"
         )

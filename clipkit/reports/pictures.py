@@ -1,10 +1,11 @@
 """What a model does with its evaluation data, as pictures for the report: galleries, confusion, similarities,
-a map.
+a map. The checkpoint and what the run's tasks name are a stranger's: whatever goes wrong with them is a line of text.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from html import escape
 from typing import Any
 
@@ -15,39 +16,57 @@ from clipkit.checkpoint import load_model
 from clipkit.evals.classification import image_labels, zero_shot_classifier
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.tasks import create_tasks
+from clipkit.foreign import blamed_on, checked, named_by, readable, redacted
 from clipkit.reports.charts import Series, heat_map, jpeg_uri, scatter
 from clipkit.reports.runs import Run
 
 THUMBNAIL = 96
+# Classes that a confusion matrix shows.
+CLASSES = 1000
 
 
-def group_pictures(run: Run, *, queries: int, device: str = "cpu", batch_size: int = 64) -> str:
+def group_pictures(
+    run: Run, *, queries: int, device: str = "cpu", batch_size: int = 64, trust_paths: bool = False
+) -> str:
     """HTML of one run's retrieval gallery, similarity matrix, embedding map and zero-shot confusion.
 
-    What cannot be shown (no checkpoint, data that is gone, no such task) is said in a line instead.
+    What cannot be shown (no checkpoint, data that is gone or that a run may not name, no such task) is said in a
+    line instead.
+
+    Args:
+        trust_paths: as clipkit.foreign.named_by.
     """
-    try:
-        with warnings.catch_warnings():
-            # A damaged newest checkpoint is passed over for the one before it.
-            warnings.simplefilter("ignore")
-            model, tokenizer, config = load_model(run.path, device=device)
-        tasks = create_tasks(run.config.get("eval") or config.get("eval") or {})
-    except (ValueError, OSError, RuntimeError) as error:
-        return f'<p class="note">No pictures: {escape(str(error))}</p>'
-    encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size)
-    parts = [f'<p class="note">From {escape(str(run.path))}.</p>']
-    seen = set()
-    for name, task in tasks.items():
-        kind = type(task).__name__
+    with named_by(run.path, trust_paths=trust_paths):
         try:
-            if kind in ("Retrieval", "Geometry") and task.source.identity not in seen:
-                seen.add(task.source.identity)
-                parts.append(retrieval_pictures(name, encoder, task.source, queries))
-            elif kind == "ZeroShot":
-                parts.append(confusion_pictures(name, encoder, task))
-        except (ValueError, OSError, RuntimeError) as error:
-            parts.append(f'<p class="note">{escape(name)}: no pictures: {escape(str(error))}</p>')
-    return "".join(parts)
+            with blamed_on(run.path), warnings.catch_warnings():
+                # A damaged newest checkpoint is passed over for the one before it.
+                warnings.simplefilter("ignore")
+                model, tokenizer, config = load_model(run.path, device=device)
+                given = run.config.get("eval") or config.get("eval") or {}
+                tasks = create_tasks(
+                    checked(given, dict[str, dict[str, Any] | None], name=f"{run.path}: eval")
+                )
+        except (ValueError, OSError) as error:
+            return _said("No pictures", error)
+        encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size)
+        parts = [f'<p class="note">From {escape(readable(str(run.path)))}.</p>']
+        seen = set()
+        for name, task in tasks.items():
+            kind = type(task).__name__
+            try:
+                with blamed_on(run.path):
+                    if kind in ("Retrieval", "Geometry") and task.source.identity not in seen:
+                        seen.add(task.source.identity)
+                        parts.append(retrieval_pictures(name, encoder, task.source, queries))
+                    elif kind == "ZeroShot":
+                        parts.append(confusion_pictures(name, encoder, task))
+            except (ValueError, OSError) as error:
+                parts.append(_said(f"{name}: no pictures", error))
+        return "".join(parts)
+
+
+def _said(what: str, error: Exception) -> str:
+    return f'<p class="note">{escape(readable(redacted(f"{what}: {error}")))}</p>'
 
 
 def retrieval_pictures(name: str, encoder: Encoder, source: Any, queries: int) -> str:
@@ -127,21 +146,27 @@ def confusion_pictures(name: str, encoder: Encoder, task: Any) -> str:
     """Rows are true classes, columns predictions, as shares of the row; then the commonest mistakes in words."""
     images = encoder.images(task.data.source)
     labels, classes = image_labels(images, name), task.data.classes
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(f"{name} has labels outside its {len(classes)} classes (from 0)")
     predicted = (images.image_features @ zero_shot_classifier(encoder, classes, task.templates).T).argmax(1)
-    present = sorted({*labels.tolist()})
-    size = len(classes)
-    counts = torch.bincount(labels * size + predicted, minlength=size * size).reshape(size, size)
-    wrong = counts.clone().fill_diagonal_(0).flatten()
-    worst = wrong.topk(min(10, len(wrong)))
+    # Pairs that are there: a matrix over all classes could fill the memory.
+    found = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
+    # Of equal counts the first classes, whatever the order of the images.
+    worst = sorted(((-n, pair) for pair, n in found.items() if pair[0] != pair[1]))[:10]
     rows = "".join(
-        f"<tr><td>{escape(classes[cell // size])}</td><td>{escape(classes[cell % size])}</td><td>{count}</td></tr>"
-        for count, cell in zip(worst.values.tolist(), worst.indices.tolist(), strict=True)
-        if count
+        f"<tr><td>{escape(classes[true])}</td><td>{escape(classes[guess])}</td><td>{-n}</td></tr>"
+        for n, (true, guess) in worst
     )
-    shown = counts[present][:, present].double()
+    present = sorted({*labels.tolist()})[:CLASSES]
+    place = {label: i for i, label in enumerate(present)}
+    shares = torch.zeros(len(present), len(present), dtype=torch.float64)
+    for (true, guess), n in found.items():
+        if true in place and guess in place:
+            shares[place[true], place[guess]] = n
+    totals = torch.bincount(labels)[present].double()
     chart = heat_map(
         f"Confusion of {len(present)} classes",
-        shown / counts[present].sum(1, keepdim=True).clamp(min=1),
+        shares / totals[:, None],
         rows="true class",
         columns="prediction",
         names=[classes[i] for i in present],

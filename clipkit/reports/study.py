@@ -7,9 +7,16 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from clipkit.reports.comparison import compare, markdown_table, text_tables, unfinished, write_comparison
+from clipkit.foreign import redacted
+from clipkit.reports.comparison import (
+    finished_groups,
+    left_out,
+    markdown_table,
+    text_tables,
+    write_comparison,
+)
 from clipkit.reports.findings import OPPOSITE, SHOWS, UNTOLD, Difference, paired, paired_gains
-from clipkit.reports.runs import Group, Run, without_seed
+from clipkit.reports.runs import Group, Run, cut, find_runs, without_seed
 from clipkit.settings import differences
 
 BASES = {"CLIP": "clip", "CyCLIP": "cyclip"}
@@ -72,6 +79,13 @@ def labelled(groups: Sequence[Group]) -> list[Group]:
     """
     found: dict[str, Group] = {}
     for group in groups:
+        seeded = [run for run in group.runs if run.config.get("seed") is not None]
+        for run in group.runs:
+            if run not in seeded:
+                print(f"left out, it has no seed: {run.path}")
+        if not seeded:
+            continue
+        group = Group(group.label, seeded)
         name = arm_of(group.runs[0])
         if name is None:
             print(f"left out, its loss is none of the study's: {group.runs[0].path}")
@@ -102,7 +116,10 @@ def check_alike(groups: Sequence[Group]) -> None:
     """ValueError when arms differ by more than their loss, for then nothing can be said about the loss."""
     first, *others = ((group, settings_but_loss(group)) for group in groups)
     for group, other in others:
-        changed = [f"{key}: {old!r} and {new!r}" for key, old, new in differences(first[1], other)]
+        changed = [
+            cut(redacted(f"{key}: {old!r} and {new!r}"), 300)
+            for key, old, new in differences(first[1], other)
+        ]
         if changed:
             raise ValueError(
                 f"{first[0].label} and {group.label} differ by more than the loss: {'; '.join(changed[:5])}"
@@ -118,7 +135,7 @@ def measures(run: Run) -> dict[str, tuple[str, float]]:
     """{what is measured: (its kind, the run's number)}, by the kind of each evaluation task."""
     found: dict[str, tuple[str, float]] = {}
     for task, spec in (run.config.get("eval") or {}).items():
-        kind = spec.get("kind")
+        kind = (spec or {}).get("kind")
         numbers = {
             name[len(task) + 1 :]: value for name, value in run.final.items() if name.startswith(f"{task}/")
         }
@@ -265,19 +282,21 @@ def write_study(folders: Sequence[str], output: str) -> None:
     """Print the table and the findings of the finished runs, and write them to OUTPUT.md, .csv, .json and
     .html.
     """
-    groups = labelled(compare(folders))
+    runs = find_runs(folders)
+    groups = labelled(finished_groups(runs))
     claims = ask(groups)
     print(
         f"Mean ± sample standard deviation over n seeds:\n{text_tables(groups) or 'no run was evaluated'}\n"
     )
     print("\n".join(told(claims)))
-    print(unfinished(folders))
+    print("".join(f"\n{line}" for line in left_out(runs)))
     written = write_comparison(
         groups,
         output,
         title="The language-encoder study",
         notes=markdown(groups, claims),
         html=html(claims),
+        left_out=left_out(runs),
         entries={
             "findings": [
                 {**asdict(claim), "verdict": claim.verdict, "published": FINDINGS[claim.finding]}

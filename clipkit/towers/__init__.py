@@ -9,7 +9,7 @@ imported by the towers that need them, when one is created.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from clipkit.registry import Registry, check_keys
@@ -64,22 +64,47 @@ def create_text_tower(
     return _create(text_towers, spec, given)
 
 
-def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:
+def check_image_tower(spec: Mapping[str, Any] | str) -> None:
+    """ValueError for what create_image_tower would refuse in `spec` by its names alone; nothing is built."""
+    _check(image_towers, spec, ("embed_dim",))
+
+
+def check_text_tower(spec: Mapping[str, Any] | str) -> None:
+    """ValueError for what create_text_tower would refuse in `spec` by its names alone; nothing is built."""
+    _check(text_towers, spec, ("embed_dim", "vocab_size", "pad_id", "eot_id", "context_length"))
+
+
+def _check(
+    registry: Registry, spec: Mapping[str, Any] | str, given: Iterable[str]
+) -> tuple[str, Callable[..., Tower], dict[str, Any], list[str]]:
+    """A tower's name, factory, own settings, and the settings that it takes."""
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = settings.pop("name", None)
+    name: Any = settings.pop("name", None)
     factory: Callable[..., Tower] = registry.get(name)
-    freeze = settings.pop("freeze", 0)
-    recompute = settings.pop("activation_checkpointing", False)
     parameters = inspect.signature(factory).parameters
+    given = set(given) - {"context_length"}
     valid = [key for key in parameters if key not in given]
     check_keys(settings, [*valid, "freeze", "activation_checkpointing"], f"the {registry.what} {name!r}")
     missing = [
-        key for key in valid if parameters[key].default is inspect.Parameter.empty and key not in settings
+        key
+        for key in valid
+        if parameters[key].default is inspect.Parameter.empty and key not in {*settings, "context_length"}
     ]
     if missing:
         raise ValueError(
             f"the {registry.what} {name!r} needs the setting {missing[0]!r}; its settings: {', '.join(valid)}"
         )
+    check = getattr(factory, "check", None)
+    if check:
+        check(**settings)
+    return name, factory, settings, valid
+
+
+def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:
+    name, factory, settings, valid = _check(registry, spec, given)
+    freeze = settings.pop("freeze", 0)
+    recompute = settings.pop("activation_checkpointing", False)
+    parameters = inspect.signature(factory).parameters
     tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)
     defaults = {key: parameters[key].default for key in valid}
     tower.settings = {"name": name, **defaults, **settings}
@@ -93,6 +118,8 @@ __all__ = [
     "ImageTower",
     "TextTower",
     "Tower",
+    "check_image_tower",
+    "check_text_tower",
     "create_image_tower",
     "create_text_tower",
     "list_image_towers",

@@ -49,12 +49,7 @@ class TimmTower(ImageTower):
         super().__init__()
         import timm
 
-        known = model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(model)
-        if not known:
-            raise ValueError(
-                f"timm has no model {model!r}.{suggest(model, timm.list_models())} "
-                f"timm.list_models('*{model[:4]}*') lists its names"
-            )
+        self.check(model=model)
         settings = {"drop_path_rate": drop_path, "global_pool": pool}
         if image_size is not None and not model.startswith(("hf", "local")):
             config = timm.get_pretrained_cfg(model)
@@ -81,6 +76,17 @@ class TimmTower(ImageTower):
         groups = timm.models.group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
         self._depth = {f"trunk.{name}": depth for depth, names in groups.items() for name in names}
         self.num_layers = max(groups)
+
+    @staticmethod
+    def check(*, model: str, **settings: Any) -> None:
+        """ValueError for a model that timm does not know."""
+        import timm
+
+        if not model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(model):
+            raise ValueError(
+                f"timm has no model {model!r}.{suggest(model, timm.list_models())} "
+                f"timm.list_models('*{model[:4]}*') lists its names"
+            )
 
     def layer_of(self, name: str) -> int:
         return self._depth.get(name, self.num_layers + 1)

@@ -97,21 +97,29 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tuple[int, int]]:
-    """(rank, world size); under torchrun the default process group is up inside, and taken down after.
+    """(rank, world size); with several ranks the default process group is up inside, and taken down after.
+
+    Ranks are torchrun's, srun's (clipkit.command.launch), or whoever's has made the default group already (Ray Train,
+    Lightning, Accelerate): that one is joined, and left up.
 
     When a rank dies, its neighbours' collectives fail (gloo: at once; NCCL: torchrun ends them, or after
     `timeout_minutes`), which is raised as an error that says so.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    joined = distributed.is_available() and distributed.is_initialized()
+    if joined:
+        world = distributed.get_world_size()
+    elif world == 1:
         yield 0, 1
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # gloo beside NCCL: what is gathered of Python objects and checkpoints lives on the CPU.
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
-    )
+    if not joined:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+        )
     mine, lost = distributed.get_rank(), False
     try:
         yield mine, world
@@ -125,7 +133,7 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
         raise
     finally:
         # Taking the group down would wait for a rank that is gone.
-        if not lost:
+        if not lost and not joined:
             distributed.destroy_process_group()
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from clipkit.files import write_json, write_text
-from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml
+from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml, redacted
 from clipkit.registry import unknown
-from clipkit.settings import differences, experiment
+from clipkit.settings import differences, experiment, learnt
 
 # sysexits' EX_TEMPFAIL: a run that was asked to stop, with everything saved; the same command goes on.
 STOPPED = 75
@@ -69,18 +69,25 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_unchanged(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """ValueError when the run in a folder has other settings than these, those of its execution apart."""
+    """ValueError when the run in a folder learns something else than these settings say.
+
+    How it is carried out may differ, and where its data lies, which is said: what the data is stands in the checkpoints.
+    """
     before = recorded_settings(run_dir)
     # A top-level setting that the record lacks came with a later version of clipkit.
     now = {key: value for key, value in config.items() if key in before}
-    changed = [
-        f"{key}: {old!r} -> {new!r}" for key, old, new in differences(experiment(before), experiment(now))
-    ]
+    changed = _changes(learnt(before), learnt(now))
     if changed:
         raise ValueError(
             f"{run_dir} holds a run of other settings ({'; '.join(changed[:5])}): give name=ANOTHER to train "
             "beside it, or delete the folder"
         )
+    if moved := _changes(experiment(before), experiment(now)):
+        print(f"{run_dir} goes on with {redacted('; '.join(moved[:5]))}", flush=True)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now)]
 
 
 def recorded_settings(run_dir: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ SMALL = [
     "data.shapes.train=600",
     "data.shapes.val=40",
     "batch_size=32",
-    "optim.warmup_steps=2",
+    "warmup_steps=2",
     "log_every=1",
     "num_threads=1",
 ]

@@ -54,7 +54,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_leaves_nothing_behind(tmp_pat
 
 def test_a_run_goes_on_with_another_rate_and_keeps_it(tmp_path, shapes):
     settings = [*QUIET, shapes, f"output_dir={tmp_path}", "eval=none", "steps=8", "save_every=2", "keep=9"]
-    settings += ["optim.schedule=constant", "optim.warmup_steps=0"]
+    settings += ["schedule=constant", "warmup_steps=0"]
     nonfinite(*settings, steps="4", status=1)
     output = nonfinite(*settings, "amend={optim.lr: 0.0001, clip_grad_norm: 0.5}", steps="4", status=1)
     assert "from step 2 on: optim.lr=0.0001, clip_grad_norm=0.5" in output

@@ -28,7 +28,7 @@ EXACT = [
     # What the tolerance was measured at, whatever the experiment has.
     "optim.lr=2e-3",
     "text_tower.width=128",
-    "optim.schedule=constant",
+    "schedule=constant",
     "ema_decay=0.9",
     f"steps={STEPS}",
     "eval=none",

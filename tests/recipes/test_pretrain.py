@@ -299,7 +299,7 @@ def test_wandb_offline_or_broken_never_stops_a_run(tmp_path, shapes, broken):
 
 
 REFUSED = {
-    "warm-up": (["steps=5", "optim.warmup_steps=5"], "warmup_steps 5 is not shorter than the 5 steps"),
+    "warm-up": (["steps=5", "warmup_steps=5"], "warmup_steps 5 is not shorter than the 5 steps"),
     "simcse without dropout": (
         ["steps=5", "loss=[clip,simcse]", "text_tower.dropout=0.0"],
         "text_tower.dropout",
@@ -313,15 +313,15 @@ REFUSED = {
     "sigmoid without bias": (["steps=5", "loss=sigmoid"], "init_logit_bias"),
     "no loss": (["steps=5", "loss=[]"], "the loss is empty"),
     "best metric of no task": (
-        ["steps=5", "optim.warmup_steps=1", "best_metric=retreival/text_to_image_R@1"],
+        ["steps=5", "warmup_steps=1", "best_metric=retreival/text_to_image_R@1"],
         "retrieval/text_to_image_R@1",
     ),
     "best metric of no such name": (
-        ["steps=5", "optim.warmup_steps=1", "best_metric=retrieval/text_to_image_R@2"],
+        ["steps=5", "warmup_steps=1", "best_metric=retrieval/text_to_image_R@2"],
         "unknown best_metric 'retrieval/text_to_image_R@2'. Did you mean",
     ),
     "objective of no such name": (
-        ["steps=5", "optim.warmup_steps=1", "objective=zero_shot/top3"],
+        ["steps=5", "warmup_steps=1", "objective=zero_shot/top3"],
         "unknown objective 'zero_shot/top3'",
     ),
     "unknown tower": (["steps=5", "image_tower=timm", "image_tower.model=resnet5000"], "resnet5000"),
@@ -358,7 +358,7 @@ def test_other_settings_do_not_continue_a_run(tmp_path, shapes):
         "steps=2",
         "eval=none",
         "logger=none",
-        "optim.warmup_steps=1",
+        "warmup_steps=1",
     ]
     run(*settings)
     folder = only_run(tmp_path)
@@ -397,7 +397,7 @@ def test_the_cc3m_experiment_takes_steps_on_photographs(tmp_path, test_data, pai
         "batch_size=4",
         "epochs=null",
         "steps=2",
-        "optim.warmup_steps=1",
+        "warmup_steps=1",
         "precision=fp32",
         "logger=none",
         "log_every=1",

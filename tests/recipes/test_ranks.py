@@ -74,7 +74,7 @@ def test_faults_are_counted_over_ranks_and_across_a_resume_on_another_number(tmp
         "data.num_workers=0",
         "data.max_bad_fraction=0.2",
         "batch_size=8",
-        "optim.warmup_steps=1",
+        "warmup_steps=1",
         "log_every=1",
         "steps=15",
         f"output_dir={tmp_path}/runs",

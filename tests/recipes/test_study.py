@@ -272,7 +272,7 @@ def test_every_arm_takes_two_steps(tmp_path, test_data, experiment):
         "batch_size=8",
         "epochs=null",
         "steps=2",
-        "optim.warmup_steps=1",
+        "warmup_steps=1",
         "eval=none",
         "final_eval=[]",
         "logger=none",

@@ -48,7 +48,10 @@ def folder_of(output: Path, *overrides: str) -> Path:
 def planted_obstacle(folder: Path) -> None:
     """A run of other settings in a job's folder: the job refuses to mix them, until the folder is gone."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("seed: 7\nbatch_size: 64\nresume: true\n")
+    groups = {group: {} for group in ("data", "image_tower", "text_tower", "loss", "optim")}
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"seed": 7, "batch_size": 64, "resume": True, **groups})
+    )
 
 
 def summaries(folder: Path) -> dict[Path, float]:

@@ -8,6 +8,8 @@ import os
 import pytest
 import yaml
 
+from clipkit.command.values import SETTINGS
+from clipkit.settings import EXECUTION, LOCATION
 from clipkit.training import run_folder
 from tests.damage import DAMAGE
 
@@ -69,6 +71,31 @@ def test_a_damaged_summary_counts_as_unfinished(kind, tmp_path, capsys):
     assert run_folder.open_run(folder, CONFIG) is None
     if kind != "missing":
         assert "summary.json" in capsys.readouterr().err
+
+
+def changed(settings: dict, key: str, value) -> dict:
+    head, _, rest = key.partition(".")
+    return {**settings, head: changed(settings.get(head, {}), rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("key", [*EXECUTION, *LOCATION])
+def test_a_run_goes_on_with_another_way_of_carrying_it_out(key, tmp_path, capsys):
+    data = {"train": "x", "shapes": {"folder": "y"}, "sentences": {"triplets": None, "pairs": None}}
+    settings = {**CONFIG, "data": data, "eval": {}}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert run_folder.open_run(folder, settings) is None
+    value = True if key == "resume" else None if key == "amend" else "https://u:s3cret@elsewhere/x.tar"
+    assert run_folder.open_run(folder, changed(settings, key, value)) is None
+    out = capsys.readouterr().out
+    assert ("goes on with" in out) == (key in LOCATION) and "s3cret" not in out
+    with pytest.raises(ValueError, match="other settings"):
+        run_folder.open_run(folder, changed(changed(settings, key, value), "optim.lr", 0.2))
+
+
+def test_every_setting_that_a_run_may_change_is_one():
+    known = {*SETTINGS["pretrain"], "logger"}
+    assert {*EXECUTION, *LOCATION} <= known
 
 
 def test_what_is_amended_stays_amended_and_is_on_record(tmp_path, capsys):

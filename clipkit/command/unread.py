@@ -1,0 +1,46 @@
+"""Settings on the command line that this run reads nothing of: it is said, for the user meant something by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Losses that read sentences beside the pairs, and what they read.
+_SENTENCES = {"nli_contrastive": "triplets", "nli_softmax": "pairs"}
+_SCORED = ("final_eval", "eval_every", "best_metric", "objective")
+
+
+def unread(config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """A line for every override of clipkit-pretrain that changes nothing in these settings.
+
+    Args:
+        config: composed and resolved.
+        overrides: as they were given.
+    """
+    data, tasks = config["data"], config["eval"] or {}
+    named = list(_leaves(tasks))
+    for entry in overrides:
+        key = entry.lstrip("+~").split("=")[0]
+        part = ".".join(key.split(".")[:2])
+        if part in ("data.val", "data.zeroshot") and tasks:
+            given = data[part.partition(".")[2]]
+            if not any(leaf in named for leaf in _leaves(given)):
+                yield f"{entry}: no task of eval= reads it; eval=retrieval scores data.val, eval.TASK.shards= says where a task looks"
+        elif part == "data.sentences":
+            name = key.split(".")[-1]
+            read = {what for loss, what in _SENTENCES.items() if loss in config["loss"]}
+            if name in _SENTENCES.values() and name not in read or not read:
+                yield f"{entry}: no loss of this run reads it"
+        elif key in _SCORED and not tasks:
+            yield f"{entry}: this run is not scored (eval= names no task)"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for one in value.values():
+            yield from _leaves(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value

@@ -1,0 +1,319 @@
+"""What every setting may be: its kind and range, and a check of composed settings before anything is built.
+
+The keys are those of clipkit's own YAML files, whose comments say what they mean. Settings of losses, evaluation tasks and
+loggers are not here: their own factories check them. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clipkit.registry import suggest
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`; `above`: more than `low`; `below`: less than `high`; `whole`: a whole one."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        low = value > self.low if self.above else value >= self.low
+        return math.isfinite(value) and low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.high < math.inf:
+            start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+            return f"{kind} {start} to {'below ' if self.below else ''}{self.high:g}"
+        if self.low == -math.inf:
+            return kind
+        return f"{kind} above {self.low:g}" if self.above else f"{kind}, {self.low:g} or more"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words."""
+
+    names: tuple[str, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.names
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.names)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Any value of some Python types."""
+
+    types: tuple[type, ...]
+    words: str
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list, of so many parts where `length` says so."""
+
+    part: Any
+    length: int | None = None
+
+    def holds(self, value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and self.length in (None, len(value))
+            and all(self.part.holds(one) for one in value)
+        )
+
+    def __str__(self) -> str:
+        return f"a list of {'' if self.length is None else f'{self.length} times '}{self.part}"
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of several."""
+
+    kinds: tuple[Any, ...]
+
+    def holds(self, value: Any) -> bool:
+        return any(kind.holds(value) for kind in self.kinds)
+
+    def __str__(self) -> str:
+        return ", or ".join(map(str, self.kinds))
+
+
+class _Null:
+    def holds(self, value: Any) -> bool:
+        return value is None
+
+    def __str__(self) -> str:
+        return "null"
+
+
+NULL = _Null()
+FLAG = Kind((bool,), "true or false")
+TEXT = Kind((str,), "text")
+FREE = Kind((object,), "anything")
+COUNT, NATURAL = Number(1, whole=True), Number(0, whole=True)
+POSITIVE, FRACTION = Number(0, above=True), Number(0, 1)
+PROBABILITY = Number(0, 1, below=True)
+NAMES = Either((TEXT, ListOf(FREE), Kind((dict,), "a mapping"), NULL))
+
+
+def or_null(kind: Any) -> Either:
+    return Either((kind, NULL))
+
+
+PRETRAIN: dict[str, Any] = {
+    "seed": Number(0, 2**63 - 1, whole=True),
+    "output_dir": TEXT,
+    "name": or_null(Either((TEXT, Number()))),
+    "resume": FLAG,
+    "embed_dim": COUNT,
+    "init_logit_scale": POSITIVE,
+    "init_logit_bias": or_null(Number()),
+    "mlm_probability": or_null(Number(0, 1, above=True, below=True)),
+    "max_logit_scale": POSITIVE,
+    "steps": or_null(COUNT),
+    "epochs": or_null(COUNT),
+    "schedule": OneOf(("cosine", "linear", "constant")),
+    "warmup_steps": NATURAL,
+    "final_lr": FRACTION,
+    "batch_size": COUNT,
+    "micro_batch_size": or_null(COUNT),
+    "precision": OneOf(("fp32", "bf16")),
+    "device": TEXT,
+    "num_threads": or_null(COUNT),
+    "channels_last": FLAG,
+    "parallel": OneOf(("ddp", "fsdp")),
+    "compile": FLAG,
+    "clip_grad_norm": or_null(POSITIVE),
+    "ema_decay": or_null(PROBABILITY),
+    "log_every": COUNT,
+    "eval_every": NATURAL,
+    "final_eval": ListOf(TEXT),
+    "save_every": NATURAL,
+    "keep": COUNT,
+    "max_minutes": or_null(POSITIVE),
+    "timeout_minutes": POSITIVE,
+    "loss_spike": or_null(Number(1, above=True)),
+    "skip_nonfinite": NATURAL,
+    "amend": or_null(Kind((dict,), "a mapping")),
+    "best_metric": or_null(TEXT),
+    "objective": or_null(TEXT),
+    "image_tower.name": TEXT,
+    "image_tower.model": TEXT,
+    "image_tower.pretrained": FLAG,
+    "image_tower.image_size": or_null(COUNT),
+    "image_tower.patch_size": COUNT,
+    "image_tower.width": COUNT,
+    "image_tower.layers": Either((COUNT, ListOf(COUNT, 4))),
+    "image_tower.heads": or_null(COUNT),
+    "image_tower.mlp_ratio": POSITIVE,
+    "image_tower.patch_dropout": PROBABILITY,
+    "image_tower.quick_gelu": FLAG,
+    "image_tower.drop_path": or_null(PROBABILITY),
+    "image_tower.pool": or_null(TEXT),
+    "image_tower.mean": or_null(ListOf(Number(), 3)),
+    "image_tower.std": or_null(ListOf(POSITIVE, 3)),
+    "image_tower.freeze": Either((NATURAL, OneOf(("all",)))),
+    "image_tower.activation_checkpointing": FLAG,
+    "text_tower.name": TEXT,
+    "text_tower.pretrained": or_null(TEXT),
+    "text_tower.model_type": or_null(TEXT),
+    "text_tower.config": or_null(Kind((dict,), "a mapping")),
+    "text_tower.context_length": or_null(Number(3, whole=True)),
+    "text_tower.width": COUNT,
+    "text_tower.layers": COUNT,
+    "text_tower.heads": COUNT,
+    "text_tower.mlp_ratio": POSITIVE,
+    "text_tower.dropout": PROBABILITY,
+    "text_tower.attention_dropout": or_null(PROBABILITY),
+    "text_tower.hidden_dropout": or_null(PROBABILITY),
+    "text_tower.pooling": OneOf(("eot", "mean", "cls")),
+    "text_tower.causal": FLAG,
+    "text_tower.quick_gelu": FLAG,
+    "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),
+    "text_tower.activation_checkpointing": FLAG,
+    "optim.name": TEXT,
+    "optim.lr": POSITIVE,
+    "optim.betas": or_null(ListOf(PROBABILITY, 2)),
+    "optim.eps": or_null(POSITIVE),
+    "optim.weight_decay": Number(0),
+    "optim.layer_decay": Number(0, 1, above=True),
+    "optim.momentum": or_null(PROBABILITY),
+    "data.kind": OneOf(("shards", "shapes")),
+    "data.root": or_null(TEXT),
+    "data.train": NAMES,
+    "data.val": NAMES,
+    "data.zeroshot": or_null(Kind((dict,), "a mapping")),
+    "data.shapes": or_null(Kind((dict,), "a mapping")),
+    "data.shapes.folder": TEXT,
+    "data.shapes.train": COUNT,
+    "data.shapes.val": COUNT,
+    "data.shapes.seed": NATURAL,
+    "data.shapes.image_size": COUNT,
+    "data.sentences": or_null(Kind((dict,), "a mapping")),
+    "data.sentences.triplets": NAMES,
+    "data.sentences.pairs": NAMES,
+    "data.sentences.batch_size": COUNT,
+    "data.tokenizer": Either((TEXT, Kind((dict,), "a mapping"))),
+    "data.num_workers": NATURAL,
+    "data.prefetch": COUNT,
+    "data.captions": OneOf(("random", "first", "all")),
+    "data.augmentation": or_null(Kind((dict,), "a mapping")),
+    "data.augmentation.crop_scale": ListOf(Number(0, 1, above=True), 2),
+    "data.augmentation.crop_ratio": ListOf(POSITIVE, 2),
+    "data.augmentation.flip": FRACTION,
+    "data.augmentation.colour_jitter": or_null(ListOf(Number(0), 4)),
+    "data.augmentation.auto_augment": FLAG,
+    "data.shuffle": FLAG,
+    "data.window": COUNT,
+    "data.resample": FLAG,
+    "data.samples_per_epoch": or_null(COUNT),
+    "data.cache": OneOf(("none", "ram")),
+    "data.cache_size": or_null(COUNT),
+    "data.cache_dir": or_null(TEXT),
+    "data.spool_gb": POSITIVE,
+    "data.max_bad_fraction": Either((FRACTION, Kind((dict,), "a mapping {cause: fraction}"))),
+    "data.on_bad_shard": OneOf(("error", "skip")),
+    "data.max_pixels": COUNT,
+    "data.timeout_s": Number(0),
+    "data.shard_stall_s": POSITIVE,
+    "data.shard_deadline_s": POSITIVE,
+    "data.shard_retries": NATURAL,
+}
+PLAN: dict[str, Any] = {
+    "gpus": Either((COUNT, ListOf(COUNT))),
+    "efficiency": Number(0, 1, above=True),
+    "launch_us": Number(0),
+    "reserve_gb": Number(0),
+    "vocab_size": or_null(COUNT),
+    "json": FLAG,
+    "output": or_null(TEXT),
+}
+EVALUATE: dict[str, Any] = {
+    "checkpoint": TEXT,
+    "device": TEXT,
+    "batch_size": COUNT,
+    "output": or_null(TEXT),
+    "output_dir": TEXT,
+    "trust_paths": FLAG,
+}
+EXPORT: dict[str, Any] = {
+    "checkpoint": TEXT,
+    "to": TEXT,
+    "output": or_null(TEXT),
+    "project": FLAG,
+    "output_dir": TEXT,
+    "trust_paths": FLAG,
+}
+SETTINGS = {"pretrain": PRETRAIN, "plan": {**PRETRAIN, **PLAN}, "evaluate": EVALUATE, "export": EXPORT}
+# Groups whose entries the user names (terms, tasks, loggers), and what is hydra's or a choice's alone.
+FREE_GROUPS = ("loss", "eval", "logger", "hydra", "gpu")
+
+
+def check_values(config: Mapping[str, Any], program: str) -> None:
+    """ValueError for a key that nothing reads, or a value out of its range or of another kind.
+
+    Args:
+        config: composed settings as plain values, interpolations replaced.
+        program: pretrain, plan, evaluate or export.
+    """
+    known = SETTINGS[program]
+    groups = {key.rpartition(".")[0] for key in known} - {""}
+    for key, value in _entries(config, known, groups):
+        if key not in known:
+            raise ValueError(_unknown(key, known, groups))
+        if not known[key].holds(value):
+            raise ValueError(f"{key}={_shown(value)}: expected {known[key]}")
+
+
+def _entries(
+    config: Mapping[str, Any], known: Mapping[str, Any], groups: set[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is to be looked at: every part of a group, and every setting as a whole."""
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if not prefix and name in FREE_GROUPS:
+            continue
+        if key in known or not (isinstance(value, Mapping) and key in groups):
+            yield key, value
+        if isinstance(value, Mapping) and key in groups:
+            yield from _entries(value, known, groups, f"{key}.")
+
+
+def _unknown(key: str, known: Mapping[str, Any], groups: set[str]) -> str:
+    group, _, name = key.rpartition(".")
+    within = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == group]
+    within += (
+        [] if group else sorted({one.partition(".")[0] for one in groups} | {*FREE_GROUPS} - {"hydra", "gpu"})
+    )
+    hint = suggest(name, within)
+    if not hint and (
+        elsewhere := difflib.get_close_matches(name, [one.rpartition(".")[2] for one in known], 1, 0.8)
+    ):
+        hint = " It is " + next(one for one in known if one.rpartition(".")[2] == elsewhere[0]) + "?"
+    where = group or "the settings"
+    return f"unknown key {key!r}: {where} has no {name!r}.{hint} Valid keys: {', '.join(sorted(within))}."
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
