@@ -26,6 +26,9 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)
+        # A folder from somebody else may hold a link or FIFO of that name: the file must be a new one.
+        temporary.touch(exist_ok=False)
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)
         os.replace(temporary, path)

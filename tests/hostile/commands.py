@@ -20,7 +20,7 @@ from tests.processes import ROOT, Started, fork
 # What one answer may take: processor's seconds, and megabytes above the idle command.
 SECONDS, MEGABYTES = 10, 1024
 # On a busy machine a process may wait for long.
-PATIENCE = 60
+PATIENCE = 120
 
 # {command: its recipe, arguments with {run} for the folder, and what it may write besides the run folder}.
 COMMANDS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {

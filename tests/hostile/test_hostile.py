@@ -5,11 +5,13 @@ The gate has one or two kinds of each family; `pytest -m slow` the others, and e
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from clipkit.files import write_text
 from tests.hostile.commands import COMMANDS, answer, connected, listener
 from tests.hostile.make_corpus import KINDS, make, train
 
@@ -37,6 +39,19 @@ GATE = {
     "resume": "state_that_runs records_link_out",
 }
 GUARDED = {(name, command) for command, names in GATE.items() for name in names.split()}
+
+
+def test_a_file_is_written_through_nothing_that_lies_in_its_folder(tmp_path):
+    kept, folder = tmp_path / "kept", tmp_path / "evaluations"
+    kept.write_text("mine")
+    folder.mkdir()
+    for make_obstacle in (lambda path: path.symlink_to(kept), os.mkfifo):
+        make_obstacle(folder / f".x.json.{os.getpid()}")
+        (folder / "x.json").unlink(missing_ok=True)
+        (folder / "x.json").symlink_to(kept)
+        write_text(folder / "x.json", "new")
+        assert kept.read_text() == "mine" and (folder / "x.json").read_text() == "new"
+        assert not (folder / "x.json").is_symlink() and len(list(folder.iterdir())) == 1
 
 
 @pytest.fixture(scope="module")
