@@ -214,7 +214,10 @@ def _make_temporary(temporary: Path) -> None:
     """
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for stale in (*temporary.parent.glob(".writing-*"), *temporary.parent.glob(".removed-*")):
-        shutil.rmtree(stale, ignore_errors=True)
+        try:
+            _delete(stale)
+        except OSError:
+            continue
     temporary.mkdir()
 
 
@@ -273,7 +276,15 @@ def _remove(path: Path) -> None:
     """Delete a checkpoint so that no half of it is ever taken for one. OSError where it cannot be."""
     removed = path.with_name(f".removed-{path.name}-{os.getpid()}")
     os.replace(path, removed)
-    shutil.rmtree(removed)
+    _delete(removed)
+
+
+def _delete(path: Path) -> None:
+    """A folder with all in it, or whatever else has its name: rmtree would wait for a FIFO's writer."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -316,6 +327,9 @@ def verify(path: str | Path, *, training: bool = True) -> str | None:
                 continue
             if not (path / name).is_file():
                 return f"{name} is missing"
+            # No clipkit writes such, and to read it through would take minutes.
+            if not name.endswith(".safetensors") and (path / name).stat().st_size > _TRAIN_STATE_BYTES:
+                return f"{name} has more than {_TRAIN_STATE_BYTES} bytes"
             if name.endswith(".safetensors"):
                 _shapes(path / name)
             if _sha256(path / name) != expected:

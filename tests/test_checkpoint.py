@@ -432,3 +432,12 @@ def test_settings_that_did_not_make_the_weights_are_refused_before_memory_is_tak
     assert psutil.Process().memory_info().rss - before < 5e8
     with pytest.raises(ValueError, match=f"{tmp_path}"):
         load_model(tmp_path)
+
+
+def test_a_fifo_in_the_place_of_a_checkpoint_holds_nobody_up(tmp_path):
+    save(tmp_path, 1)
+    os.mkfifo(tmp_path / "step_00000002")
+    os.mkfifo(tmp_path / ".removed-step_00000009-1")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+    assert latest_checkpoint(tmp_path) and save(tmp_path, 2) == latest_checkpoint(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000001", "step_00000002"]

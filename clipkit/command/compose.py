@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
-import clipkit.conf
+import clipkit
 from clipkit.command import experiments
 from clipkit.data import locate_data
 from clipkit.settings import EXECUTION
@@ -61,7 +61,7 @@ def check_config_dir(config_dir: str | None) -> None:
         return
     if not Path(config_dir).is_dir():
         raise ValueError(f"--config-dir: there is no folder {config_dir}")
-    ours = Path(clipkit.conf.__path__[0])
+    ours = Path(clipkit.__file__).parent / "conf"
     for path in sorted(Path(config_dir).rglob("*.yaml")):
         name = path.relative_to(config_dir)
         if (ours / name).is_file():

@@ -11,6 +11,7 @@ modification time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -144,7 +145,7 @@ def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Itera
             break
         if not header.strip(b"\0"):
             # Two zero blocks end a tar, but concatenated tars go on: skip zeros to the end.
-            position += _BLOCK
+            position = _past_zeros(file, position + _BLOCK, size)
             continue
         length = _valid(header)
         if length is None:
@@ -192,6 +193,28 @@ def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Itera
         faults.append(("truncated_shard", ""))
     elif not started and size % _BLOCK:
         faults.append(("unreadable_shard", ""))
+
+
+def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
+    """The next block that is not all zeros, or the end; holes of a sparse file are not read."""
+    while position + _BLOCK <= size:
+        try:
+            data = os.lseek(file.fileno(), position, os.SEEK_DATA)
+        except OSError as error:
+            # Nothing but a hole is left; or a file system that does not tell.
+            if error.errno == errno.ENXIO:
+                return size
+            data = position
+        position = max(position, data // _BLOCK * _BLOCK)
+        file.seek(position)
+        chunk = file.read(1 << 20)
+        rest = len(chunk) - len(chunk.lstrip(b"\0"))
+        position += rest // _BLOCK * _BLOCK
+        if rest < len(chunk):
+            return position
+        if not chunk:
+            return size
+    return position
 
 
 def _valid(header: bytes) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from clipkit.files import write_json, write_text
-from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml, redacted
+from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml, readable, redacted
 from clipkit.registry import unknown
 from clipkit.settings import differences, experiment, learnt
 
@@ -83,11 +83,20 @@ def check_unchanged(run_dir: Path, config: Mapping[str, Any]) -> None:
             "beside it, or delete the folder"
         )
     if moved := _changes(experiment(before), experiment(now)):
-        print(f"{run_dir} goes on with {redacted('; '.join(moved[:5]))}", flush=True)
+        print(f"{run_dir} goes on with {'; '.join(moved[:5])}", flush=True)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now)]
+    """What a user is told of settings that may be a stranger's: no credentials, nothing endless."""
+    return [
+        readable(redacted(f"{key}: {_short(old)} -> {_short(new)}"))
+        for key, old, new in differences(before, now)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = redacted(repr(value))
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def recorded_settings(run_dir: Path) -> dict[str, Any]:

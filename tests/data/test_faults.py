@@ -4,6 +4,7 @@ run.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import runpy
@@ -203,3 +204,29 @@ def test_members_that_are_too_large_are_not_read(tmp_path, write_tar, sample, jp
         ("b", "caption_not_utf8"),
         ("c", "broken_json"),
     ]
+
+
+def test_the_zeros_between_concatenated_tars_are_passed_over_without_reading_holes(tmp_path):
+    """Two tars with 20 GB of nothing between: a sparse file, whose second half counts."""
+    from clipkit.data.tarindex import index_tar
+
+    def one(name: str) -> bytes:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            for suffix in ("jpg", "txt"):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = 3
+                tar.addfile(info, io.BytesIO(b"abc"))
+        return out.getvalue()
+
+    path = tmp_path / "sparse.tar"
+    with path.open("wb") as file:
+        file.write(one("first"))
+        file.seek(20 << 30)
+        file.write(one("second"))
+    assert index_tar(path).keys == ["first", "second"] and not index_tar(path).faults
+    with path.open("ab") as file:
+        file.truncate(50 << 30)
+    assert index_tar(path).keys == ["first", "second"]
+    path.write_bytes(one("first") + bytes(512 * 5000) + one("second"))
+    assert index_tar(path).keys == ["first", "second"]
