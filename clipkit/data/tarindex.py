@@ -197,22 +197,26 @@ def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Itera
 
 def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
     """The next block that is not all zeros, or the end; holes of a sparse file are not read."""
+    descriptor = file.fileno()
     while position + _BLOCK <= size:
+        # The buffered file keeps account of where its descriptor stands.
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
-            data = os.lseek(file.fileno(), position, os.SEEK_DATA)
+            data = os.lseek(descriptor, position, os.SEEK_DATA)
         except OSError as error:
             # Nothing but a hole is left; or a file system that does not tell.
             if error.errno == errno.ENXIO:
                 return size
             data = position
+        finally:
+            os.lseek(descriptor, before, os.SEEK_SET)
         position = max(position, data // _BLOCK * _BLOCK)
-        file.seek(position)
-        chunk = file.read(1 << 20)
-        rest = len(chunk) - len(chunk.lstrip(b"\0"))
-        position += rest // _BLOCK * _BLOCK
-        if rest < len(chunk):
+        chunk = os.pread(descriptor, 1 << 20, position)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        position += zeros // _BLOCK * _BLOCK
+        if zeros < len(chunk):
             return position
-        if not chunk:
+        if not zeros:
             return size
     return position
 
