@@ -151,7 +151,7 @@ PRETRAIN: dict[str, Any] = {
     "final_eval": ListOf(TEXT),
     "save_every": NATURAL,
     "keep": COUNT,
-    "max_minutes": or_null(POSITIVE),
+    "max_minutes": or_null(Number(0)),
     "timeout_minutes": POSITIVE,
     "loss_spike": or_null(Number(1, above=True)),
     "skip_nonfinite": NATURAL,

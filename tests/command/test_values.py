@@ -58,7 +58,7 @@ VALUES = {
     "keep": (0, -1),
     "save_every": (-1,),
     "eval_every": (-1, 0.5),
-    "max_minutes": (0, -5),
+    "max_minutes": (-5, "all"),
     "ema_decay": (1.0, -0.1),
     "loss_spike": (1, -3),
     "skip_nonfinite": (-1, True),

@@ -68,7 +68,15 @@ def test_a_wrong_target_points_to_the_right_one(tmp_path, trained):
 def called(trained, to, output):
     """The recipe's function in this process, with the config file's other values."""
     return export_recipe.export(
-        OmegaConf.create({"checkpoint": str(trained[0]), "to": to, "output": str(output), "project": True}),
+        OmegaConf.create(
+            {
+                "checkpoint": str(trained[0]),
+                "to": to,
+                "output": str(output),
+                "project": True,
+                "trust_paths": False,
+            }
+        ),
         output,
     )
 

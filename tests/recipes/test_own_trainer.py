@@ -192,7 +192,8 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
         evaluation=Evaluation(
             model, None, {}, model_config={}, device=device, batch_size=1, total_steps=STEPS
         ),
-        checkpoints=SimpleNamespace(after=lambda step, metrics, stopping: None),
+        checkpoints=SimpleNamespace(after=lambda step, stopping: None, score=lambda step, metrics: None),
+        skip_nonfinite=False,
         stop=StopRequest(),
         metrics={},
     )

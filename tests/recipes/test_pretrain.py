@@ -40,6 +40,8 @@ def test_a_run_leaves_the_folder_of_the_design_and_is_not_repeated(tmp_path, sha
         f"checkpoint={folder}",
         f"output={tmp_path}/numbers.json",
         f"output_dir={tmp_path}/hydra",
+        # The run's data lies elsewhere, and its own settings say so.
+        "trust_paths=true",
         recipe="evaluate.py",
     )
     assert "zero_shot" in evaluated
