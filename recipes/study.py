@@ -58,11 +58,15 @@ def main(arguments: list[str] | None = None) -> None:
             if not Path(given.data).is_dir():
                 raise ValueError(f"--data: there is no folder {given.data}")
             os.environ["CLIPKIT_TEST_DATA"] = str(Path(given.data).resolve())
-        start_hydra()
+        start_hydra(given.config_dir)
         wanted = arms(SCALES[given.scale], seeds(given.seeds), given.overrides)
         planned = processes.plan(wanted, threads=given.threads)
         outcome = processes.run_all(
-            planned, processes=given.processes, parallel=given.parallel, threads=given.threads
+            planned,
+            processes=given.processes,
+            parallel=given.parallel,
+            threads=given.threads,
+            config_dir=given.config_dir,
         )
         done = [job.run_dir for job in outcome.jobs if job.state == jobs.FINISHED]
         if done:

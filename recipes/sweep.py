@@ -45,9 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
         if given.table:
             write_tables(given.table, given.output, given.order)
             return
-        planned = processes.plan(jobs.expand(given.overrides, start_hydra()), threads=given.threads)
+        planned = processes.plan(
+            jobs.expand(given.overrides, start_hydra(given.config_dir)), threads=given.threads
+        )
         outcome = processes.run_all(
-            planned, processes=given.processes, parallel=given.parallel, threads=given.threads
+            planned,
+            processes=given.processes,
+            parallel=given.parallel,
+            threads=given.threads,
+            config_dir=given.config_dir,
         )
         outcome.report(given.order)
         if given.output:

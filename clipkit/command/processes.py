@@ -37,6 +37,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="ranks of each job, started by torchrun (default: %(default)s)",
     )
     parser.add_argument("--parallel", type=positive, default=1, help="jobs at a time (default: %(default)s)")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="settings of your own, as of clipkit-pretrain")
     parser.add_argument(
         "--threads", type=positive, help="CPU threads of each process (default: torch's own choice)"
     )
@@ -108,7 +109,12 @@ class Running:
 
 
 def run_all(
-    planned: list[jobs.Job], *, processes: int = 1, parallel: int = 1, threads: int | None = None
+    planned: list[jobs.Job],
+    *,
+    processes: int = 1,
+    parallel: int = 1,
+    threads: int | None = None,
+    config_dir: str | None = None,
 ) -> jobs.Outcome:
     """Run every job that is not finished, `parallel` at a time; says which began, finished or failed.
 
@@ -125,7 +131,7 @@ def run_all(
             while waiting and len(running) < parallel and not signals:
                 job = waiting.pop(0)
                 label = f"[{planned.index(job) + 1}/{len(planned)}] {jobs.distinct(job, planned)}"
-                started = start(job, label, processes, threads)
+                started = start(job, label, processes, threads, config_dir)
                 running += [started] if started else []
             if len(signals) > told:
                 told = len(signals)
@@ -142,10 +148,13 @@ def run_all(
         for number, handler in before.items():
             signal.signal(number, handler)
     command = ["clipkit-sweep", "--processes", str(processes)] if processes > 1 else ["clipkit-pretrain"]
+    command += ["--config-dir", config_dir] if config_dir else []
     return jobs.Outcome(planned, command, signalled=bool(signals))
 
 
-def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Running | None:
+def start(
+    job: jobs.Job, label: str, processes: int, threads: int | None, config_dir: str | None
+) -> Running | None:
     """Start a job's process; None where there is nothing to do, or another process is at it."""
     folder = Path(job.run_dir)
     if finished(folder):
@@ -178,7 +187,7 @@ def start(job: jobs.Job, label: str, processes: int, threads: int | None) -> Run
     program = Path(clipkit.recipes.__file__).resolve().parent / "pretrain.py"
     # A session of its own: a terminal's Ctrl-C reaches it through the sweep alone, once.
     process = subprocess.Popen(
-        [*command, str(program), *job.overrides],
+        [*command, str(program), *(["--config-dir", config_dir] if config_dir else []), *job.overrides],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

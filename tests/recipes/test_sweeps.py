@@ -351,3 +351,26 @@ def test_reading_finished_runs_trains_nothing(tmp_path):
     assert statistics.stdev([0.1, 0.2, 0.6]) == pytest.approx(0.2646, abs=5e-5)
     assert "there is no folder" in clipkit_sweep("--table", str(tmp_path / "nowhere"), status=1)
     assert "trains nothing" in clipkit_sweep("seed=1", "--table", str(tmp_path / "runs"), status=1)
+
+
+def test_a_sweep_reads_a_users_own_settings(tmp_path, shapes):
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "short.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /eval: none\nsteps: 3\nwarmup_steps: 1\nbatch_size: 32\n"
+    )
+    settings = [
+        "experiment=short",
+        *SMALL[:2],
+        "num_threads=1",
+        "logger=none",
+        shapes,
+        f"output_dir={tmp_path}/runs",
+    ]
+    output = clipkit_sweep("--config-dir", str(tmp_path / "mine"), *settings, "seed=0,1")
+    assert "2 of 2 jobs finished" in output
+    assert {json.loads(path.read_text())["step"] for path in tmp_path.rglob("summary.json")} == {3}
+    # A typo in the user's file is told before a job starts.
+    (folder / "short.yaml").write_text("# @package _global_\nbacth_size: 32\n")
+    refused = clipkit_sweep("--config-dir", str(tmp_path / "mine"), *settings, "seed=2,3", status=1)
+    assert "Did you mean 'batch_size'" in refused and "began" not in refused
