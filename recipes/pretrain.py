@@ -305,12 +305,12 @@ def train(
         else:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
+        lr = schedule.get_last_lr()[0]
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         if numbers is not None:
-            lr = schedule.get_last_lr()[0]
             record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
         stopping = stop.agree(device)
         # Saved before it is scored: an evaluation that fails, or is ended, costs no step.

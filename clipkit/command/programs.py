@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -61,19 +62,33 @@ def run(program: str) -> None:
         program: the name of a module of recipes/, of the function in it, and of its settings, conf/PROGRAM.yaml.
     """
     register_resolvers()
-    adopt_slurm()
     # hydra's own report hides the cause and suggests nothing: let errors reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sweep = None
     try:
-        check_config_dir(get_args_parser().parse_args(sys.argv[1:]).config_dir)
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
+        if "--version" in sys.argv[1:]:
+            # The parser would print hydra's and leave.
+            print(f"clipkit {clipkit.__version__}")
+            return
+        given = get_args_parser().parse_args(sys.argv[1:])
+        check_config_dir(given.config_dir)
+        if given.cfg == "job" and given.resolve:
+            # hydra's own would resolve before the paths of generated data are in place.
+            start_hydra(given.config_dir)
+            print(yaml.safe_dump(resolved(compose(program, given.overrides), program), sort_keys=False))
+            return
+        adopt_slurm()
+        if given.multirun:
             sweep = Sweep.from_command_line(program)
         job = JobFunction(program, sweep.records if sweep else None)
         hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=program)(job)()
     except (KeyboardInterrupt, SystemExit) as stopped:
         if sweep and not (isinstance(stopped, SystemExit) and stopped.code in (0, None)):
             sweep.end("a signal", signalled=True)
+        if isinstance(stopped, KeyboardInterrupt) and "CLIPKIT_TRACEBACK" not in os.environ:
+            print("\nInterrupted", file=sys.stderr)
+            # The shell's status of a process that SIGINT has ended.
+            sys.exit(130)
         raise
     except Exception as error:
         if sweep and sweep.records.read():
@@ -83,7 +98,7 @@ def run(program: str) -> None:
         sweep.end()
 
 
-def _fail(error: Exception, program: str) -> None:
+def _fail(error: Exception, program: str) -> NoReturn:
     """Exit with 1 and the error's text; one that is not for the user is raised as it is."""
     if "CLIPKIT_TRACEBACK" in os.environ or not isinstance(error, REPORTED):
         raise error
@@ -131,7 +146,11 @@ class JobFunction:
         context = HydraConfig.get()
         run_dir, overrides = Path(context.runtime.output_dir), list(context.overrides.task)
         if self.records is None:
-            return self._call(cfg, run_dir, overrides)
+            try:
+                return self._call(cfg, run_dir, overrides)
+            except Exception as error:
+                # Here, for hydra would print the overrides first.
+                _fail(error, self.program)
         recorded = jobs.recorded(self.records, overrides, run_dir, lambda error: explain(error, self.program))
         mine = os.getpid() == self.process
         try:

@@ -336,6 +336,7 @@ def test_a_mistake_is_an_error_before_the_first_step(tmp_path, shapes, case):
     drawn = [] if case == "no such shards" else [*SMALL[:2], shapes]
     output = run("batch_size=32", "log_every=1", *drawn, f"output_dir={tmp_path}", *overrides, status=1)
     assert message in output and "Traceback" not in output and "step 1/" not in output
+    assert "Error executing job" not in output
 
 
 def test_an_empty_shard_is_named_before_the_first_step(tmp_path):
