@@ -623,7 +623,7 @@ def _locations(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             value = (settings.get(tower) or {}).get(key)
             if isinstance(value, str):
                 path = value.removeprefix("local-dir:")
-                if path != value or path.startswith(("/", "~", ".")) or Path(path).exists():
+                if path != value or path.startswith(("/", "~", ".")) or os.path.exists(path):
                     yield f"{tower}.{key}", path
 
 

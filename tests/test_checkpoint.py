@@ -413,6 +413,7 @@ HOSTILE = {
     "long texts": setting("text_tower", context_length=10**8),
     "a folder elsewhere": setting("image_tower", model="local-dir:/etc"),
     "another folder": setting("text_tower", name="hf", pretrained="/etc"),
+    "a name without end": setting("image_tower", model="a" * 5000),
     "no tower": setting("text_tower", name="evil"),
     "no embedding": lambda config, weights: config.pop("embed_dim"),
     "a list": lambda config, weights: config.update(image_tower=[1, 2]),
