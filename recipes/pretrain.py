@@ -44,7 +44,6 @@ from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.sharding import optimizer_parameters, shard
 from clipkit.training import feed, lock, process, run_folder
 from clipkit.training.evaluation import Evaluation
-from clipkit.training.names import check_names
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
 
@@ -79,15 +78,6 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
 
     Whatever can be wrong with the config is an error here, before the first step.
     """
-    check_names(
-        image_tower=config["image_tower"],
-        text_tower=config["text_tower"],
-        tokenizer=config["data"]["tokenizer"],
-        loss=config["loss"],
-        optim=config["optim"],
-        tasks=config["eval"],
-        loggers=config["logger"],
-    )
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     # Every rank draws the same weights.

@@ -179,6 +179,17 @@ class JobFunction:
             for line in unread(config, overrides):
                 print(f"warning: {line}", flush=True)
         function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
+        if self.program == "pretrain":
+            # It imports what the program does, torch among it.
+            importlib.import_module("clipkit.training.names").check_names(
+                image_tower=config["image_tower"],
+                text_tower=config["text_tower"],
+                tokenizer=config["data"]["tokenizer"],
+                loss=config["loss"],
+                optim=config["optim"],
+                tasks=config["eval"],
+                loggers=config["logger"],
+            )
         return function(config, run_dir)
 
 
