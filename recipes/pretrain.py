@@ -2,7 +2,6 @@
 
     clipkit-pretrain                                                # generated shapes: minutes on a laptop
     clipkit-pretrain experiment=flickr8k_tiny loss=cyclip           # real photographs on a CPU
-    clipkit-pretrain experiment=cyclip_rn50_cc3m 'loss=[cyclip,simcse]'
     clipkit-pretrain -m 'loss=clip,cyclip,[cyclip,simcse]' seed=0,1  # six runs, six folders
 
 The same command finds the same folder: it resumes a run that was stopped, and only reports one that is finished.
@@ -29,13 +28,7 @@ from typing import Any
 import torch
 
 from clipkit.checkpoint import model_config
-from clipkit.data import (
-    Augment,
-    create_augment,
-    create_tokenizer,
-    resolve_data,
-    train_captions,
-)
+from clipkit.data import Augment, create_augment, create_tokenizer, resolve_data, train_captions
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.grad_cache import cached_backward
 from clipkit.losses import WeightedSum, create_loss
@@ -68,8 +61,7 @@ def pretrain(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
         if finished is None:
             return build_and_train(run_folder.amended(run_dir, config), run_dir, device)
         if rank() == 0:
-            print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
-            print(run_folder.table(finished["metrics"]))
+            run_folder.show_finished(run_dir, finished)
         return finished["metrics"]
 
 
@@ -89,7 +81,13 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
 
     # Model: image tower, text tower, projections, logit_scale.
-    model = build_model(config, tokenizer, device)
+    sharded = process.sharded(config["parallel"])
+    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
+    if config["channels_last"] and not sharded:
+        # FSDP2 takes contiguous weights alone; its images come in channels_last all the same.
+        model.image_tower.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        process.compile_towers(model, by_block=sharded)
 
     # Loss: a weighted sum. What its terms read decides which passes the model makes and what data is read.
     loss = create_loss(config["loss"]).to(device)
@@ -104,7 +102,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     )
 
     # Optimizer and schedule, over the parts of the weights that this rank holds.
-    if process.sharded(config["parallel"]):
+    if sharded:
         model, loss = shard(model), shard(loss)
     total_steps = feed.total_steps(
         config["steps"],
@@ -122,7 +120,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     )
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
-    # What watches the loop: numbers, scores, checkpoints.
+    # What watches the loop: numbers, checkpoints, scores.
     record = Record(
         run_dir,
         total_steps=total_steps,
@@ -132,21 +130,6 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         skip_nonfinite=config["skip_nonfinite"],
         loggers=config["logger"],
         shown=config,
-    )
-    evaluation = Evaluation(
-        model,
-        tokenizer,
-        config["eval"],
-        model_config=model_config(config, pretrained=False),
-        device=device,
-        batch_size=config["batch_size"],
-        total_steps=total_steps,
-        average=average,
-        at_end=config["final_eval"],
-        every=config["eval_every"],
-        best_metric=config["best_metric"],
-        objective=config["objective"],
-        say=record.say,
     )
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -166,16 +149,27 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         skipped=record.skipped,
         say=record.say,
     )
+    evaluation = Evaluation(
+        model,
+        tokenizer,
+        config["eval"],
+        model_config=model_config(config, pretrained=False),
+        device=device,
+        batch_size=config["batch_size"],
+        total_steps=total_steps,
+        average=average,
+        at_end=config["final_eval"],
+        every=config["eval_every"],
+        best_metric=config["best_metric"],
+        objective=config["objective"],
+        record=record,
+        checkpoints=checkpoints,
+    )
     # From here on ranks draw dropout masks of their own.
     torch.manual_seed(config["seed"] * world_size() + rank())
     step, metrics = checkpoints.resume()
-    if rank() == 0:
-        run_folder.record_amendment(run_dir, config, step)
-    # A run that ended while it was scored, or failed to be, is scored first.
-    unscored = step > 0 and not metrics and bool(evaluation.due(step))
-    record.start(step, scored=not unscored)
-    if unscored:
-        metrics = score(step, evaluation, record, checkpoints)
+    # A run that ended while it was scored, or could not be, is scored first.
+    metrics = evaluation.resume(step, metrics)
 
     # Loop.
     metrics = train(
@@ -205,18 +199,6 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
             run_dir, total_steps, metrics, reports, seconds=record.seconds, skipped_steps=record.skipped
         )
     return metrics
-
-
-def build_model(config: Mapping[str, Any], tokenizer: Any, device: torch.device) -> DualEncoder:
-    """The towers, on the device, compiled where that is asked for."""
-    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
-    sharded = process.sharded(config["parallel"])
-    if config["channels_last"] and not sharded:
-        # FSDP2 takes contiguous weights alone; the images come in channels_last all the same.
-        model.image_tower.to(memory_format=torch.channels_last)
-    if config["compile"]:
-        process.compile_towers(model, by_block=sharded)
-    return model
 
 
 def train(
@@ -260,14 +242,13 @@ def train(
     loss = process.data_parallel(loss, device)
     autocast = process.autocast(precision, device)
     parameters = optimizer_parameters(optimizer)
-    # What a forward pass writes besides gradients: BatchNorm's statistics, a loss's memory.
-    buffers = [*model.buffers(), *loss.buffers()] if skip_nonfinite else []
+    buffers = process.Buffers([model, loss] if skip_nonfinite else [])
     model.train()
     for step in steps:
         asked = time.monotonic()
         batch = feed.augmented(next(batches), augment, wanted, draw=step * world_size() + rank())
         waited = time.monotonic() - asked
-        before = [buffer.clone() for buffer in buffers]
+        buffers.keep()
 
         if micro_batch_size:
             # Summing the losses of micro-batches would contrast each within itself alone. The gradient cache takes
@@ -293,8 +274,7 @@ def train(
             if average:
                 average.update(model)
         else:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            buffers.restore()
         lr = schedule.get_last_lr()[0]
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -308,16 +288,8 @@ def train(
         if stopping and done < steps.stop:
             record.close()
             stop.leave(done)
-        metrics = score(done, evaluation, record, checkpoints)
+        metrics = evaluation.after(done)
     record.close()
-    return metrics
-
-
-def score(step: int, evaluation: Evaluation, record: Record, checkpoints: Checkpoints) -> dict[str, float]:
-    """Evaluate, where this step is one to be evaluated after, and put the numbers on record."""
-    metrics = evaluation.after(step)
-    record.evaluation(step, metrics)
-    checkpoints.score(step, metrics)
     return metrics
 
 

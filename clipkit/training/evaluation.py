@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from clipkit.optim import WeightAverage
 from clipkit.registry import unknown
 from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
 from clipkit.training.process import lost_a_rank
-from clipkit.training.record import due
+from clipkit.training.record import Record, due
 from clipkit.training.run_folder import flatten
+from clipkit.training.saving import Checkpoints
 
 
 class Evaluation:
@@ -33,7 +34,8 @@ class Evaluation:
         best_metric: "task/metric" that names the best checkpoint, or None; it must come out of every evaluation.
         batch_size: images or captions encoded at once.
         objective: "task/metric" that a search makes largest, checked here alone.
-        say: prints a line, on rank 0.
+        record: where the numbers and warnings go.
+        checkpoints: whose manifests keep the numbers; a step's is written before it is scored.
 
     Raises:
         ValueError: unknown tasks or settings, in `at_end` and `best_metric` too.
@@ -54,7 +56,8 @@ class Evaluation:
         every: int = 0,
         best_metric: str | None = None,
         objective: str | None = None,
-        say: Callable[[str], None] = print,
+        record: Record,
+        checkpoints: Checkpoints,
     ):
         built = create_tasks(tasks)
         for name in at_end:
@@ -66,7 +69,7 @@ class Evaluation:
         self.model, self.tokenizer, self.average, self.model_config = model, tokenizer, average, model_config
         self.device, self.batch_size = device, batch_size
         self.tasks, self.at_end, self.every, self.total_steps = tasks, at_end, every, total_steps
-        self.best_metric, self.say = best_metric, say
+        self.best_metric, self.record, self.checkpoints = best_metric, record, checkpoints
 
     def due(self, step: int) -> dict[str, Mapping[str, Any] | None]:
         """The tasks that are scored after this step, none for most."""
@@ -75,8 +78,27 @@ class Evaluation:
             return {}
         return {name: task for name, task in self.tasks.items() if last or name not in self.at_end}
 
+    def resume(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Training is about to go on after `step` with these scores of it, which are made now where they are missing."""
+        missing = step > 0 and not metrics and bool(self.due(step))
+        self.record.start(step, scored=not missing)
+        return self.after(step) if missing else metrics
+
     def after(self, step: int) -> dict[str, float]:
-        """{"task/metric": value} of the tasks due after this step; empty where none is. Called by all ranks.
+        """Score the tasks due after this step, and put {"task/metric": value} on record; {} where none is due.
+
+        Called by all ranks, once the step's checkpoint is written.
+
+        Raises:
+            RuntimeError: that after the last step failed.
+        """
+        metrics = self._scores(step)
+        self.record.evaluation(step, metrics)
+        self.checkpoints.score(step, metrics)
+        return metrics
+
+    def _scores(self, step: int) -> dict[str, float]:
+        """The numbers of the tasks due.
 
         An evaluation that fails before the last step is said, and gives no numbers.
 
@@ -99,11 +121,13 @@ class Evaluation:
                     f"the evaluation after the last step failed: {error}. The run is trained and saved: mend what is "
                     "wrong, and the same command scores it"
                 ) from error
-            self.say(f"warning: the evaluation after step {step} failed: {error}. Training goes on")
+            self.record.say(f"warning: the evaluation after step {step} failed: {error}. Training goes on")
             return {}
         metrics = flatten(results)
         if self.best_metric and self.best_metric not in metrics:
-            self.say(f"warning: no best checkpoint: {unknown('best_metric', self.best_metric, metrics)}")
+            self.record.say(
+                f"warning: no best checkpoint: {unknown('best_metric', self.best_metric, metrics)}"
+            )
         return metrics
 
     @contextlib.contextmanager

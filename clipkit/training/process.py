@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import FrameType
@@ -196,6 +196,25 @@ def clip_grad_norm(parameters: list[torch.nn.Parameter], limit: float) -> torch.
     """Scale the gradients down to a global norm of `limit`; () the norm before, over all ranks' parts."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return full_tensor(norm)
+
+
+class Buffers:
+    """What a forward pass writes besides gradients (BatchNorm's statistics, a loss's memory), to be put back where the
+    step is left out.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]):
+        self._buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        """Before the forward pass."""
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        """As they were when they were kept."""
+        for buffer, value in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(value)
 
 
 def on_rank_0_first(make: Callable[[], T]) -> T:

@@ -230,6 +230,12 @@ def finish(
     print(f"Everything is in {run_dir}: metrics.jsonl, checkpoints/, summary.json")
 
 
+def show_finished(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Print what a run that is finished already has come to."""
+    print(f"{run_dir} is finished; give name=ANOTHER to train again beside it. Its final numbers:")
+    print(table(summary["metrics"]))
+
+
 def joined_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """The ranks' data reports as one: every rank counts all samples, but only the faults it met itself."""
     skipped: dict[str, int] = {}

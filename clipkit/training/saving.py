@@ -37,6 +37,7 @@ from clipkit.sharding import (
     take_unsplit_of_rank_0,
 )
 from clipkit.training.record import due
+from clipkit.training.run_folder import record_amendment
 
 
 class Resumable(Protocol):
@@ -172,8 +173,13 @@ class Checkpoints:
         """
         # Rank 0 alone reads it through to check it.
         path = gather_objects(latest_checkpoint(self.folder) if rank() == 0 else None)[0]
-        if path is None:
-            return 0, {}
+        step, metrics = (0, {}) if path is None else self._go_on(path)
+        if rank() == 0:
+            record_amendment(self.folder.parent, self.config, step)
+        return step, metrics
+
+    def _go_on(self, path: Path) -> tuple[int, dict[str, float]]:
+        """Read a checkpoint that is whole into the run."""
         present, parameters = self._weights(), optimizer_parameters(self.optimizer)
 
         def like(name: str) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,7 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
     record = Record(tmp_path, total_steps=STEPS, batch_size=BATCH, log_every=1)
     record.start(0)
     device = torch.device("cpu")
+    checkpoints: Any = SimpleNamespace(after=lambda step, stopping: None, score=lambda step, metrics: None)
     pretrain.train(
         model,
         create_loss(pairs.LOSS),
@@ -190,9 +192,17 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
         max_logit_scale=100.0,
         record=record,
         evaluation=Evaluation(
-            model, None, {}, model_config={}, device=device, batch_size=1, total_steps=STEPS
+            model,
+            None,
+            {},
+            model_config={},
+            device=device,
+            batch_size=1,
+            total_steps=STEPS,
+            record=record,
+            checkpoints=checkpoints,
         ),
-        checkpoints=SimpleNamespace(after=lambda step, stopping: None, score=lambda step, metrics: None),
+        checkpoints=checkpoints,
         skip_nonfinite=False,
         stop=StopRequest(),
         metrics={},
