@@ -233,7 +233,17 @@ def _nothing_half_written(temporary: Path) -> Iterator[None]:
         # safetensors reports a full disk as a type of its own; so does torch.distributed.checkpoint, as a
         # BaseException with the ranks' errors.
         causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
-        raise OSError(f"checkpoint {temporary.parent} could not be written: {causes[0]}") from error
+        raise OSError(
+            f"checkpoint {temporary.parent} could not be written: {causes[0]}{_room(temporary.parent)}"
+        ) from error
+
+
+def _room(folder: Path) -> str:
+    """How much the disk takes: torch's own error of a full one is about positions in a file."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free on that disk)"
+    except OSError:
+        return ""
 
 
 def _write_small_files(
