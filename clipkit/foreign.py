@@ -320,10 +320,20 @@ def readable(text: str) -> str:
     return _UNREADABLE.sub(lambda found: " " if found[0] in "\t\r\n" else "\ufffd", text)
 
 
+_SECRET = re.compile(
+    r"(?:^|[._\-])(?:password|passwd|secret|token|api_?key|access_?key|credentials?)$", re.IGNORECASE
+)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a setting's name, dotted or not, says that its value is for nobody else."""
+    return bool(_SECRET.search(key))
+
+
 def shown(value: Any) -> Any:
-    """Nested settings with `redacted` texts."""
+    """Nested settings with `redacted` texts, and without the values of settings whose names say that they are secret."""
     if isinstance(value, Mapping):
-        return {key: shown(one) for key, one in value.items()}
+        return {key: "..." if is_secret(str(key)) and one else shown(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [shown(one) for one in value]
     return redacted(value) if isinstance(value, str) else value

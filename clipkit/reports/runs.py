@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, TypedDict
 from clipkit.foreign import (
     BrokenFile,
     checked,
+    is_secret,
     iter_json_lines,
     leads_out,
     read_json,
@@ -346,16 +346,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-_SECRET = re.compile(
-    r"(?:^|[._\-])(?:password|passwd|secret|token|api_?key|access_?key|credentials?)$", re.IGNORECASE
-)
-
-
 def public_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a report shows them: flattened, without users, passwords, queries of URLs and arguments of commands."""
     return {
-        key: "..." if value and _SECRET.search(key) else shown(value)
-        for key, value in flatten(config).items()
+        key: "..." if value and is_secret(key) else shown(value) for key, value in flatten(config).items()
     }
 
 

@@ -21,7 +21,16 @@ from typing import Any
 import yaml
 
 from clipkit.files import write_json, write_text
-from clipkit.foreign import BrokenFile, checked, read_json, read_json_lines, read_yaml, readable, redacted
+from clipkit.foreign import (
+    BrokenFile,
+    checked,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    readable,
+    redacted,
+    shown,
+)
 from clipkit.registry import unknown
 from clipkit.settings import differences, experiment, learnt
 
@@ -95,7 +104,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = redacted(repr(value))
+    text = redacted(repr(shown(value)))
     return text if len(text) <= 200 else text[:200] + "..."
 
 
