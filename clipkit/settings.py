@@ -12,6 +12,7 @@ from typing import Any
 
 EXECUTION = (
     "output_dir",
+    "plugins",
     "resume",
     "device",
     "num_threads",

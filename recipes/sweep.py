@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from clipkit.command import jobs, processes
+from clipkit.command import jobs, plugins, processes
 from clipkit.command.compose import start_hydra
 from clipkit.command.programs import reported
 from clipkit.reports.comparison import finished_groups, left_out, text_tables, write_comparison
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.table:
             write_tables(given.table, given.output, given.order)
             return
+        plugins.search(plugins.given(given.overrides))
         planned = processes.plan(
             jobs.expand(given.overrides, start_hydra(given.config_dir)), threads=given.threads
         )

@@ -30,7 +30,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from clipkit import Predictor
-from clipkit.command import _hydras, jobs
+from clipkit.command import _hydras, jobs, plugins
 from clipkit.command.check import check_overrides, explain
 from clipkit.command.compose import compose, fixed, is_hydras, register_resolvers, resolved, start_hydra
 from clipkit.data import write_shapes
@@ -260,6 +260,28 @@ def references():
         patch.setattr("clipkit.command.check.compose", once)
         yield
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def my_package(tmp_path_factory):
+    """The plugin that the guides speak of."""
+    folder = tmp_path_factory.mktemp("plugin") / "my_package"
+    (folder / "conf" / "loss").mkdir(parents=True)
+    for path in (folder / "__init__.py", folder / "conf" / "__init__.py"):
+        path.touch()
+    (folder / "losses.py").write_text(
+        "from clipkit.losses import InfoNCE\nfrom clipkit.losses.registry import register_loss\n\n\n"
+        "@register_loss('my_loss')\nclass MyLoss(InfoNCE):\n    pass\n"
+    )
+    (folder / "conf" / "loss" / "my_loss.yaml").write_text("my_loss:\n  weight: 1.0\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder.parent)
+        patch.setattr(plugins, "_packages", [])
+        plugins.search(["my_package.losses"])
+        plugins.load(["my_package.losses"])
+        yield
+        # Others of this process walk through all losses.
+        del losses._entries["my_loss"]
 
 
 def with_commands() -> list[Path]:

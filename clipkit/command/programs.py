@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import clipkit
-from clipkit.command import jobs
+from clipkit.command import jobs, plugins
 from clipkit.command.check import check_overrides, explain
 from clipkit.command.compose import (
     CONFIG_PATH,
@@ -72,6 +72,7 @@ def run(program: str) -> None:
             return
         given = get_args_parser().parse_args(sys.argv[1:])
         check_config_dir(given.config_dir)
+        plugins.search(plugins.given(given.overrides))
         if given.cfg == "job" and given.resolve:
             # hydra's own would resolve before the paths of generated data are in place.
             start_hydra(given.config_dir)
@@ -178,6 +179,7 @@ class JobFunction:
         if self.program == "pretrain" and os.environ.get("RANK", "0") == "0":
             for line in unread(config, overrides):
                 print(f"warning: {line}", flush=True)
+        plugins.load(config.get("plugins") or [])
         function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
         if self.program == "pretrain":
             # It imports what the program does, torch among it.

@@ -124,6 +124,7 @@ def or_null(kind: Any) -> Either:
 PRETRAIN: dict[str, Any] = {
     "seed": Number(0, 2**63 - 1, whole=True),
     "output_dir": TEXT,
+    "plugins": ListOf(TEXT),
     "name": or_null(Either((TEXT, Number()))),
     "resume": FLAG,
     "embed_dim": COUNT,
@@ -255,6 +256,7 @@ EVALUATE: dict[str, Any] = {
     "batch_size": COUNT,
     "output": or_null(TEXT),
     "output_dir": TEXT,
+    "plugins": ListOf(TEXT),
     "trust_paths": FLAG,
 }
 EXPORT: dict[str, Any] = {
@@ -263,11 +265,16 @@ EXPORT: dict[str, Any] = {
     "output": or_null(TEXT),
     "project": FLAG,
     "output_dir": TEXT,
+    "plugins": ListOf(TEXT),
     "trust_paths": FLAG,
 }
 SETTINGS = {"pretrain": PRETRAIN, "plan": {**PRETRAIN, **PLAN}, "evaluate": EVALUATE, "export": EXPORT}
 # Groups whose entries the user names (terms, tasks, loggers), and what is hydra's or a choice's alone.
 FREE_GROUPS = ("loss", "eval", "logger", "hydra", "gpu")
+
+
+# The towers that our files name; a plugin's has settings of its own, which its registry checks.
+OWN_TOWERS = {"image_tower": ("timm", "clip_resnet50", "clip_vit"), "text_tower": ("transformer", "hf")}
 
 
 def check_values(config: Mapping[str, Any], program: str) -> None:
@@ -278,6 +285,12 @@ def check_values(config: Mapping[str, Any], program: str) -> None:
         program: pretrain, plan, evaluate or export.
     """
     known = SETTINGS[program]
+    plugged = {
+        group: config[group]
+        for group, names in OWN_TOWERS.items()
+        if isinstance(config.get(group), Mapping) and config[group].get("name") not in names
+    }
+    config = {key: value for key, value in config.items() if key not in plugged}
     groups = {key.rpartition(".")[0] for key in known} - {""}
     for key, value in _entries(config, known, groups):
         if key not in known:

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import clipkit.conf
 from clipkit.command import compose
-from clipkit.command.values import FREE_GROUPS, SETTINGS, check_values
+from clipkit.command.values import FREE_GROUPS, OWN_TOWERS, SETTINGS, check_values
 from clipkit.data.spec import DATA_DEFAULTS
 from clipkit.training.names import check_names
 from tests.recipes.runs import start
@@ -160,6 +160,13 @@ def test_every_key_of_our_files_has_its_range_and_fits_it():
         stated - seen
         == {("plan", key) for key in yaml.safe_load((CONF / "pretrain.yaml").read_text())} & stated
     )
+
+
+def test_the_towers_of_our_own_are_all_known_by_name():
+    """The others are plugins', whose settings their registry checks."""
+    for group, names in OWN_TOWERS.items():
+        files = [yaml.safe_load(path.read_text()) for path in (CONF / group).glob("*.yaml")]
+        assert {one["name"] for one in files if "name" in one} == set(names)
 
 
 def test_every_setting_of_data_has_a_range():
