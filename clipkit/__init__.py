@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipkit.checkpoint import load_model
     from clipkit.data import create_stream, create_tokenizer
     from clipkit.evals import evaluate
     from clipkit.grad_cache import cached_backward
+    from clipkit.loading import load_model
     from clipkit.losses import check_gradient_contract, create_loss, list_losses, register_loss
     from clipkit.model import DualEncoder, create_model
     from clipkit.optim import create_optimizer, create_schedule
@@ -57,7 +57,7 @@ _HOME = {
     "create_optimizer": "optim",
     "create_schedule": "optim",
     "evaluate": "evals",
-    "load_model": "checkpoint",
+    "load_model": "loading",
     "Predictor": "predict",
 }
 

@@ -36,16 +36,12 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from typing_extensions import NotRequired
 
-from clipkit.data.tokenizers import Tokenizer, load_tokenizer
+from clipkit.data.tokenizers import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank
 from clipkit.files import flush, write_json
-from clipkit.foreign import BrokenFile, checked, named_by, permit, read_json
-from clipkit.model import DualEncoder, create_model
-from clipkit.settings import ARCHITECTURE
+from clipkit.foreign import BrokenFile, read_json
 from clipkit.sharding import read_shards
-from clipkit.towers.hugging_face import without_weights
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
@@ -60,19 +56,6 @@ class Manifest(TypedDict):
     step: int
     metrics: dict[str, float]
     sha256: dict[str, str]
-
-
-class _Towers(TypedDict):
-    text_tower: dict[str, Any]
-
-
-class _ModelSettings(TypedDict):
-    """What a config.json must hold for a model to be made."""
-
-    embed_dim: int
-    image_tower: dict[str, Any]
-    text_tower: dict[str, Any]
-    architecture: NotRequired[_Towers]
 
 
 def _sha256(path: Path) -> str:
@@ -341,7 +324,7 @@ def verify(path: str | Path, *, training: bool = True) -> str | None:
             if not name.endswith(".safetensors") and (path / name).stat().st_size > _TRAIN_STATE_BYTES:
                 return f"{name} has more than {_TRAIN_STATE_BYTES} bytes"
             if name.endswith(".safetensors"):
-                _shapes(path / name)
+                tensor_shapes(path / name)
             if _sha256(path / name) != expected:
                 return f"{name} does not have the content its manifest states (truncated or altered)"
     except BrokenFile as error:
@@ -351,7 +334,7 @@ def verify(path: str | Path, *, training: bool = True) -> str | None:
     return None
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file by its header alone; BrokenFile where that does not fit the file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -482,7 +465,7 @@ def _train_state(path: Path) -> dict[str, Any]:
 def _read_shards(folder: Path, like: Callable[[str], torch.Tensor | None] | None) -> dict[str, torch.Tensor]:
     """The tensors of a sharded checkpoint; BrokenFile for one that states more than its files hold."""
     for file in folder.iterdir():
-        _shapes(file)
+        tensor_shapes(file)
     try:
         return read_shards(folder, like, limit=sum(file.stat().st_size for file in folder.iterdir()))
     except (BrokenFile, OSError):
@@ -517,155 +500,3 @@ def find_checkpoint(path: str | Path, *, training: bool = False) -> Path:
 def split_weights(weights: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     """The entries under `part.` with that prefix removed; part is "model", "loss" or "average"."""
     return {name[len(part) + 1 :]: tensor for name, tensor in weights.items() if name.startswith(part + ".")}
-
-
-def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", trust_paths: bool = False
-) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
-    """Rebuild the model of a run or checkpoint folder: (DualEncoder in eval mode, tokenizer, config).
-
-    The folder may come from anybody: its architecture is compared with the shapes of its weights before it takes
-    memory, and what its settings name is opened as clipkit.foreign.permit allows.
-
-    Args:
-        trust_paths: the settings may name local files anywhere.
-
-    Raises:
-        ValueError: no checkpoint there, a damaged one, or weights that do not fit the config beside them.
-    """
-    path = find_checkpoint(path)
-    with named_by(path, trust_paths=trust_paths):
-        tokenizer = load_tokenizer(path / "tokenizer.json")
-        config = read_json(path / "config.json")
-        checked(config, _ModelSettings, name=str(path / "config.json"))
-        settings = model_config(config, pretrained=False)
-        shapes = _model_shapes(path)
-        _check_architecture(settings, tokenizer, shapes, path)
-        loaded = load_checkpoint(path, training=False)
-        model = create_model(settings, tokenizer=tokenizer)
-    # What the run itself was evaluated by.
-    weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise BrokenFile(
-            f"the weights of {path} do not fit the architecture in its config.json: {error}"
-        ) from error
-    return model.to(device).eval(), tokenizer, config
-
-
-def _model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's model, without its weights."""
-    files = sorted((path / SHARDS).iterdir()) if (path / SHARDS).is_dir() else [path / "model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not file.is_file():
-            raise BrokenFile(f"checkpoint {path} is damaged: {file.name} is missing")
-        found = _shapes(file)
-        if path / SHARDS in file.parents:
-            # A file a rank: each states its part of a tensor, whose other sizes are the whole's.
-            found = {name: (0, *shape[1:]) for name, shape in found.items()}
-        shapes |= found
-    return {name[6:]: shape for name, shape in shapes.items() if name.startswith("model.")}
-
-
-def _check_architecture(
-    settings: Mapping[str, Any], tokenizer: Tokenizer, shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
-    """BrokenFile unless the settings make a model of exactly these weights, found out without its memory."""
-    where = f"{path / 'config.json'}"
-    elements = max([math.prod(max(1, size) for size in shape) for shape in shapes.values()] or [0])
-    sizes = {key: settings[key] for key in ("embed_dim", "image_tower", "text_tower") if key in settings}
-    for key, value in _whole_numbers(sizes):
-        # A sharded file states no first size.
-        limit = len(shapes) if re.search("layer|depth|block", key) else max(elements, 1 << 16)
-        if value > limit or value < -1:
-            raise BrokenFile(f"{where}: {key}={value} is not what made the weights beside it")
-    for key, text in _locations(settings):
-        permit(text, key)
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = create_model(settings, tokenizer=tokenizer)
-    except (BrokenFile, OSError):
-        raise
-    except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise BrokenFile(f"{where} does not describe a model: {lines[0][:300]}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted({*wanted, *shapes}):
-        here, there = shapes.get(name), wanted.get(name)
-        if (
-            here is None
-            or there is None
-            or (here != there and not (here[:1] == (0,) and here[1:] == there[1:]))
-        ):
-            raise BrokenFile(
-                f"the weights of {path} do not fit the architecture in its config.json: {name} is "
-                f"{here or 'missing'} in the weights and {there or 'not there'} in the architecture"
-            )
-    # Masks and the like are no weights, and take memory all the same.
-    spare = sum(buffer.numel() for buffer in model.buffers()) - sum(
-        math.prod(shape) for shape in wanted.values()
-    )
-    if spare > 1 << 26:
-        raise BrokenFile(
-            f"{where} describes a model with {spare} numbers beside its weights: it was not built"
-        )
-
-
-def _whole_numbers(settings: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, number) of nested settings."""
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            yield from _whole_numbers(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(settings, (list, tuple)):
-        for value in settings:
-            yield from _whole_numbers(value, prefix)
-    elif isinstance(settings, int) and not isinstance(settings, bool):
-        yield prefix, settings
-
-
-def _locations(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(dotted key, path) of what a tower's settings have other libraries open on this machine."""
-    for tower in ("image_tower", "text_tower"):
-        for key in ("model", "pretrained"):
-            value = (settings.get(tower) or {}).get(key)
-            if isinstance(value, str):
-                path = value.removeprefix("local-dir:")
-                if path != value or path.startswith(("/", "~", ".")) or os.path.exists(path):
-                    yield f"{tower}.{key}", path
-
-
-def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[str, Any]:
-    """The part of a run's config that `create_model` takes; `pretrained=False` skips weights that will be
-    replaced.
-    """
-    keys = (
-        "embed_dim",
-        "image_tower",
-        "text_tower",
-        "init_logit_scale",
-        "init_logit_bias",
-        "mlm_probability",
-        "channels_last",
-    )
-    part = {key: config[key] for key in keys if key in config}
-    if not pretrained:
-        part |= config.get(ARCHITECTURE, {})
-        for tower in ("image_tower", "text_tower"):
-            part[tower] = dict(part[tower])
-            # timm's switch is a boolean; a Hugging Face folder still supplies the architecture's sizes.
-            if isinstance(part[tower].get("pretrained"), bool):
-                part[tower]["pretrained"] = False
-    return part
-
-
-def with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config with the sizes of a text tower that started from a Hugging Face model, which its checkpoints then
-    do without.
-    """
-    tower = config["text_tower"]
-    if not isinstance(tower.get("pretrained"), str):
-        return dict(config)
-    return {**config, ARCHITECTURE: {"text_tower": without_weights(tower)}}

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from clipkit.checkpoint import find_checkpoint, load_model
+from clipkit.checkpoint import find_checkpoint
 from clipkit.evals import evaluate as score
 from clipkit.evals.models import load_any
 from clipkit.files import write_json
 from clipkit.foreign import blamed_on, checked, named_by, output_in_run, readable, shown
+from clipkit.loading import load_model
 from clipkit.training.process import choose_device
 from clipkit.training.run_folder import flatten, table
 

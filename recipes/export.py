@@ -15,9 +15,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from clipkit.checkpoint import find_checkpoint, load_model
+from clipkit.checkpoint import find_checkpoint
 from clipkit.export import save_open_clip, save_sentence_transformer
 from clipkit.foreign import blamed_on, named_by, output_in_run
+from clipkit.loading import load_model
 from clipkit.registry import unknown
 
 TARGETS = ("open_clip", "safetensors", "sentence_transformers")

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from clipkit.checkpoint import model_config
 from clipkit.data import create_tokenizer
 from clipkit.files import write_json
+from clipkit.loading import model_config
 from clipkit.planner import GPU, Assumptions, Measured, Planner
 
 ASSUMED_VOCABULARY = 10_000

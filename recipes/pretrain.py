@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from clipkit.checkpoint import model_config
 from clipkit.data import Augment, create_augment, create_tokenizer, resolve_data, train_captions
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.grad_cache import cached_backward
+from clipkit.loading import model_config
 from clipkit.losses import WeightedSum, create_loss
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule

@@ -35,13 +35,12 @@ from clipkit.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_model,
-    model_config,
     prune,
     rng_state,
     save_checkpoint,
 )
 from clipkit.data.tokenizers import Words
+from clipkit.loading import load_model, model_config
 from clipkit.loggers import JSONLines
 from clipkit.model import create_model
 from clipkit.training import run_folder

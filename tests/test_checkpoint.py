@@ -25,16 +25,14 @@ from clipkit.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    load_model,
-    model_config,
     prune,
     rng_state,
     save_checkpoint,
     set_rng_state,
     split_weights,
-    with_architecture,
 )
 from clipkit.data.tokenizers import Words
+from clipkit.loading import load_model, model_config, with_architecture
 from clipkit.model import create_model
 from tests import faults
 from tests.damage import DAMAGE

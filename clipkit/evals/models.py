@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipkit.checkpoint import load_model
+from clipkit.loading import load_model
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.model import DualEncoder
 from clipkit.registry import unknown

@@ -19,12 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clipkit.checkpoint import model_config
+from clipkit.loading import model_config, with_architecture
 from clipkit.losses import create_loss
 from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
 from clipkit.optim import create_optimizer
 from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
-from clipkit.towers.hugging_face import without_weights
 
 # Large enough that activations, not one layer's weights, are what the peak consists of.
 _SIZES = (32, 64)
@@ -128,7 +127,9 @@ class Measured:
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = FakeTensorMode()
         with self._fake:
-            self.model = create_model(_random_weights(model), tokenizer=tokenizer).train()
+            self.model = create_model(
+                model_config(with_architecture(model), pretrained=False), tokenizer=tokenizer
+            ).train()
             self.loss = create_loss(loss)
             self._by_impl: list[Any] = [part for part in self.loss.modules() if hasattr(part, "impl")]
             self.impls = {part.impl for part in self._by_impl} - {"auto"}
@@ -240,15 +241,6 @@ class Measured:
                 if output.requires_grad:
                     output.backward(torch.ones_like(output))
         return saved, meter.peak - saved, meter.operators[:forward], meter.operators[forward:]
-
-
-def _random_weights(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's settings without weights to load: a Hugging Face name or folder gives its sizes alone."""
-    part = model_config(model, pretrained=False)
-    tower = part["text_tower"]
-    if isinstance(tower, Mapping) and tower.get("pretrained"):
-        part["text_tower"] = without_weights(tower)
-    return part
 
 
 @contextlib.contextmanager

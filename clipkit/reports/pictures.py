@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkit.checkpoint import load_model
 from clipkit.evals.classification import image_labels, zero_shot_classifier
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.tasks import create_tasks
 from clipkit.foreign import blamed_on, checked, named_by, readable, redacted
+from clipkit.loading import load_model
 from clipkit.reports.charts import Series, heat_map, jpeg_uri, scatter
 from clipkit.reports.runs import Run
 

@@ -25,7 +25,7 @@ class Evaluation:
 
     Args:
         model: scored with `average`'s weights where there is one.
-        model_config: what makes another model of this kind (clipkit.checkpoint.model_config, pretrained=False);
+        model_config: what makes another model of this kind (clipkit.loading.model_config, pretrained=False);
             split weights are put together in one.
         tasks: {name: settings}, as clipkit.evals.evaluate takes them.
         at_end: names of tasks that are scored after the last step alone.

@@ -21,11 +21,11 @@ from clipkit.checkpoint import (
     save_sharded_checkpoint,
     set_rng_state,
     split_weights,
-    with_architecture,
 )
 from clipkit.data import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank, world_size
 from clipkit.foreign import BrokenFile
+from clipkit.loading import with_architecture
 from clipkit.optim import WeightAverage
 from clipkit.sharding import (
     is_sharded,

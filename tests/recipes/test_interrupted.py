@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkit.checkpoint import list_checkpoints, load_checkpoint, load_model
+from clipkit.checkpoint import list_checkpoints, load_checkpoint
+from clipkit.loading import load_model
 from tests.recipes.runs import SMALL, lines, only_run, run, weights
 
 SETTINGS = [*SMALL, "eval=none", "logger=none", "save_every=2", "keep=9", "steps=8", "loss=[clip,simcse]"]

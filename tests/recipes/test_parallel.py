@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkit.checkpoint import latest_checkpoint, load_model
+from clipkit.checkpoint import latest_checkpoint
+from clipkit.loading import load_model
 from tests.processes import children, wait_until
 from tests.recipes.runs import SMALL, kill, lines, only_run, ranks, run, run_ranks, torchrun, weights
 
