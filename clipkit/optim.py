@@ -87,26 +87,6 @@ def parameter_groups(
     return list(groups.values())
 
 
-def check_optimizer(
-    *,
-    name: str = "adamw",
-    lr: float,
-    betas: Sequence[float] | None = None,
-    eps: float | None = None,
-    weight_decay: float = 0.0,
-    layer_decay: float = 1.0,
-    momentum: float | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """What makes the optimizer, and its own settings; ValueError for what create_optimizer would refuse in them."""
-    factory, valid = _optimizers.get(name)
-    if lr <= 0:
-        raise ValueError(f"lr must be above 0, not {lr}")
-    settings = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    check_keys(settings, valid, f"the optimizer {name!r}")
-    return factory, settings
-
-
 def create_optimizer(
     modules: nn.Module | Iterable[nn.Module],
     *,
@@ -133,7 +113,12 @@ def create_optimizer(
     Raises:
         ValueError: an unknown name, a setting that the optimizer does not have, or nothing to train.
     """
-    factory, settings = check_optimizer(name=name, lr=lr, betas=betas, eps=eps, momentum=momentum)
+    factory, valid = _optimizers.get(name)
+    if lr <= 0:
+        raise ValueError(f"lr must be above 0, not {lr}")
+    given = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
+    settings = {key: value for key, value in given.items() if value is not None}
+    check_keys(settings, valid, f"the optimizer {name!r}")
     groups = parameter_groups(
         modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, separate_tables=name == "muon"
     )

@@ -183,15 +183,7 @@ class JobFunction:
         function = getattr(importlib.import_module(f"clipkit.recipes.{self.program}"), self.program)
         if self.program == "pretrain":
             # It imports what the program does, torch among it.
-            importlib.import_module("clipkit.training.names").check_names(
-                image_tower=config["image_tower"],
-                text_tower=config["text_tower"],
-                tokenizer=config["data"]["tokenizer"],
-                loss=config["loss"],
-                optim=config["optim"],
-                tasks=config["eval"],
-                loggers=config["logger"],
-            )
+            importlib.import_module("clipkit.training.names").check_names(config)
         return function(config, run_dir)
 
 

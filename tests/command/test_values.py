@@ -190,15 +190,7 @@ def test_a_typo_in_a_users_yaml_is_an_error(kind, tmp_path):
     with pytest.raises(ValueError, match=message):
         config = compose.resolved(compose.compose("pretrain", ["experiment=mine"]), "pretrain")
         check_values(config, "pretrain")
-        check_names(
-            image_tower=config["image_tower"],
-            text_tower=config["text_tower"],
-            tokenizer=config["data"]["tokenizer"],
-            loss=config["loss"],
-            optim=config["optim"],
-            tasks=config["eval"],
-            loggers=config["logger"],
-        )
+        check_names(config)
 
 
 @pytest.mark.parametrize("kind", ["steps", "task setting"])
