@@ -53,17 +53,19 @@ def register_resolvers() -> None:
 
 
 def check_config_dir(config_dir: str | None) -> None:
-    """ValueError for a `--config-dir` that is not there, or has a file of the same name as one of clipkit's.
-
-    hydra would take one of the two without a word.
-    """
+    """ValueError for a `--config-dir` that is not there, or has a file of the same name as one of clipkit's."""
     if config_dir is None:
         return
     if not Path(config_dir).is_dir():
         raise ValueError(f"--config-dir: there is no folder {config_dir}")
+    check_no_clash(Path(config_dir))
+
+
+def check_no_clash(folder: Path) -> None:
+    """ValueError for a YAML file with the name of one of clipkit's: hydra would take one of the two without a word."""
     ours = Path(clipkit.__file__).parent / "conf"
-    for path in sorted(Path(config_dir).rglob("*.yaml")):
-        name = path.relative_to(config_dir)
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder)
         if (ours / name).is_file():
             raise ValueError(
                 f"{path} has the name of clipkit's own {name}: only one of the two would count. Give yours another name, "

@@ -58,7 +58,11 @@ def left_out(defaults: Sequence[ResultDefault], repo: Any) -> dict[str, dict[str
         # A choice stands in the defaults of a main file; what a choice is made of stands in its own.
         if slash and _is_main(default.parent):
             chosen.setdefault(group, []).append(name)
-    own = {default.parent: _choices(default.parent, repo) for default in defaults if _is_main(default.parent)}
+    own = {
+        parent: _choices(parent, repo)
+        for parent in {default.parent for default in defaults}
+        if _is_main(parent)
+    }
     base = {group: names for choices in own.values() for group, names in choices.items()}
     found: dict[str, dict[str, tuple[Any, list[str]]]] = {}
     for default in defaults:

@@ -15,6 +15,7 @@ imported. Nothing here imports torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -27,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-import clipkit
+from clipkit.command.compose import check_no_clash
 
 GROUP, KEY = "clipkit.plugins", "plugins"
 # The packages whose conf/ is searched.
@@ -42,9 +43,10 @@ class _TheirSettings(SearchPathPlugin):
             search_path.append(f"clipkit-plugin-{package}", f"pkg://{package}.conf")
 
 
-def installed() -> list[str]:
+@functools.cache
+def installed() -> tuple[str, ...]:
     """The modules that installed packages offer, in the order of their names."""
-    return [entry.value for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
+    return tuple(entry.value for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
 
 
 def given(overrides: Sequence[str]) -> list[str]:
@@ -68,7 +70,6 @@ def search(modules: Iterable[str]) -> None:
     # A script's folder is on the path, a console command's is not.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    ours = Path(clipkit.__file__).parent / "conf"
     for package in dict.fromkeys(name.partition(".")[0] for name in [*installed(), *modules]):
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None:
@@ -77,11 +78,7 @@ def search(modules: Iterable[str]) -> None:
             )
         for folder in spec.submodule_search_locations or ():
             theirs = Path(folder) / "conf"
-            for path in sorted(theirs.rglob("*.yaml")):
-                if (ours / path.relative_to(theirs)).is_file():
-                    raise ValueError(
-                        f"{path} has the name of clipkit's own {path.relative_to(theirs)}: give it another"
-                    )
+            check_no_clash(theirs)
             if theirs.is_dir() and package not in _packages:
                 _packages.append(package)
 
