@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +182,14 @@ def of_rank() -> str:
 
 
 def memory() -> dict[str, float]:
-    """Resident memory in GB (10^9 bytes) of this process, and of the data workers and others it started."""
-    process = psutil.Process()
+    """Resident memory in GB (10^9 bytes) of this process, and of its data workers."""
     children = 0
-    for child in process.children(recursive=True):
-        try:
-            children += child.memory_info().rss
-        except psutil.Error:
-            continue
+    for child in multiprocessing.active_children():
+        # It may end meanwhile.
+        with suppress(psutil.Error):
+            children += psutil.Process(child.pid).memory_info().rss
     return {
-        "train/memory_gb": process.memory_info().rss / 1e9,
+        "train/memory_gb": psutil.Process().memory_info().rss / 1e9,
         "train/workers_memory_gb": children / 1e9,
     }
 
