@@ -184,3 +184,13 @@ def connected(server: socket.socket) -> bool:
         server.accept()[0].close()
         return True
     return False
+
+
+def check_every_command(place: Place, kind: str) -> None:
+    """All commands on one kind; the last one goes on with the run, and changes it."""
+    faults = {}
+    for command in COMMANDS:
+        found = answer(place, kind, command)
+        if found.faults:
+            faults[command] = (found.faults, found.output[-2000:])
+    assert not faults, faults
