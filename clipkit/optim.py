@@ -8,7 +8,7 @@ al. 2020, ELECTRA; Bao et al. 2022, BEiT).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +125,28 @@ def create_optimizer(
     return factory(groups, lr, settings)
 
 
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """A learning-rate schedule that knows its settings, as create_schedule takes them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]):
+        self.settings = dict(settings)
+        super().__init__(optimizer, rate_factor(**settings))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand where the saved one stood, at the rates of these settings and of each group's `initial_lr`.
+
+        Raises:
+            ValueError: it had other settings, by which a step that it took had another rate.
+        """
+        done = state_dict["last_epoch"]
+        check_extension(state_dict.get("settings", self.settings), self.settings, done)
+        self.last_epoch, self._step_count = done, done + 1
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [lr * self.lr_lambdas[0](done) for lr in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
 def create_schedule(
     optimizer: torch.optim.Optimizer,
     *,
@@ -132,20 +154,32 @@ def create_schedule(
     warmup_steps: int,
     total_steps: int,
     final: float = 0.0,
-) -> torch.optim.lr_scheduler.LambdaLR:
+    cooldown_steps: int = 0,
+) -> Schedule:
     """A learning-rate schedule; call its .step() after each optimizer.step().
 
     Step t (from 0) of T with W warm-up steps has the factor (t + 1) / W while t < W; then, with p = (t - W) /
-    (T - W), cosine: final + (1 - final) (1 + cos pi p) / 2; linear: 1 - (1 - final) p; constant: 1. Past T it
-    stays as at T.
+    (T - W), cosine: final + (1 - final) (1 + cos pi p) / 2; linear: 1 - (1 - final) p; constant: 1; wsd (warm-up, stable,
+    decay: Hu et al. 2024, MiniCPM): 1, and 1 - (1 - final) (t - T + C) / C in the last C steps. Past T it stays as at T.
+
+    A run with `constant` or `wsd` can be made longer: its rates do not depend on T until the cooldown begins.
 
     Args:
         warmup_steps, total_steps: in optimizer steps.
         final: factor at the end, 0 to 1.
+        cooldown_steps: C, of wsd alone.
 
     Raises:
-        ValueError: an unknown name, or a warm-up that is not shorter than the training.
+        ValueError: an unknown name, or a warm-up and cooldown that are not shorter than the training.
     """
+    settings = {"name": name, "warmup_steps": warmup_steps, "total_steps": total_steps, "final": final}
+    return Schedule(optimizer, {**settings, "cooldown_steps": cooldown_steps})
+
+
+def rate_factor(
+    *, name: str, warmup_steps: int, total_steps: int, final: float, cooldown_steps: int
+) -> Callable[[int], float]:
+    """The factor of the peak rate at a step, from 0; see create_schedule."""
     shape = _schedules.get(name)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
@@ -154,13 +188,46 @@ def create_schedule(
         )
     if not 0 <= final <= 1:
         raise ValueError(f"final is a factor of the peak rate from 0 to 1, not {final}")
+    if (cooldown_steps > 0) != (name == "wsd"):
+        raise ValueError(
+            f"cooldown_steps={cooldown_steps} with schedule={name}: wsd has a cooldown of at least 1 step, "
+            "and no other schedule has one"
+        )
+    if warmup_steps + cooldown_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps {warmup_steps} and cooldown_steps {cooldown_steps} are more than the {total_steps} "
+            "steps of training: lower one of them or train longer"
+        )
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        return shape(min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)), final)
+        return shape(min(step, total_steps) - warmup_steps, total_steps - warmup_steps, final, cooldown_steps)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def check_extension(before: Mapping[str, Any], now: Mapping[str, Any], done: int) -> None:
+    """ValueError if one of the `done` steps taken with some settings of a schedule has another rate by others."""
+    if before == now:
+        return
+    then, new = rate_factor(**before), rate_factor(**now)
+    other = next(
+        (step for step in range(done) if not math.isclose(then(step), new(step), rel_tol=1e-9)), None
+    )
+    if other is not None:
+        raise ValueError(
+            f"{done} steps were taken by schedule={before['name']} over {before['total_steps']} steps; by {_words(now)} step "
+            f"{other + 1} would have had {new(other):.4g} of the peak rate, and it had {then(other):.4g}. A run can be made "
+            "longer while its rate is constant: with schedule=constant, or schedule=wsd before its cooldown. Give name=ANOTHER "
+            "to train anew"
+        )
+    if now["total_steps"] < done:
+        raise ValueError(f"{done} steps are done already, more than {_words(now)}")
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return f"schedule={settings['name']} over {settings['total_steps']} steps"
 
 
 class WeightAverage:
@@ -231,18 +298,23 @@ class WeightAverage:
 
 
 @_schedules.register("cosine")
-def _cosine(progress: float, final: float) -> float:
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+def _cosine(step: int, steps: int, final: float, cooldown: int) -> float:
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
 
 
 @_schedules.register("linear")
-def _linear(progress: float, final: float) -> float:
-    return 1 - (1 - final) * progress
+def _linear(step: int, steps: int, final: float, cooldown: int) -> float:
+    return 1 - (1 - final) * (step / steps)
 
 
 @_schedules.register("constant")
-def _constant(progress: float, final: float) -> float:
+def _constant(step: int, steps: int, final: float, cooldown: int) -> float:
     return 1.0
+
+
+@_schedules.register("wsd")
+def _wsd(step: int, steps: int, final: float, cooldown: int) -> float:
+    return 1 - (1 - final) * max(0, step - (steps - cooldown)) / cooldown
 
 
 def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:

@@ -1,14 +1,16 @@
-"""Which of a run's settings say how it is carried out and watched, and so make no other run.
+"""Which of a run's settings say how it is carried out and watched, where its data lies, how long it is; the rest is the run.
 
-This is the one list: a run folder's name leaves these settings out, a run may go on with other values of them, and
-runs that differ in nothing else count as the same experiment. Every other setting says what is learnt, from what and
-how.
+EXECUTION is free: a run folder's name leaves these settings out, a run may go on with other values of them, and
+runs that differ in nothing else count as the same experiment. LOCATION and LENGTH are part of the name, and a run may go on
+with other values of them. Every other setting says what is learnt and how, and makes another run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from clipkit.kinds import COUNT, FRACTION, NATURAL, POSITIVE, Number, OneOf, or_null
 
 EXECUTION = (
     "output_dir",
@@ -53,6 +55,24 @@ LOCATION = (
     "data.sentences.triplets",
     "data.sentences.pairs",
 )
+# How long a run is, and so at which rates it learns: a run may be made longer as long as the steps it has taken had the rates
+# that the new settings say. {key: what it may be}.
+LENGTH = {
+    "steps": or_null(COUNT),
+    "epochs": or_null(COUNT),
+    "schedule": OneOf(("cosine", "linear", "constant", "wsd")),
+    "cooldown_steps": NATURAL,
+    "final_lr": FRACTION,
+}
+# What `amend` may change in a run that has begun: its length, and what helps it over a loss that is not finite.
+AMENDABLE = {
+    **LENGTH,
+    "optim.lr": POSITIVE,
+    "optim.weight_decay": Number(0),
+    "clip_grad_norm": or_null(POSITIVE),
+    "max_logit_scale": POSITIVE,
+    "precision": OneOf(("fp32", "bf16")),
+}
 # Asks for a folder of its own, and changes nothing else.
 NAME = "name"
 # In a checkpoint's config.json alone: what the towers' pretrained models decided, see clipkit.checkpoint.
@@ -65,8 +85,8 @@ def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learnt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`experiment` without where its data lies, and so without the tasks, which are found beside it."""
-    return _without(config, {*EXECUTION, NAME, ARCHITECTURE, *LOCATION, "eval"})
+    """`experiment` without its length and where its data lies, and so without the tasks, which are found beside it."""
+    return _without(config, {*EXECUTION, NAME, ARCHITECTURE, *LOCATION, *LENGTH, "eval"})
 
 
 def _without(config: Mapping[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:

@@ -34,6 +34,7 @@ from clipkit.loading import model_config
 from clipkit.losses import WeightedSum, create_loss
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
+from clipkit.settings import LENGTH
 from clipkit.sharding import optimizer_parameters, shard
 from clipkit.training import feed, lock, process, run_folder
 from clipkit.training.evaluation import Evaluation
@@ -117,6 +118,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         total_steps=total_steps,
         warmup_steps=config["warmup_steps"],
         final=config["final_lr"],
+        cooldown_steps=config["cooldown_steps"],
     )
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
 
@@ -196,7 +198,13 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     reports = gather_objects(stream.report())
     if rank() == 0:
         run_folder.finish(
-            run_dir, total_steps, metrics, reports, seconds=record.seconds, skipped_steps=record.skipped
+            run_dir,
+            total_steps,
+            metrics,
+            reports,
+            length={key: config[key] for key in LENGTH},
+            seconds=record.seconds,
+            skipped_steps=record.skipped,
         )
     return metrics
 

@@ -166,7 +166,7 @@ def test_an_optimizer_has_its_own_defaults(name):
 
 def test_the_optimizers_own_settings_and_the_schedule_have_their_functions_defaults():
     given, run = read("optim/adamw"), read("pretrain")
-    schedule = {"name": run["schedule"], "final": run["final_lr"]}
+    schedule = {"name": run["schedule"], "final": run["final_lr"], "cooldown_steps": run["cooldown_steps"]}
     # None: the optimizer's own, above.
     ours = {key: value for key, value in defaults(create_optimizer).items() if value is not None}
     compare("optim/adamw", given, ours)

@@ -115,7 +115,8 @@ MAY_IMPORT = {
     "files": "",
     "foreign": "",
     "registry": "",
-    "settings": "",
+    "kinds": "",
+    "settings": "kinds",
     "distributed": "",
     "kernels": "registry",
     "towers": "registry",
@@ -134,7 +135,7 @@ MAY_IMPORT = {
     "planner": "kernels loading losses model optim",
     "reports": "evals files foreign loading settings",
     "training": "checkpoint data distributed evals files foreign loading loggers losses model optim registry settings sharding towers",
-    "command": "data files foreign recipes registry reports settings training",
+    "command": "data files foreign kinds recipes registry reports settings training",
 }
 
 

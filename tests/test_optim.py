@@ -179,9 +179,11 @@ def test_wrong_optimizer_settings_are_named(settings, message):
         create_optimizer(nn.Linear(2, 2), **{"lr": 1e-3, **settings})
 
 
-def rates(name, warmup, total, steps, final=0.0, peak=2.0):
+def rates(name, warmup, total, steps, final=0.0, peak=2.0, **settings):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    schedule = create_schedule(optimizer, name=name, warmup_steps=warmup, total_steps=total, final=final)
+    schedule = create_schedule(
+        optimizer, name=name, warmup_steps=warmup, total_steps=total, final=final, **settings
+    )
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -200,7 +202,91 @@ def test_linear_and_constant_schedules_by_hand():
     assert rates("linear", 2, 6, 8) == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
     assert rates("constant", 2, 6, 7) == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     assert rates("cosine", 0, 2, 2) == pytest.approx([2.0, 1.0])
-    assert list_schedules() == ["constant", "cosine", "linear"]
+    assert list_schedules() == ["constant", "cosine", "linear", "wsd"]
+
+
+def test_warm_up_stable_decay_by_hand():
+    seen = rates("wsd", 2, 8, 10, final=0.5, cooldown_steps=4)
+    assert seen == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "wsd"}, "wsd has a cooldown of at least 1 step"),
+        ({"name": "cosine", "cooldown_steps": 2}, "no other schedule has one"),
+        ({"name": "wsd", "cooldown_steps": 9}, "warmup_steps 2 and cooldown_steps 9 are more than the 10"),
+        ({"name": "wsd", "cooldown_steps": -1}, "cooldown"),
+    ],
+)
+def test_a_cooldown_belongs_to_wsd_and_fits(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rates(settings.pop("name"), 2, 10, 1, **settings)
+
+
+# (settings of 20 steps, steps done, other settings, whether those steps had the same rates by hand).
+EXTENSIONS = [
+    ({"name": "constant"}, 20, {"name": "constant", "total_steps": 30}, True),
+    ({"name": "constant"}, 20, {"name": "wsd", "total_steps": 30, "cooldown_steps": 10}, True),
+    ({"name": "constant"}, 20, {"name": "wsd", "total_steps": 30, "cooldown_steps": 12}, False),
+    ({"name": "wsd", "cooldown_steps": 5}, 15, {"name": "wsd", "total_steps": 30, "cooldown_steps": 5}, True),
+    # The first step of a cooldown still has the whole rate.
+    ({"name": "wsd", "cooldown_steps": 5}, 16, {"name": "wsd", "total_steps": 30, "cooldown_steps": 5}, True),
+    (
+        {"name": "wsd", "cooldown_steps": 5},
+        17,
+        {"name": "wsd", "total_steps": 30, "cooldown_steps": 5},
+        False,
+    ),
+    (
+        {"name": "wsd", "cooldown_steps": 5},
+        20,
+        {"name": "wsd", "total_steps": 30, "cooldown_steps": 5},
+        False,
+    ),
+    ({"name": "cosine"}, 20, {"name": "cosine", "total_steps": 30}, False),
+    ({"name": "cosine"}, 2, {"name": "cosine", "total_steps": 30}, True),
+    ({"name": "linear"}, 20, {"name": "constant", "total_steps": 30}, False),
+    ({"name": "cosine"}, 20, {"name": "cosine", "final": 0.1}, False),
+    ({"name": "constant"}, 20, {"name": "constant", "warmup_steps": 3}, False),
+    ({"name": "constant"}, 20, {"name": "constant", "total_steps": 19}, False),
+    ({"name": "constant"}, 10, {"name": "constant", "total_steps": 15}, True),
+]
+
+
+@pytest.mark.parametrize(("before", "done", "now", "same"), EXTENSIONS)
+def test_a_schedule_goes_on_by_other_settings_where_the_steps_taken_had_the_same_rates(
+    before, done, now, same
+):
+    def build(settings):
+        settings = {"warmup_steps": 2, "total_steps": 20, **settings}
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        return optimizer, create_schedule(optimizer, **settings)
+
+    optimizer, schedule = build(before)
+    for _ in range(done):
+        optimizer.step()
+        schedule.step()
+    later_optimizer, later = build(now)
+    if not same:
+        with pytest.raises(ValueError, match="more than|would have had.*schedule=constant"):
+            later.load_state_dict(schedule.state_dict())
+        return
+    later.load_state_dict(schedule.state_dict())
+    settings = {"warmup_steps": 2, "total_steps": 20, **now}
+    whole = rates(
+        settings.pop("name"),
+        settings.pop("warmup_steps"),
+        total := settings.pop("total_steps"),
+        total,
+        **settings,
+    )
+    seen = []
+    for _ in range(total - done):
+        seen.append(later_optimizer.param_groups[0]["lr"])
+        later_optimizer.step()
+        later.step()
+    assert seen == whole[done:]
 
 
 def test_schedule_scales_every_group_by_the_same_factor():

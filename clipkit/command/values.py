@@ -7,121 +7,30 @@ loggers are not here: their own factories check them. Nothing here imports torch
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from clipkit.registry import suggest
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`; `above`: more than `low`; `below`: less than `high`; `whole`: a whole one."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    whole: bool = False
-    above: bool = False
-    below: bool = False
-
-    def holds(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
-            return False
-        low = value > self.low if self.above else value >= self.low
-        return math.isfinite(value) and low and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if self.high < math.inf:
-            start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-            return f"{kind} {start} to {'below ' if self.below else ''}{self.high:g}"
-        if self.low == -math.inf:
-            return kind
-        return f"{kind} above {self.low:g}" if self.above else f"{kind}, {self.low:g} or more"
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """One of some words."""
-
-    names: tuple[str, ...]
-
-    def holds(self, value: Any) -> bool:
-        return value in self.names
-
-    def __str__(self) -> str:
-        return "one of " + ", ".join(self.names)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Any value of some Python types."""
-
-    types: tuple[type, ...]
-    words: str
-
-    def holds(self, value: Any) -> bool:
-        return isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
-
-    def __str__(self) -> str:
-        return self.words
-
-
-@dataclass(frozen=True)
-class ListOf:
-    """A list, of so many parts where `length` says so."""
-
-    part: Any
-    length: int | None = None
-
-    def holds(self, value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and self.length in (None, len(value))
-            and all(self.part.holds(one) for one in value)
-        )
-
-    def __str__(self) -> str:
-        return f"a list of {'' if self.length is None else f'{self.length} times '}{self.part}"
-
-
-@dataclass(frozen=True)
-class Either:
-    """One of several."""
-
-    kinds: tuple[Any, ...]
-
-    def holds(self, value: Any) -> bool:
-        return any(kind.holds(value) for kind in self.kinds)
-
-    def __str__(self) -> str:
-        return ", or ".join(map(str, self.kinds))
-
-
-class _Null:
-    def holds(self, value: Any) -> bool:
-        return value is None
-
-    def __str__(self) -> str:
-        return "null"
-
-
-NULL = _Null()
-FLAG = Kind((bool,), "true or false")
-TEXT = Kind((str,), "text")
-FREE = Kind((object,), "anything")
-COUNT, NATURAL = Number(1, whole=True), Number(0, whole=True)
-POSITIVE, FRACTION = Number(0, above=True), Number(0, 1)
-PROBABILITY = Number(0, 1, below=True)
-NAMES = Either((TEXT, ListOf(FREE), Kind((dict,), "a mapping"), NULL))
-
-
-def or_null(kind: Any) -> Either:
-    return Either((kind, NULL))
-
+from clipkit.kinds import (
+    COUNT,
+    FLAG,
+    FRACTION,
+    NAMES,
+    NATURAL,
+    POSITIVE,
+    PROBABILITY,
+    TEXT,
+    Either,
+    Kind,
+    ListOf,
+    Number,
+    OneOf,
+    or_null,
+)
+from clipkit.registry import suggest, unknown
+from clipkit.settings import AMENDABLE
 
 PRETRAIN: dict[str, Any] = {
+    **AMENDABLE,
     "seed": Number(0, 2**63 - 1, whole=True),
     "output_dir": TEXT,
     "plugins": ListOf(TEXT),
@@ -131,21 +40,14 @@ PRETRAIN: dict[str, Any] = {
     "init_logit_scale": POSITIVE,
     "init_logit_bias": or_null(Number()),
     "mlm_probability": or_null(Number(0, 1, above=True, below=True)),
-    "max_logit_scale": POSITIVE,
-    "steps": or_null(COUNT),
-    "epochs": or_null(COUNT),
-    "schedule": OneOf(("cosine", "linear", "constant")),
     "warmup_steps": NATURAL,
-    "final_lr": FRACTION,
     "batch_size": COUNT,
     "micro_batch_size": or_null(COUNT),
-    "precision": OneOf(("fp32", "bf16")),
     "device": TEXT,
     "num_threads": or_null(COUNT),
     "channels_last": FLAG,
     "parallel": OneOf(("ddp", "fsdp")),
     "compile": FLAG,
-    "clip_grad_norm": or_null(POSITIVE),
     "ema_decay": or_null(PROBABILITY),
     "log_every": COUNT,
     "eval_every": NATURAL,
@@ -194,10 +96,8 @@ PRETRAIN: dict[str, Any] = {
     "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "text_tower.activation_checkpointing": FLAG,
     "optim.name": TEXT,
-    "optim.lr": POSITIVE,
     "optim.betas": or_null(ListOf(PROBABILITY, 2)),
     "optim.eps": or_null(POSITIVE),
-    "optim.weight_decay": Number(0),
     "optim.layer_decay": Number(0, 1, above=True),
     "optim.momentum": or_null(PROBABILITY),
     "data.kind": OneOf(("shards", "shapes")),
@@ -297,6 +197,11 @@ def check_values(config: Mapping[str, Any], program: str) -> None:
             raise ValueError(_unknown(key, known, groups))
         if not known[key].holds(value):
             raise ValueError(f"{key}={_shown(value)}: expected {known[key]}")
+    for key, value in (config.get("amend") or {}).items():
+        if key not in AMENDABLE:
+            raise unknown("setting to amend in a run", key, AMENDABLE)
+        if not AMENDABLE[key].holds(value):
+            raise ValueError(f"amend gives {key}={_shown(value)}: expected {AMENDABLE[key]}")
 
 
 def _entries(

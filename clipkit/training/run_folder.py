@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import platform
 import sys
@@ -32,7 +31,7 @@ from clipkit.foreign import (
     shown,
 )
 from clipkit.registry import unknown
-from clipkit.settings import differences, experiment, learnt
+from clipkit.settings import AMENDABLE, LENGTH, differences, experiment, learnt
 
 # sysexits' EX_TEMPFAIL: a run that was asked to stop, with everything saved; the same command goes on.
 STOPPED = 75
@@ -40,8 +39,6 @@ STOPPED = 75
 HISTORY = "history.jsonl"
 
 
-# Settings of a run that `amend` may change once it has begun: what helps a run over a loss that is not finite.
-AMENDABLE = ("optim.lr", "optim.weight_decay", "clip_grad_norm", "max_logit_scale", "precision")
 # A record without these was not written whole.
 _ALWAYS = {"seed", "batch_size", "data", "image_tower", "text_tower", "loss", "optim"}
 
@@ -70,7 +67,8 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
                 f"{run_dir} holds a run and resume=false: give name=ANOTHER, or delete the folder"
             )
         check_unchanged(run_dir, config)
-        if (found := read_summary(run_dir)).get("finished"):
+        found = read_summary(run_dir)
+        if found.get("finished") and not _made_longer(run_dir, config, found):
             return found
     else:
         write_text(record, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -80,7 +78,8 @@ def open_run(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 def check_unchanged(run_dir: Path, config: Mapping[str, Any]) -> None:
     """ValueError when the run in a folder learns something else than these settings say.
 
-    How it is carried out may differ, and where its data lies, which is said: what the data is stands in the checkpoints.
+    How it is carried out may differ. So may where its data lies and how long it is, which is said: what the data is, and at
+    which rates the steps were taken, stands in the checkpoints.
     """
     before = recorded_settings(run_dir)
     # A top-level setting that the record lacks came with a later version of clipkit.
@@ -135,14 +134,23 @@ def recorded_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def amended(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with what `amend` changed in earlier sessions of this run, and changes in this one.
+    """The settings with what was changed in earlier sessions of this run, and is changed in this one.
+
+    That is by `amend`, or by another length than config.yaml says; all of this session's changes stand in the result's
+    `amend`.
 
     Raises:
-        ValueError: `amend` names a setting that a run cannot change, or a value of another kind.
+        ValueError: a setting that a run cannot change, or a value that it cannot have.
     """
-    changes = {**_amendments(run_dir), **(config["amend"] or {})}
-    now = copy.deepcopy(dict(config))
-    for key, value in changes.items():
+    recorded = recorded_settings(run_dir)
+    longer = {
+        key: config[key]
+        for key in LENGTH
+        if key in config and key in recorded and config[key] != recorded[key]
+    }
+    told = {**longer, **(config["amend"] or {})}
+    now = copy.deepcopy({**config, **{key: recorded[key] for key in longer}})
+    for key, value in [*_amendments(run_dir).items(), *told.items()]:
         if key not in AMENDABLE:
             raise unknown("setting to amend in a run", key, AMENDABLE)
         *groups, name = key.split(".")
@@ -151,11 +159,24 @@ def amended(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             place = place[group]
         if name not in place:
             raise ValueError(f"amend names {key}, which this run has not")
-        numbers = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not (isinstance(value, str) if key == "precision" else numbers or value is None):
-            raise ValueError(f"amend gives {key} the value {value!r}; it is {place[name]!r} in this run")
+        if not AMENDABLE[key].holds(value):
+            raise ValueError(
+                f"amend gives {key} the value {readable(repr(shown(value)))}: expected {AMENDABLE[key]}"
+            )
         place[name] = value
-    return now
+        # A run's length is told in one of the two.
+        if key in ("steps", "epochs") and value is not None:
+            now["epochs" if key == "steps" else "steps"] = None
+    return {**now, "amend": told or None}
+
+
+def _made_longer(run_dir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
+    """Whether a run that has ended is now told another length than it had."""
+    had = checked(
+        summary.get("length", {}), dict[str, str | int | float | None], name=str(run_dir / "summary.json")
+    )
+    now, recorded = amended(run_dir, config), recorded_settings(run_dir)
+    return any(now[key] != had.get(key, recorded.get(key, now[key])) for key in LENGTH if key in now)
 
 
 def record_amendment(run_dir: Path, config: Mapping[str, Any], step: int) -> None:
@@ -215,6 +236,7 @@ def finish(
     metrics: Mapping[str, float],
     reports: list[dict[str, Any]],
     *,
+    length: Mapping[str, Any],
     seconds: float,
     skipped_steps: Sequence[int] = (),
 ) -> None:
@@ -222,6 +244,7 @@ def finish(
 
     Args:
         reports: each rank's stream.report().
+        length: the settings that said so (clipkit.settings.LENGTH): told others, the run goes on.
         seconds: of this session.
         skipped_steps: that were left out because they were not finite.
     """
@@ -229,6 +252,7 @@ def finish(
         run_dir,
         finished=True,
         step=steps,
+        length=dict(length),
         metrics=metrics,
         data=joined_reports(reports),
         seconds_this_session=round(seconds, 1),

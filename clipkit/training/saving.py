@@ -26,7 +26,7 @@ from clipkit.data import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank, world_size
 from clipkit.foreign import BrokenFile
 from clipkit.loading import with_architecture
-from clipkit.optim import WeightAverage
+from clipkit.optim import Schedule, WeightAverage
 from clipkit.sharding import (
     is_sharded,
     load_optimizer,
@@ -70,7 +70,7 @@ class Checkpoints:
         model: nn.Module,
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: Schedule,
         stream: Resumable,
         sentences: Resumable | None,
         average: WeightAverage | None,
@@ -195,8 +195,9 @@ class Checkpoints:
                 "Remove it to go on from the one before"
             ) from error
         try:
-            # What differs in the data itself is a ValueError that says so.
+            # What differs in the data itself, and a length that the run cannot have, is a ValueError that says so.
             self._seek(saved)
+            self.schedule.load_state_dict(saved["schedule"])
         except (AttributeError, LookupError, TypeError) as error:
             raise BrokenFile(f"checkpoint {path} does not say how far its data was read") from error
         return loaded["step"], loaded["metrics"]
@@ -214,9 +215,8 @@ class Checkpoints:
         # What the run is told now, by `amend`, counts; the checkpoint holds what it was told then.
         told = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, saved["optimizer"], loaded["optimizer"])
-        known = self.schedule.state_dict()
-        self.schedule.load_state_dict({key: one for key, one in saved["schedule"].items() if key in known})
-        self._tell(told)
+        for group, (lr, decay) in zip(self.optimizer.param_groups, told, strict=True):
+            group["initial_lr"], group["weight_decay"] = lr, decay
         self.skipped[:] = map(int, saved.get("skipped_steps", []))
         if len(saved["ranks"]) == world_size():
             set_rng_state(saved["ranks"][rank()]["rng"])
@@ -232,15 +232,6 @@ class Checkpoints:
             faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]]
             position = saved["ranks"][0]["stream"]
             self.stream.load_state_dict({**position, "faults": faults if rank() == 0 else []})
-
-    def _tell(self, told: list[tuple[float, float]]) -> None:
-        """Give the optimizer its peak rates and weight decays, and the rate of the step it stands at."""
-        for number, (group, (lr, decay)) in enumerate(zip(self.optimizer.param_groups, told, strict=True)):
-            if lr != group["initial_lr"]:
-                group["lr"] *= lr / group["initial_lr"]
-                group["initial_lr"] = self.schedule.base_lrs[number] = lr
-                self.schedule._last_lr[number] = group["lr"]
-            group["weight_decay"] = decay
 
     def _settle(self) -> None:
         """Wait for the one that is being written in the background; every rank learns how it went."""
