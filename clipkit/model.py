@@ -130,6 +130,14 @@ class DualEncoder(nn.Module):
         """Keep the multiplier at or below `max`, in place, after a step (Radford et al. 2021, 2.5)."""
         self.log_logit_scale.clamp_(max=math.log(max))
 
+    def hold_in_bf16(self) -> None:
+        """Cast the weights to bf16, in place; the temperature, the bias and BatchNorm stay in fp32."""
+        for part in self.children():
+            part.to(torch.bfloat16)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.float()
+
     def _set_channel_statistics(self, device: torch.device) -> None:
         # For values 0..255, so that uint8 is normalised in one subtraction and one division.
         for name, values in (("image_mean", self.image_tower.mean), ("image_std", self.image_tower.std)):

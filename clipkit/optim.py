@@ -8,6 +8,7 @@ al. 2020, ELECTRA; Bao et al. 2022, BEiT).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -132,6 +133,13 @@ class Schedule(torch.optim.lr_scheduler.LambdaLR):
         self.settings = dict(settings)
         super().__init__(optimizer, rate_factor(**settings))
 
+    def step(self, epoch: int | None = None) -> None:
+        """After each optimizer step, and after one that was left out."""
+        with warnings.catch_warnings():
+            # torch tells who leaves out the first one that they have the order wrong.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            super().step(epoch)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Stand where the saved one stood, at the rates of these settings and of each group's `initial_lr`.
 
@@ -250,7 +258,13 @@ class WeightAverage:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is from 0 to below 1, not {decay}")
         self.decay, self.updates = decay, 0
-        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        # Of bf16 weights, too, in fp32: bf16 has no room for the small steps of an average.
+        self.weights = {
+            name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            if tensor.is_floating_point()
+            else tensor.detach().clone()
+            for name, tensor in model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -263,7 +277,7 @@ class WeightAverage:
             if average.is_floating_point():
                 averages, values = together.setdefault(type(average), ([], []))
                 averages.append(average)
-                values.append(current[name].detach())
+                values.append(current[name].detach().to(average.dtype))
             else:
                 average.copy_(current[name])
         for averages, values in together.values():

@@ -32,6 +32,7 @@ EXECUTION = (
     "micro_batch_size",
     "parallel",
     "compile",
+    "tf32",
     "channels_last",
     "image_tower.activation_checkpointing",
     "text_tower.activation_checkpointing",
@@ -71,7 +72,7 @@ AMENDABLE = {
     "optim.weight_decay": Number(0),
     "clip_grad_norm": or_null(POSITIVE),
     "max_logit_scale": POSITIVE,
-    "precision": OneOf(("fp32", "bf16")),
+    "precision": OneOf(("fp32", "bf16", "fp16", "pure_bf16")),
 }
 # Asks for a folder of its own, and changes nothing else.
 NAME = "name"

@@ -43,6 +43,7 @@ def plan(config: Mapping[str, Any], run_dir: Path) -> None:
         optim=config["optim"],
         tokenizer=tokenizer,
         precision=config["precision"],
+        tf32=config["tf32"],
         sentence_batch_size=config["data"]["sentences"]["batch_size"] or 0,
         fused_attention=gpu.capability is not None,
     )

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.settings import LENGTH
 from clipkit.sharding import optimizer_parameters, shard
-from clipkit.training import feed, lock, process, run_folder
+from clipkit.training import feed, lock, precision, process, run_folder
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
@@ -73,6 +74,8 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     """
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
+    if precision.use_tf32(config["tf32"] and config["precision"] == "fp32", device) and rank() == 0:
+        print("fp32 products on this GPU use TF32; tf32=false for full fp32", flush=True)
     # Every rank draws the same weights.
     torch.manual_seed(config["seed"])
 
@@ -84,6 +87,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     # Model: image tower, text tower, projections, logit_scale.
     sharded = process.sharded(config["parallel"])
     model = create_model(model_config(config), tokenizer=tokenizer).to(device)
+    precision.cast_towers(model, config["precision"], sharded=sharded)
     if config["channels_last"] and not sharded:
         # FSDP2 takes contiguous weights alone; its images come in channels_last all the same.
         model.image_tower.to(memory_format=torch.channels_last)
@@ -121,6 +125,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         cooldown_steps=config["cooldown_steps"],
     )
     average = WeightAverage(model, decay=config["ema_decay"]) if config["ema_decay"] else None
+    loss_scale = precision.LossScale(config["precision"])
 
     # What watches the loop: numbers, checkpoints, scores.
     record = Record(
@@ -142,6 +147,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         stream=stream,
         sentences=sentences,
         average=average,
+        loss_scale=loss_scale,
         tokenizer=tokenizer,
         config=config,
         total_steps=total_steps,
@@ -184,7 +190,8 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         augment=create_augment(data["augmentation"], seed=config["seed"]),
         steps=range(step, total_steps),
         device=device,
-        precision=config["precision"],
+        autocast=precision.autocast(config["precision"], device),
+        loss_scale=loss_scale,
         micro_batch_size=config["micro_batch_size"],
         clip_grad_norm=config["clip_grad_norm"],
         max_logit_scale=config["max_logit_scale"],
@@ -220,7 +227,8 @@ def train(
     augment: Augment,
     steps: range,
     device: torch.device,
-    precision: str,
+    autocast: Callable[[], AbstractContextManager],
+    loss_scale: precision.LossScale,
     micro_batch_size: int | None,
     clip_grad_norm: float | None,
     max_logit_scale: float,
@@ -236,7 +244,7 @@ def train(
     Args:
         batches: this rank's shares, on `device`.
         steps: those to take; the first is more than 0 in a run that resumes.
-        precision: "fp32" or "bf16", of the towers.
+        autocast: makes the context that the towers run in.
         micro_batch_size: pairs that activations are held for at once; None: all of this rank's.
         skip_nonfinite: a step may be left out, and must then leave nothing behind.
         metrics: of the last evaluation, returned where no step is left.
@@ -248,9 +256,8 @@ def train(
     # Ranks encode their own rows; DDP averages the towers' gradients. FSDP2 has put that into the model already.
     encode = process.data_parallel(model, device, wanted=wanted)
     loss = process.data_parallel(loss, device)
-    autocast = process.autocast(precision, device)
     parameters = optimizer_parameters(optimizer)
-    buffers = process.Buffers([model, loss] if skip_nonfinite else [])
+    buffers = process.Buffers([model, loss] if skip_nonfinite or loss_scale.enabled else [])
     model.train()
     for step in steps:
         asked = time.monotonic()
@@ -262,7 +269,13 @@ def train(
             # Summing the losses of micro-batches would contrast each within itself alone. The gradient cache takes
             # the loss over all pairs at once, and runs the towers again to carry its gradient back.
             terms = cached_backward(
-                encode, loss, batch, micro_batch_size=micro_batch_size, inputs=wanted, autocast=autocast()
+                encode,
+                loss,
+                batch,
+                micro_batch_size=micro_batch_size,
+                inputs=wanted,
+                autocast=autocast(),
+                backward_scale=loss_scale.value,
             )
         else:
             with autocast():
@@ -270,11 +283,18 @@ def train(
             # Outside autocast: similarities and their softmax are fp32 whatever the towers' precision. The loss
             # gathers the other ranks' features, so its value and gradient are those of the global batch.
             terms = loss(features)
-            terms["loss"].backward()
+            (terms["loss"] * loss_scale.value).backward()
+        loss_scale.unscale(parameters)
         norm = process.clip_grad_norm(parameters, clip_grad_norm or math.inf)
         keys = batch.get("key", [])
-        # A loss that is not finite stops every rank here, or is left out by every rank, with the weights as they were.
-        numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
+        if loss_scale.overflowed(terms["loss"], norm):
+            record.say(
+                f"step {step + 1} overflowed fp16 and is left out; the loss scale is now {loss_scale.value:g}"
+            )
+            numbers = None
+        else:
+            # A loss that is not finite stops every rank here, or is left out by every rank, with the weights as they were.
+            numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
         if numbers is not None:
             optimizer.step()
             # The learned temperature may not sharpen without bound (CLIP, section 2.5).

@@ -48,6 +48,7 @@ PRETRAIN: dict[str, Any] = {
     "channels_last": FLAG,
     "parallel": OneOf(("ddp", "fsdp")),
     "compile": FLAG,
+    "tf32": FLAG,
     "ema_decay": or_null(PROBABILITY),
     "log_every": COUNT,
     "eval_every": NATURAL,

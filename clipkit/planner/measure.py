@@ -95,7 +95,8 @@ class Measured:
         optim: what `create_optimizer` takes beside the weights, such as {"name": "adamw", "lr": 1e-3,
             "weight_decay": 0.1}.
         tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
-        precision: "bf16" or "fp32", of the towers.
+        precision: fp32, bf16, fp16 or pure_bf16, of the towers.
+        tf32: whether fp32 products round their operands.
         sentence_batch_size: sentences of the second stream over all ranks, for the losses that read one.
         fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels
             do.
@@ -117,10 +118,12 @@ class Measured:
         optim: Mapping[str, Any],
         tokenizer: Vocabulary,
         precision: str,
+        tf32: bool = False,
         fused_attention: bool,
         sentence_batch_size: int = 0,
     ):
         self.tokenizer, self.precision, self.fused_attention = tokenizer, precision, fused_attention
+        self.tf32 = tf32 and precision == "fp32"
         self.sentence_batch_size = sentence_batch_size
         self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
@@ -130,6 +133,8 @@ class Measured:
             self.model = create_model(
                 model_config(with_architecture(model), pretrained=False), tokenizer=tokenizer
             ).train()
+            if precision == "pure_bf16":
+                self.model.hold_in_bf16()
             self.loss = create_loss(loss)
             self._by_impl: list[Any] = [part for part in self.loss.modules() if hasattr(part, "impl")]
             self.impls = {part.impl for part in self._by_impl} - {"auto"}
@@ -199,7 +204,7 @@ class Measured:
         features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
         if self.mlm:
             tokens = max(1, round(self.mlm_probability * pairs * self.tokenizer.context_length))
-            half = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            half = torch.float32 if self.precision == "fp32" else torch.bfloat16
             features["mlm_logits"] = torch.zeros(
                 tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True
             )
@@ -229,13 +234,13 @@ class Measured:
         return Pass(_SIZES, *(tuple(values) for values in zip(*runs, strict=True)))
 
     def _run(self, encode: Any, inputs: Any, rows: int) -> tuple[int, int, list[Operator], list[Operator]]:
-        bf16 = self.precision == "bf16"
+        half = self.precision != "fp32"
         share = self.mlm_probability
         with self._fake, FusedAttention() if self.fused_attention else contextlib.nullcontext():
             batch = inputs(rows)
             # Whatever a tower asks of a text's values, such as whether each has its end token, it has.
             with Meter(answer=True, mask_share=share) as meter:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
                     output = encode(batch)
                 saved, forward = meter.alive, len(meter.operators)
                 if output.requires_grad:

@@ -43,7 +43,7 @@ class GPU:
     """One device, by its datasheet. Gigabytes and gigabytes a second are 1e9; None: measured on this machine
     by `measured`.
 
-    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth);
+    memory_gb; bf16_tflops, fp32_tflops and tf32_tflops (dense, multiplications and additions); memory_gbs (bandwidth);
     link_gbs and network_gbs (one direction, a GPU, inside a node and between nodes); gpus_per_node;
     capability (major, minor), None without Triton.
     """
@@ -57,6 +57,7 @@ class GPU:
     network_gbs: float
     gpus_per_node: int
     capability: tuple[int, int] | None
+    tf32_tflops: float | None = None
 
     def measured(self) -> GPU:
         """With this machine's figures in place of None: its memory, and the rates of a matrix product and of
@@ -123,7 +124,11 @@ class Planner:
         self.measured, self.gpu = measured, gpu
         # Bytes, operations a second (of half precision or not) and bytes a second.
         self.limit = _known(gpu, "memory_gb") * 1e9
-        rates = {True: _known(gpu, "bf16_tflops"), False: _known(gpu, "fp32_tflops")}
+        tf32 = measured.tf32 and gpu.tf32_tflops is not None
+        rates = {
+            True: _known(gpu, "bf16_tflops"),
+            False: _known(gpu, "tf32_tflops" if tf32 else "fp32_tflops"),
+        }
         self.rates = {half: tflops * 1e12 for half, tflops in rates.items()}
         self.bandwidth = _known(gpu, "memory_gbs") * 1e9
         self.assumed = assumed or Assumptions()
@@ -142,7 +147,7 @@ class Planner:
         memory = self.memory(pairs, size, world_size)
         flops, seconds = self.flops(pairs, size, world_size), self.seconds(pairs, size, world_size)
         step, total = sum(seconds.values()), self.peak(pairs, size, world_size)
-        peak = self.rates[self.measured.precision == "bf16"]
+        peak = self.rates[self.measured.precision != "fp32"]
         return {
             "gpu": self.gpu.name,
             "gpus": world_size,
@@ -173,7 +178,8 @@ class Planner:
         m, shards = self.measured, world_size if self.sharded else 1
         cached, cost = pairs > micro, self._loss(pairs, world_size, self.implementation(pairs, world_size))
         saved, working = self._activations(pairs, micro, world_size)
-        average = m.weights / shards + m.buffers if self.averaged else 0
+        # In fp32 whatever the weights are.
+        average = 4 * m.parameters / shards + m.buffers if self.averaged else 0
         parts = {
             "weights": m.weights / shards + m.buffers,
             "gradients": m.trainable / (1 if cached else shards),

@@ -145,15 +145,6 @@ def lost_a_rank(error: RuntimeError) -> bool:
     return "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
-def autocast(name: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes autocast contexts for `precision=fp32|bf16`."""
-    if name == "fp32":
-        return contextlib.nullcontext
-    if name == "bf16":
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    raise ValueError(f"precision={name!r}: expected fp32 or bf16")
-
-
 def data_parallel(
     module: torch.nn.Module, device: torch.device, *, wanted: tuple[str, ...] = ()
 ) -> torch.nn.Module:

@@ -36,6 +36,7 @@ from clipkit.sharding import (
     split_as,
     take_unsplit_of_rank_0,
 )
+from clipkit.training.precision import LossScale
 from clipkit.training.record import due
 from clipkit.training.run_folder import record_amendment
 
@@ -53,7 +54,7 @@ class Checkpoints:
 
     Args:
         folder: where the checkpoints lie.
-        model, loss, average, optimizer, schedule, stream, sentences: what a checkpoint holds.
+        model, loss, average, optimizer, schedule, loss_scale, stream, sentences: what a checkpoint holds.
         tokenizer: saved beside the weights.
         config: the run's resolved settings, saved as config.json.
         skipped: steps that were left out so far; the loop appends to it.
@@ -74,6 +75,7 @@ class Checkpoints:
         stream: Resumable,
         sentences: Resumable | None,
         average: WeightAverage | None,
+        loss_scale: LossScale,
         tokenizer: Tokenizer,
         config: Mapping[str, Any],
         total_steps: int,
@@ -86,7 +88,8 @@ class Checkpoints:
         self.folder, self.tokenizer, self.say = folder, tokenizer, say
         self.config = with_architecture(config)
         self.model, self.loss, self.average = model, loss, average
-        self.optimizer, self.schedule, self.stream, self.sentences = optimizer, schedule, stream, sentences
+        self.optimizer, self.schedule, self.loss_scale = optimizer, schedule, loss_scale
+        self.stream, self.sentences = stream, sentences
         self.total_steps, self.every, self.keep, self.best_metric = total_steps, every, keep, best_metric
         self.skipped = skipped
         # Warnings that were said, which are not said again.
@@ -143,6 +146,7 @@ class Checkpoints:
             "sentences": self.sentences.state_dict() if self.sentences else None,
             "average_updates": self.average.updates if self.average else None,
             "skipped_steps": list(self.skipped),
+            "loss_scale": self.loss_scale.state_dict(),
         }
         content: dict[str, Any] = {
             "weights": weights,
@@ -217,6 +221,8 @@ class Checkpoints:
         load_optimizer(self.optimizer, saved["optimizer"], loaded["optimizer"])
         for group, (lr, decay) in zip(self.optimizer.param_groups, told, strict=True):
             group["initial_lr"], group["weight_decay"] = lr, decay
+        if "loss_scale" in saved:
+            self.loss_scale.load_state_dict(saved["loss_scale"])
         self.skipped[:] = map(int, saved.get("skipped_steps", []))
         if len(saved["ranks"]) == world_size():
             set_rng_state(saved["ranks"][rank()]["rng"])
