@@ -7,6 +7,7 @@ al. 2020, ELECTRA; Bao et al. 2022, BEiT).
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipkit.registry import Registry, check_keys
+from clipkit.registry import Registry, check_keys, suggest
 from clipkit.towers.base import Tower
 
 _optimizers = Registry("optimizer")
@@ -24,7 +25,7 @@ _schedules = Registry("schedule")
 
 
 def list_optimizers() -> list[str]:
-    """Names that create_optimizer knows."""
+    """Names that create_optimizer knows besides timm's."""
     return _optimizers.names()
 
 
@@ -98,26 +99,34 @@ def create_optimizer(
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
     momentum: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of the model and the losses.
 
     Args:
         modules: the model, or a list of the model and the losses.
-        name: adamw, sgd (torch), lion, muon (timm; Chen et al. 2023; Jordan et al. 2024).
+        name: adamw, sgd (torch), lion, muon (timm; Chen et al. 2023; Jordan et al. 2024), or any other of
+            timm.optim.list_optimizers(), such as lamb.
         lr: peak learning rate of a step.
         betas: of the running means; None: the optimizer's own (adamw 0.9, 0.999).
         eps: added to the denominator; None: the optimizer's own (adamw 1e-8).
         weight_decay: decoupled, times the learning rate, on matrices alone.
         layer_decay: see parameter_groups.
-        momentum: of sgd and muon; None: the optimizer's own (0.9, 0.95).
+        momentum: of sgd and muon, and of those of timm that have one; None: the optimizer's own (0.9, 0.95).
+        options: further settings of an optimizer of timm's, by its own names.
 
     Raises:
         ValueError: an unknown name, a setting that the optimizer does not have, or nothing to train.
     """
-    factory, valid = _optimizers.get(name)
+    factory, valid = _optimizers.get(name) if name in _optimizers.names() else _of_timm(name)
     if lr <= 0:
         raise ValueError(f"lr must be above 0, not {lr}")
-    given = {"betas": None if betas is None else tuple(betas), "eps": eps, "momentum": momentum}
+    given = {
+        "betas": None if betas is None else tuple(betas),
+        "eps": eps,
+        "momentum": momentum,
+        **(options or {}),
+    }
     settings = {key: value for key, value in given.items() if value is not None}
     check_keys(settings, valid, f"the optimizer {name!r}")
     groups = parameter_groups(
@@ -387,6 +396,32 @@ _optimizers.register("adamw")((_adamw, ("betas", "eps")))
 _optimizers.register("sgd")((_sgd, ("momentum",)))
 _optimizers.register("lion")((_lion, ("betas",)))
 _optimizers.register("muon")((_muon, ("betas", "eps", "momentum")))
+
+
+def _of_timm(name: str) -> tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]:
+    """What makes an optimizer of timm's, and the settings it takes."""
+    import timm.optim
+
+    if name not in timm.optim.list_optimizers():
+        hint = suggest(name, [*_optimizers.names(), *timm.optim.list_optimizers()])
+        raise ValueError(
+            f"unknown optimizer {name!r}.{hint} Valid names: {', '.join(_optimizers.names())}, or any of "
+            "timm.optim.list_optimizers()"
+        )
+    info = timm.optim.get_optimizer_info(name)
+    if info.second_order:
+        raise ValueError(f"the optimizer {name!r} wants second derivatives, which no step here takes")
+    try:
+        makes = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(f"the optimizer {name!r} cannot be made here: {error}") from error
+    named = set(inspect.signature(makes).parameters) - {"params", "lr", "weight_decay"}
+
+    def make(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, **settings)
+
+    # timm gives a momentum to all and passes it on to those that have one.
+    return make, tuple(sorted(named if info.has_momentum else named - {"momentum"}))
 
 
 def _fusable(groups: list[dict]) -> bool:

@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from clipkit.optim import (
     list_schedules,
     parameter_groups,
 )
+from clipkit.sharding import load_optimizer, optimizer_settings, optimizer_tensors
 
 TOKENIZER = SimpleNamespace(vocab_size=50, context_length=12, pad_id=0, sot_id=48, eot_id=49)
 
@@ -168,7 +170,7 @@ def test_muon_leaves_embeddings_to_adamw():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "adamW2"}, "'adamW2'.*'adamw'"),
+        ({"name": "adamW2"}, "'adamW2'.*adamw"),
         ({"name": "lion", "eps": 1e-8}, "'eps'"),
         ({"name": "adamw", "momentum": 0.9}, "'momentum'"),
         ({"lr": 0.0}, "lr must be above 0"),
@@ -383,3 +385,58 @@ def test_schedule_resumes_where_it_stopped():
         later_optimizer.step()
         later.step()
     assert seen == pytest.approx(whole[5:])
+
+
+@pytest.mark.parametrize("name", timm.optim.list_optimizers())
+def test_any_optimizer_of_timm_takes_steps_and_goes_on_from_a_checkpoint_to_the_same_bits(name):
+    if name.startswith(("bnb", "fused", "adahessian")):
+        # Kernels for CUDA alone; second derivatives.
+        with pytest.raises(ValueError, match=name):
+            create_optimizer(nn.Linear(2, 2), name=name, lr=1e-3)
+        return
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32), nn.Linear(32, 8))
+        return net, create_optimizer(net, name=name, lr=1e-3, weight_decay=0.01)
+
+    def train(net, optimizer, seed):
+        torch.manual_seed(seed)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.randn(16, 24)).square().mean().backward()
+            optimizer.step()
+
+    net, optimizer = build()
+    train(net, optimizer, 1)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    tensors = {key: value.clone() for key, value in optimizer_tensors(optimizer).items()}
+    settings = copy.deepcopy(optimizer_settings(optimizer))
+    train(net, optimizer, 2)
+    later, other = build()
+    later.load_state_dict(weights)
+    load_optimizer(other, settings, tensors)
+    train(later, other, 2)
+    moved = [not torch.equal(value, weights[key]) for key, value in net.state_dict().items()]
+    assert any(moved)
+    for key, value in net.state_dict().items():
+        assert torch.equal(later.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "lambb"}, "'lambb'.*Did you mean 'lamb'"),
+        ({"name": "lamb", "options": {"trust": True}}, "'lamb'.*'trust'"),
+        ({"name": "adafactor", "momentum": 0.9}, "'adafactor'.*'momentum'"),
+        ({"name": "lamb", "lr": 0.0}, "lr must be above 0"),
+    ],
+)
+def test_settings_that_an_optimizer_of_timm_lacks_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(nn.Linear(2, 2), **{"lr": 1e-3, **settings})
+
+
+def test_options_reach_an_optimizer_of_timm():
+    optimizer = create_optimizer(nn.Linear(2, 2), name="lamb", lr=1e-3, options={"trust_clip": True})
+    assert optimizer.param_groups[0]["trust_clip"] is True

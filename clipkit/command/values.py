@@ -101,6 +101,7 @@ PRETRAIN: dict[str, Any] = {
     "optim.eps": or_null(POSITIVE),
     "optim.layer_decay": Number(0, 1, above=True),
     "optim.momentum": or_null(PROBABILITY),
+    "optim.options": or_null(Kind((dict,), "a mapping")),
     "data.kind": OneOf(("shards", "shapes")),
     "data.root": or_null(TEXT),
     "data.train": NAMES,
