@@ -374,20 +374,13 @@ def _sgd(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer
 
 
 def _lion(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-    from timm.optim.lion import Lion
-
-    return Lion(groups, lr=lr, **settings)
+    return _timm().Lion(groups, lr=lr, **settings)
 
 
 def _muon(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-    try:
-        from timm.optim.muon import Muon
-    except ImportError as error:
-        raise RuntimeError("the optimizer muon needs a newer timm: pip install -U timm") from error
-
     # Muon orthogonalises maps between features; a table, whose rows are looked up one by one, goes to its
     # AdamW.
-    return Muon(
+    return _timm().Muon(
         [{**group, "use_fallback": group["name"].startswith("tables")} for group in groups], lr=lr, **settings
     )
 
@@ -398,27 +391,33 @@ _optimizers.register("lion")((_lion, ("betas",)))
 _optimizers.register("muon")((_muon, ("betas", "eps", "momentum")))
 
 
-def _of_timm(name: str) -> tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]:
-    """What makes an optimizer of timm's, and the settings it takes."""
+def _timm() -> Any:
+    """timm's optimizers; importing timm imports wandb, which may be broken, so not before it is asked for."""
     import timm.optim
 
-    if name not in timm.optim.list_optimizers():
-        hint = suggest(name, [*_optimizers.names(), *timm.optim.list_optimizers()])
+    return timm.optim
+
+
+def _of_timm(name: str) -> tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]:
+    """What makes an optimizer of timm's, and the settings it takes."""
+    known = _timm().list_optimizers()
+    if name not in known:
+        hint = suggest(name, [*_optimizers.names(), *known])
         raise ValueError(
             f"unknown optimizer {name!r}.{hint} Valid names: {', '.join(_optimizers.names())}, or any of "
             "timm.optim.list_optimizers()"
         )
-    info = timm.optim.get_optimizer_info(name)
+    info = _timm().get_optimizer_info(name)
     if info.second_order:
         raise ValueError(f"the optimizer {name!r} wants second derivatives, which no step here takes")
     try:
-        makes = timm.optim.get_optimizer_class(name, bind_defaults=False)
+        makes = _timm().get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(f"the optimizer {name!r} cannot be made here: {error}") from error
     named = set(inspect.signature(makes).parameters) - {"params", "lr", "weight_decay"}
 
     def make(groups: list[dict], lr: float, settings: dict) -> torch.optim.Optimizer:
-        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, **settings)
+        return _timm().create_optimizer_v2(groups, opt=name, lr=lr, **settings)
 
     # timm gives a momentum to all and passes it on to those that have one.
     return make, tuple(sorted(named if info.has_momentum else named - {"momentum"}))

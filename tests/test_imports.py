@@ -130,7 +130,7 @@ MAY_IMPORT = {
     "checkpoint": "data distributed files foreign sharding",
     "loading": "checkpoint data foreign model settings towers",
     "export": "data foreign model",
-    "evals": "data distributed foreign loading loggers model registry",
+    "evals": "data distributed foreign loading loggers losses model registry",
     "predict": "data evals foreign",
     "planner": "kernels loading losses model optim",
     "reports": "evals files foreign loading settings",

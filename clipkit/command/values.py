@@ -51,7 +51,7 @@ PRETRAIN: dict[str, Any] = {
     "tf32": FLAG,
     "ema_decay": or_null(PROBABILITY),
     "log_every": COUNT,
-    "eval_every": NATURAL,
+    "eval_every": Either((NATURAL, Kind((dict,), "a mapping {task: steps}"))),
     "final_eval": ListOf(TEXT),
     "save_every": NATURAL,
     "keep": COUNT,

@@ -1,7 +1,7 @@
 """Evaluation, in training and from the command line by one code path: see `evaluate`."""
 
 # These register the kinds of task.
-from clipkit.evals import image_tasks, sentences, transfer  # noqa: F401
+from clipkit.evals import image_tasks, sentences, transfer, validation_loss  # noqa: F401
 from clipkit.evals.classification import classification_metrics, zero_shot_classifier, zero_shot_logits
 from clipkit.evals.encoder import Encoder
 from clipkit.evals.geometry import consistency_scores, geometry_metrics

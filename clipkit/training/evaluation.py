@@ -29,9 +29,9 @@ class Evaluation:
             split weights are put together in one.
         tasks: {name: settings}, as clipkit.evals.evaluate takes them.
         at_end: names of tasks that are scored after the last step alone.
-        every: steps between two evaluations; 0: only after the last.
+        every: steps between two evaluations, or {task: steps}; 0, or a task that is not named: only after the last.
         total_steps: the run's last step.
-        best_metric: "task/metric" that names the best checkpoint, or None; it must come out of every evaluation.
+        best_metric: "task/metric" that names the best checkpoint, or None.
         batch_size: images or captions encoded at once.
         objective: "task/metric" that a search makes largest, checked here alone.
         record: where the numbers and warnings go.
@@ -53,7 +53,7 @@ class Evaluation:
         total_steps: int,
         average: WeightAverage | None = None,
         at_end: Sequence[str] = (),
-        every: int = 0,
+        every: int | Mapping[str, int] = 0,
         best_metric: str | None = None,
         objective: str | None = None,
         record: Record,
@@ -63,6 +63,7 @@ class Evaluation:
         for name in at_end:
             if name not in tasks:
                 raise unknown("task of final_eval", name, tasks)
+        check_every(every, tasks)
         for what, name in (("best_metric", best_metric), ("objective", objective)):
             if name:
                 check_metric(name, built, what)
@@ -73,10 +74,14 @@ class Evaluation:
 
     def due(self, step: int) -> dict[str, Mapping[str, Any] | None]:
         """The tasks that are scored after this step, none for most."""
-        last = step == self.total_steps
-        if not last and not due(step, self.every):
-            return {}
-        return {name: task for name, task in self.tasks.items() if last or name not in self.at_end}
+        if step == self.total_steps:
+            return dict(self.tasks)
+        every = self.every if isinstance(self.every, Mapping) else dict.fromkeys(self.tasks, self.every)
+        return {
+            name: task
+            for name, task in self.tasks.items()
+            if name not in self.at_end and due(step, every.get(name, 0))
+        }
 
     def resume(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Training is about to go on after `step` with these scores of it, which are made now where they are missing."""
@@ -124,7 +129,11 @@ class Evaluation:
             self.record.say(f"warning: the evaluation after step {step} failed: {error}. Training goes on")
             return {}
         metrics = flatten(results)
-        if self.best_metric and self.best_metric not in metrics:
+        if (
+            self.best_metric
+            and self.best_metric.partition("/")[0] in tasks
+            and self.best_metric not in metrics
+        ):
             self.record.say(
                 f"warning: no best checkpoint: {unknown('best_metric', self.best_metric, metrics)}"
             )
@@ -150,3 +159,14 @@ class Evaluation:
                 yield model
         else:
             yield model
+
+
+def check_every(every: int | Mapping[str, int], tasks: Mapping[str, Any]) -> None:
+    """ValueError unless `every` is a number of steps from 0, or {task: number} of tasks that are there."""
+    if not isinstance(every, Mapping):
+        return
+    for name, steps in every.items():
+        if name not in tasks:
+            raise unknown("task of eval_every", name, tasks)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"eval_every gives {name} {steps!r} steps: expected a whole number, 0 or more")

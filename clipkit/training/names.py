@@ -13,6 +13,7 @@ from clipkit.loggers import check_loggers, tolerate_broken_wandb
 from clipkit.losses import create_loss
 from clipkit.optim import create_optimizer
 from clipkit.towers import check_image_tower, check_text_tower
+from clipkit.training.evaluation import check_every
 
 
 def check_names(config: Mapping[str, Any]) -> None:
@@ -27,6 +28,7 @@ def check_names(config: Mapping[str, Any]) -> None:
     check_text_tower(config["text_tower"])
     check_tokenizer(config["data"]["tokenizer"])
     check_tasks(config["eval"])
+    check_every(config["eval_every"], config["eval"])
     check_loggers(config["logger"])
     # Weights drawn here must not change what is drawn later.
     with torch.random.fork_rng(devices=[]):

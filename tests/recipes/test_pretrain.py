@@ -113,8 +113,8 @@ def numbers(folder: Path) -> list[dict]:
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
-    """Evaluated every 2 of 6 steps, the newest one kept: what is left is the last and the best, labelled by
-    its own numbers.
+    """Zero-shot every 2 of 6 steps, the newest one kept: what is left is the last and the best, labelled by
+    its own numbers. Other tasks have their own times.
     """
     metric = "zero_shot/top5"
     run(
@@ -122,7 +122,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
         shapes,
         f"output_dir={tmp_path}",
         "steps=6",
-        "eval_every=2",
+        "eval=[shapes,validation_loss]",
+        "eval_every={zero_shot: 2, validation_loss: 3}",
         "save_every=3",
         "keep=1",
         f"best_metric={metric}",
@@ -131,6 +132,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, shapes):
     folder = only_run(tmp_path)
     scores = {line["step"]: line[f"eval/{metric}"] for line in lines(folder) if f"eval/{metric}" in line}
     assert list(scores) == [2, 4, 6]
+    for name, steps in (("validation_loss/infonce", [3, 6]), ("retrieval/text_to_image_R@1", [6])):
+        assert [line["step"] for line in lines(folder) if f"eval/{name}" in line] == steps
     best = max(scores, key=lambda step: (scores[step], -step))
     kept = {
         int(path.name[-8:]): json.loads((path / "manifest.json").read_text())["metrics"]
