@@ -7,8 +7,10 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
-from clipkit.command.compose import register_resolvers, resolved, run_name
+from clipkit.command.compose import register_resolvers, resolved, run_name, start_hydra
 from tests.processes import ROOT
 
 CONF = ROOT / "conf"
@@ -147,3 +149,24 @@ def test_a_name_that_was_not_cut_is_what_it_was_and_a_folder_of_a_cut_one_is_fou
     assert run_name(overrides, str(tmp_path)) == run_name(overrides) != earlier
     (tmp_path / earlier).mkdir(parents=True)
     assert run_name(overrides, str(tmp_path)) == earlier
+
+
+def test_how_a_run_is_watched_is_no_part_of_its_name(tmp_path):
+    """Every execution setting as a command line gives it, the loggers' own among them."""
+    register_resolvers()
+    names = set()
+    watching = [
+        "log_every=3",
+        "profile.steps=2",
+        "count_flops=true",
+        "logger=wandb",
+        "logger.wandb.tags=[a]",
+        "logger.wandb.group=g",
+    ]
+    for given in ([], watching):
+        cfg = start_hydra().load_configuration(
+            "pretrain", ["seed=1", f"output_dir={tmp_path}", *given], RunMode.RUN
+        )
+        HydraConfig.instance().set_config(cfg)
+        names.add(cfg.hydra.run.dir)
+    assert names == {f"{tmp_path}/{run_name('seed=1')}"}

@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationResolutionError
 import clipkit
 from clipkit.command import experiments
 from clipkit.data import locate_data
+from clipkit.loggers import loggers, settings_of
 from clipkit.settings import EXECUTION
 
 # hydra's name for conf/, wherever clipkit is imported from.
@@ -77,11 +78,16 @@ def _ends(word: str, width: int) -> str:
     return f"{word[:head]}..{word[len(word) - (width - 2 - head) :]}"
 
 
+def execution_settings() -> list[str]:
+    """The keys that a run folder's name leaves out, each as a command line writes it."""
+    return [*EXECUTION, *(f"logger.{name}.{key}" for name in loggers.names() for key in settings_of(name))]
+
+
 def register_resolvers() -> None:
     """What the YAML files call as `${name:...}`, and how experiments count; each process of a launcher does it anew."""
     experiments.install()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("execution_settings", lambda: list(EXECUTION), replace=True)
+    OmegaConf.register_new_resolver("execution_settings", execution_settings, replace=True)
 
 
 def check_config_dir(config_dir: str | None) -> None:
