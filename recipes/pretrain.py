@@ -20,7 +20,6 @@ A batch goes from shards through two towers to unit features, and from there to 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from clipkit.losses import WeightedSum, create_loss
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.sharding import optimizer_parameters, shard
-from clipkit.training import feed, lock, process, run_folder
+from clipkit.training import feed, lock, process, run_folder, speed
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
@@ -124,12 +123,13 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     record = Record(
         run_dir,
         total_steps=total_steps,
-        batch_size=config["batch_size"],
         log_every=config["log_every"],
         loss_spike=config["loss_spike"],
         skip_nonfinite=config["skip_nonfinite"],
         loggers=config["logger"],
         shown=config,
+        speed=speed.create_speed(config, tokenizer, device),
+        profile=config["profile"],
     )
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -244,10 +244,10 @@ def train(
     parameters = optimizer_parameters(optimizer)
     buffers = process.Buffers([model, loss] if skip_nonfinite else [])
     model.train()
-    for step in steps:
-        asked = time.monotonic()
-        batch = feed.augmented(next(batches), augment, wanted, draw=step * world_size() + rank())
-        waited = time.monotonic() - asked
+    for step in record.steps(steps):
+        with record.waiting():
+            batch = next(batches)
+        batch = feed.augmented(batch, augment, wanted, draw=step * world_size() + rank())
         buffers.keep()
 
         if micro_batch_size:
@@ -264,9 +264,8 @@ def train(
             terms = loss(features)
             terms["loss"].backward()
         norm = process.clip_grad_norm(parameters, clip_grad_norm or math.inf)
-        keys = batch.get("key", [])
         # A loss that is not finite stops every rank here, or is left out by every rank, with the weights as they were.
-        numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
+        numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, batch.get("key", []))
         if numbers is not None:
             optimizer.step()
             # The learned temperature may not sharpen without bound (CLIP, section 2.5).
@@ -281,14 +280,15 @@ def train(
 
         done = step + 1
         if numbers is not None:
-            record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
+            record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, keys=batch.get("key", []))
         stopping = stop.agree(device)
-        # Saved before it is scored: an evaluation that fails, or is ended, costs no step.
-        checkpoints.after(done, stopping=stopping is not None)
-        if stopping and done < steps.stop:
-            record.close()
-            stop.leave(done)
-        metrics = evaluation.after(done)
+        with record.paused():
+            # Saved before it is scored: an evaluation that fails, or is ended, costs no step.
+            checkpoints.after(done, stopping=stopping is not None)
+            if stopping and done < steps.stop:
+                record.close()
+                stop.leave(done)
+            metrics = evaluation.after(done, batch)
     record.close()
     return metrics
 
