@@ -45,6 +45,7 @@ from clipkit.optim import create_optimizer, create_schedule
 from clipkit.recipes.pretrain import train
 from clipkit.training import feed, process
 from clipkit.training.record import Record
+from clipkit.training.speed import Speed
 
 INPUTS = ("image_features", "text_features", "logit_scale")
 TOKENS = SimpleNamespace(vocab_size=49408, context_length=77, pad_id=0, sot_id=49406, eot_id=49407)
@@ -174,7 +175,7 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
     def run(count: int) -> float:
         steps = range(done[0], done[0] + count)
         record = Record(
-            folder, total_steps=steps.stop, batch_size=setting.batch_size, log_every=20, loss_spike=3.0
+            folder, total_steps=steps.stop, speed=Speed(setting.batch_size), log_every=20, loss_spike=3.0
         )
         with contextlib.redirect_stdout(io.StringIO()):
             record.start(steps.start)
@@ -193,8 +194,8 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
                 clip_grad_norm=1.0,
                 max_logit_scale=100.0,
                 record=record,
-                evaluation=SimpleNamespace(after=lambda step: {}),
-                checkpoints=SimpleNamespace(after=lambda step, metrics, stopping: None),
+                evaluation=SimpleNamespace(after=lambda step, batch: {}),
+                checkpoints=SimpleNamespace(after=lambda step, stopping: None),
                 stop=process.StopRequest(),
                 metrics={},
             )

@@ -7,28 +7,41 @@ twice.
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
-import os
+import re
+import secrets
+import string
 import sys
+import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from clipkit.files import write_text
-from clipkit.foreign import LINES_BYTES, BrokenFile, parse_json, read_bytes
+import msgspec
+import yaml
+
+from clipkit.files import append_line, write_text
+from clipkit.foreign import LINES_BYTES, BrokenFile, checked, parse_json, read_bytes, read_text
 from clipkit.registry import Registry, check_keys
+
+if TYPE_CHECKING:
+    import torch
 
 loggers = Registry("logger")
 
-
-# A link is not followed, and a FIFO without a reader is an error instead of a wait.
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# What every logger is given.
+_GIVEN = ("run_dir", "shown", "start_step")
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Logger(Protocol):
+    """What a registered logger is made into: `factory(run_dir, shown=..., start_step=..., **settings)`.
+
+    One that shows pictures also has `samples`, how many, and `log_samples(step, images, captions)`.
+    """
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -54,19 +67,10 @@ class JSONLines:
             _say(f"what {self.path} held before step {start_step} is left as it is: {error}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened anew for every line: a folder that was moved or a disk that was away is there again. One write a
-            # line: a killed run loses at most the line it was writing.
-            descriptor = os.open(self.path, _APPEND, 0o666)
-            try:
-                size = os.fstat(descriptor).st_size
-                if os.write(descriptor, line) < len(line):
-                    os.ftruncate(descriptor, size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(descriptor)
+            # Opened anew for every line: a folder that was moved or a disk that was away is there again.
+            append_line(self.path, json.dumps({"step": step, **metrics}))
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
@@ -100,32 +104,52 @@ def _kept(line: str, last: int, scored: bool) -> bool:
 
 @loggers.register("tensorboard")
 class TensorBoard:
-    """Scalars as TensorBoard events in RUN/tensorboard."""
+    """TensorBoard events in RUN/tensorboard: scalars, the run's settings as text, sample pictures.
 
-    def __init__(self, run_dir: Path, *, shown: Mapping[str, Any], start_step: int):
+    Args:
+        samples: pictures and captions of the training batch shown at each evaluation.
+    """
+
+    def __init__(self, run_dir: Path, *, shown: Mapping[str, Any], start_step: int, samples: Count = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self.samples = samples
+        # What an earlier session has logged of steps that are made again is hidden.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._writer.add_text("settings", _verbatim(yaml.safe_dump(dict(shown), sort_keys=False)), start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_samples(self, step: int, images: torch.Tensor, captions: Sequence[str]) -> None:
+        self._writer.add_images("samples", images, step)
+        self._writer.add_text("samples", _verbatim("\n".join(captions)), step)
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _verbatim(text: str) -> str:
+    """As TensorBoard's Markdown shows it unchanged."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 @loggers.register("wandb")
 class WeightsAndBiases:
     """A wandb run; offline runs lie in RUN/wandb and are sent later with `wandb sync`.
 
+    The run's id is kept in RUN/wandb_run_id.txt: a run that is resumed stays one run, and what it logs of a step that is
+    on wandb's record already is passed over, for wandb takes no step twice. Offline, each session has a folder of
+    RUN/wandb with the same id, and `wandb sync` joins them.
+
     Args:
         project: wandb's project name.
         entity: user or team; None is the account's default.
         mode: "offline" (no network is used), "online" or "disabled".
+        group, tags, notes: as wandb shows them; a group gathers runs, such as those of a sweep.
         init_timeout: seconds to wait for the server before going on without wandb.
+        samples: pictures and captions of the training batch shown at each evaluation.
     """
 
     def __init__(
@@ -137,17 +161,28 @@ class WeightsAndBiases:
         project: str = "clipkit",
         entity: str | None = None,
         mode: Literal["online", "offline", "disabled", "shared"] = "offline",
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        notes: str | None = None,
         init_timeout: float = 30.0,
+        samples: Count = 0,
     ):
         import wandb
 
         # A run left open by an earlier job of a sweep would be returned instead of a new one.
         if wandb.run is not None:
             wandb.finish()
+        self.samples, self._wandb = samples, wandb
         self._run = wandb.init(
             project=project,
             entity=entity,
             mode=mode,
+            id=_run_id(run_dir / "wandb_run_id.txt"),
+            # Offline there is nothing to resume, which wandb says each time.
+            resume="allow" if mode == "online" else None,
+            group=group,
+            tags=list(tags),
+            notes=notes,
             dir=str(run_dir),
             name="/".join(run_dir.parts[-2:]),
             config=dict(shown),
@@ -157,8 +192,35 @@ class WeightsAndBiases:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    def log_samples(self, step: int, images: torch.Tensor, captions: Sequence[str]) -> None:
+        pictures = [
+            self._wandb.Image(image.permute(1, 2, 0).numpy(), caption=caption)
+            for image, caption in zip(images, captions, strict=True)
+        ]
+        self._run.log({"samples": pictures}, step=step)
+
     def close(self) -> None:
         self._run.finish()
+
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _run_id(path: Path) -> str:
+    """The id kept in a run folder, or a new one; the folder may be a stranger's, and is then told what it holds."""
+    try:
+        found = read_text(path, limit=1000).strip()
+        if _RUN_ID.fullmatch(found):
+            return found
+        raise BrokenFile(f"{path} holds no id of a wandb run")
+    except FileNotFoundError:
+        pass
+    except (BrokenFile, OSError) as error:
+        _say(f"{error}: wandb shows this session as a run of its own")
+    letters = string.ascii_lowercase + string.digits
+    new = "".join(secrets.choice(letters) for _ in range(8))
+    write_text(path, new + "\n")
+    return new
 
 
 def tolerate_broken_wandb() -> None:
@@ -173,12 +235,25 @@ def tolerate_broken_wandb() -> None:
         sys.modules["wandb"] = absent
 
 
+def settings_of(name: str) -> list[str]:
+    """The settings that a logger takes."""
+    return [key for key in inspect.signature(loggers.get(name)).parameters if key not in _GIVEN]
+
+
 def check_loggers(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """ValueError for an unknown logger, or a setting that it does not take."""
+    """ValueError for an unknown logger, a setting that it does not take, or a value of another kind than it says."""
     for name, settings in chosen.items():
-        parameters = inspect.signature(loggers.get(name)).parameters
-        own = [key for key in parameters if key not in ("run_dir", "shown", "start_step")]
-        check_keys(settings or {}, own, f"logger {name!r}")
+        factory = loggers.get(name)
+        check_keys(settings or {}, settings_of(name), f"logger {name!r}")
+        kinds = typing.get_type_hints(
+            factory.__init__ if inspect.isclass(factory) else factory, include_extras=True
+        )
+        for key, value in (settings or {}).items():
+            try:
+                checked(value, kinds.get(key, Any), name=f"logger.{name}.{key}={value!r}")
+            except TypeError:
+                # A kind of a user's own.
+                continue
 
 
 class Loggers:
@@ -233,6 +308,23 @@ class Loggers:
         self._record.log(step, metrics)
         for name, logger in list(self._others.items()):
             self._guard(name, lambda logger=logger: logger.log(step, metrics))
+
+    @property
+    def samples(self) -> int:
+        """The most pictures that one of them shows."""
+        return max((getattr(logger, "samples", 0) for logger in self._others.values()), default=0)
+
+    def log_samples(self, step: int, images: torch.Tensor, captions: Sequence[str]) -> None:
+        """Show pictures to those that take some, each as many as it wants.
+
+        Args:
+            images: (n, 3, H, W) uint8, on the CPU.
+            captions: n texts.
+        """
+        for name, logger in list(self._others.items()):
+            if count := getattr(logger, "samples", 0):
+                show = logger.log_samples  # pyright: ignore[reportAttributeAccessIssue]
+                self._guard(name, lambda show=show, n=count: show(step, images[:n], captions[:n]))
 
     def close(self) -> None:
         for name, logger in list(self._others.items()):

@@ -20,7 +20,6 @@ A batch goes from shards through two towers to unit features, and from there to 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -37,7 +36,7 @@ from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.settings import LENGTH
 from clipkit.sharding import optimizer_parameters, shard
-from clipkit.training import feed, lock, precision, process, run_folder
+from clipkit.training import feed, lock, precision, process, run_folder, speed
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.record import Record
 from clipkit.training.saving import Checkpoints
@@ -131,12 +130,13 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     record = Record(
         run_dir,
         total_steps=total_steps,
-        batch_size=config["batch_size"],
         log_every=config["log_every"],
         loss_spike=config["loss_spike"],
         skip_nonfinite=config["skip_nonfinite"],
         loggers=config["logger"],
         shown=config,
+        speed=speed.create_speed(config, tokenizer, device),
+        profile=config["profile"],
     )
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
@@ -259,10 +259,10 @@ def train(
     parameters = optimizer_parameters(optimizer)
     buffers = process.Buffers([model, loss] if skip_nonfinite or loss_scale.enabled else [])
     model.train()
-    for step in steps:
-        asked = time.monotonic()
-        batch = feed.augmented(next(batches), augment, wanted, draw=step * world_size() + rank())
-        waited = time.monotonic() - asked
+    for step in record.steps(steps):
+        with record.waiting():
+            batch = next(batches)
+        batch = feed.augmented(batch, augment, wanted, draw=step * world_size() + rank())
         buffers.keep()
 
         if micro_batch_size:
@@ -286,7 +286,6 @@ def train(
             (terms["loss"] * loss_scale.value).backward()
         loss_scale.unscale(parameters)
         norm = process.clip_grad_norm(parameters, clip_grad_norm or math.inf)
-        keys = batch.get("key", [])
         if loss_scale.overflowed(terms["loss"], norm):
             record.say(
                 f"step {step + 1} overflowed fp16 and is left out; the loss scale is now {loss_scale.value:g}"
@@ -294,7 +293,7 @@ def train(
             numbers = None
         else:
             # A loss that is not finite stops every rank here, or is left out by every rank, with the weights as they were.
-            numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, keys)
+            numbers = record.finite(step + 1, {**terms, "grad_norm": norm}, batch.get("key", []))
         if numbers is not None:
             optimizer.step()
             # The learned temperature may not sharpen without bound (CLIP, section 2.5).
@@ -309,14 +308,15 @@ def train(
 
         done = step + 1
         if numbers is not None:
-            record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, data_seconds=waited, keys=keys)
+            record.step(done, numbers, lr=lr, logit_scale=model.logit_scale, keys=batch.get("key", []))
         stopping = stop.agree(device)
-        # Saved before it is scored: an evaluation that fails, or is ended, costs no step.
-        checkpoints.after(done, stopping=stopping is not None)
-        if stopping and done < steps.stop:
-            record.close()
-            stop.leave(done)
-        metrics = evaluation.after(done)
+        with record.paused():
+            # Saved before it is scored: an evaluation that fails, or is ended, costs no step.
+            checkpoints.after(done, stopping=stopping is not None)
+            if stopping and done < steps.stop:
+                record.close()
+                stop.leave(done)
+            metrics = evaluation.after(done, batch)
     record.close()
     return metrics
 

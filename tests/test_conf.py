@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
-from clipkit.command.compose import register_resolvers, resolved, run_name
+from clipkit.command.compose import register_resolvers, resolved, run_name, start_hydra
 from tests.processes import ROOT
 
 CONF = ROOT / "conf"
@@ -88,3 +93,80 @@ def test_the_same_overrides_name_the_same_folder():
     first, second = run_name("loss=[cyclip,simcse],seed=1"), run_name("loss=[cyclip,simcse],seed=2")
     assert first != second and first == run_name("loss=[cyclip,simcse],seed=1")
     assert len(run_name("a=" + "x" * 500)) < 100
+
+
+PATHS = "/mnt/datasets/vision-language/2026-01-05-v2/{}/train/{{00000..00331}}.tar"
+SWEEPS = {
+    "the last of many": [
+        "batch_size=4096,data.root=/mnt/datasets/vision-language/cc3m,image_tower=resnet50,loss=cyclip,optim.lr=1e-3,"
+        f"optim.weight_decay=0.1,seed={seed}"
+        for seed in (0, 1, 12)
+    ],
+    "the first of many": [
+        f"batch_size={size},data.root=/mnt/datasets/vision-language/cc3m,image_tower=resnet50,optim.lr=1e-3,warmup_steps=9"
+        for size in (128, 1024, 4096)
+    ],
+    "one in the middle": [
+        "data.root=/mnt/datasets/vision-language/cc3m,image_tower.model=vit_base_patch16_clip_224.openai,"
+        f"optim.lr={rate},text_tower=roberta_base,text_tower.pretrained=FacebookAI/roberta-base"
+        for rate in ("1e-3", "3e-3", "5e-4")
+    ],
+    "two keys of one name": [
+        "image_tower=vit_base_patch32,image_tower.freeze={},text_tower=roberta_base,text_tower.freeze={}".format(
+            *both
+        )
+        for both in ((0, 4), (4, 0), (4, 4))
+    ],
+    "losses": [
+        f"data.root=/mnt/datasets/vision-language/cc3m,experiment=study_cc3m,loss=[{loss}],output=/some/long/folder/name,seed=0"
+        for loss in ("clip,simcse", "cyclip,simcse", "cyclip,simcse,nli_contrastive", "clip,nli_contrastive")
+    ],
+    "ends of one long value": [f"data.train={PATHS.format('x')}{end},seed=0" for end in ("", ".gz", ".zip")],
+    "starts of one long value": [f"tag={start}{'x' * 200}" for start in ("a", "b", "ab")],
+    "other letters": [
+        "data.root=/" + "\u6570\u636e" * 40 + f",name=\U00020000\U00020001,seed={seed}" for seed in (0, 1)
+    ],
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_what_tells_the_runs_of_a_sweep_apart_is_in_their_names(sweep):
+    names = [run_name(overrides).rpartition("-")[0] for overrides in SWEEPS[sweep]]
+    assert len(set(names)) == len(SWEEPS[sweep]), names
+    for overrides in SWEEPS[sweep]:
+        (folder,) = run_name(overrides).split("/")[1:]
+        assert len(folder.encode()) <= 255 and re.fullmatch(r"[\w.+-]+", folder), folder
+
+
+def test_a_name_that_was_not_cut_is_what_it_was_and_a_folder_of_a_cut_one_is_found(tmp_path):
+    """Names of the version before, by hand."""
+    assert (
+        run_name("loss=cyclip,optim.lr=1e-3,seed=1") == "quickstart/loss-cyclip-optim.lr-1e-3-seed-1-c45dd2"
+    )
+    overrides = SWEEPS["the last of many"][0]
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:6]
+    earlier = f"quickstart/batch_size-4096-data.root-mnt-datasets-vision-language-cc3m--{digest}"
+    assert run_name(overrides, str(tmp_path)) == run_name(overrides) != earlier
+    (tmp_path / earlier).mkdir(parents=True)
+    assert run_name(overrides, str(tmp_path)) == earlier
+
+
+def test_how_a_run_is_watched_is_no_part_of_its_name(tmp_path):
+    """Every execution setting as a command line gives it, the loggers' own among them."""
+    register_resolvers()
+    names = set()
+    watching = [
+        "log_every=3",
+        "profile.steps=2",
+        "count_flops=true",
+        "logger=wandb",
+        "logger.wandb.tags=[a]",
+        "logger.wandb.group=g",
+    ]
+    for given in ([], watching):
+        cfg = start_hydra().load_configuration(
+            "pretrain", ["seed=1", f"output_dir={tmp_path}", *given], RunMode.RUN
+        )
+        HydraConfig.instance().set_config(cfg)
+        names.add(cfg.hydra.run.dir)
+    assert names == {f"{tmp_path}/{run_name('seed=1')}"}

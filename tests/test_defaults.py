@@ -200,8 +200,11 @@ def test_a_task_of_sentences_has_its_classs_defaults(name):
     compare(f"eval/{name}", given, defaults(_TASKS.get(given["kind"])))
 
 
-def test_wandb_has_its_loggers_defaults():
-    compare("logger/wandb", read("logger/wandb")["wandb"], defaults(loggers.get("wandb")))
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_has_its_classs_defaults(name):
+    given = read(f"logger/{name}")[name]
+    assert set(given) == set(defaults(loggers.get(name)))
+    compare(f"logger/{name}", given, defaults(loggers.get(name)))
 
 
 def test_a_difference_without_a_reason_is_found(tmp_path, monkeypatch):

@@ -134,8 +134,8 @@ MAY_IMPORT = {
     "predict": "data evals foreign",
     "planner": "kernels loading losses model optim",
     "reports": "evals files foreign loading settings",
-    "training": "checkpoint data distributed evals files foreign loading loggers losses model optim registry settings sharding towers",
-    "command": "data files foreign kinds recipes registry reports settings training",
+    "training": "checkpoint data distributed evals files foreign loading loggers losses model optim planner registry settings sharding towers",
+    "command": "data files foreign kinds loggers recipes registry reports settings training",
 }
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationResolutionError
 import clipkit
 from clipkit.command import experiments
 from clipkit.data import locate_data
+from clipkit.loggers import loggers, settings_of
 from clipkit.settings import EXECUTION
 
 # hydra's name for conf/, wherever clipkit is imported from.
@@ -30,26 +31,63 @@ CONFIG_PATH = "pkg://clipkit.conf"
 UNREAD = {"plan": ("eval", "logger")}
 
 
-def run_name(overrides: str) -> str:
+def run_name(overrides: str, output_dir: str | None = None) -> str:
     """A run folder's name from the overrides: the same command finds the same folder, and so resumes.
 
     Args:
         overrides: hydra's `override_dirname`, such as "experiment=quickstart,loss=cyclip,seed=1".
+        output_dir: where the folder is looked for under the name that earlier versions gave it.
     """
     experiment = re.search(r"(?:^|,)experiment=([\w\-]+)", overrides)
     rest = re.sub(r"(?:^|,)experiment=[\w\-]+", "", overrides).strip(",")
+    group = experiment.group(1) if experiment else "quickstart"
+    if not rest:
+        return f"{group}/default"
+    # Two may share a readable part, and raw overrides overflow a path's length: the hash tells them apart.
+    digest, whole = hashlib.sha256(rest.encode()).hexdigest()[:6], _slug(rest)
+    earlier = f"{group}/{whole[:60]}-{digest}"
+    if len(whole) <= 60 or (output_dir and (Path(output_dir) / earlier).is_dir()):
+        return earlier
+    return f"{group}/{_abridged(rest, 80 if whole.isascii() else 60)}-{digest}"
+
+
+def _slug(text: str) -> str:
     # No "=": the folder is to be given to hydra as checkpoint=FOLDER.
-    slug = re.sub(r"[^\w.+]+", "-", rest).strip("-")[:60]
-    # Raw overrides overflow a path's length, and two may share a slug: the hash tells them apart.
-    name = f"{slug}-{hashlib.sha256(rest.encode()).hexdigest()[:6]}" if rest else "default"
-    return f"{experiment.group(1) if experiment else 'quickstart'}/{name}"
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
+def _abridged(overrides: str, limit: int) -> str:
+    """Something of every override: the last part of its key, and both ends of a value that is too long."""
+    given = [part.partition("=") for part in re.split(r",(?=[+~]*[\w@./:\-]+=)", overrides)]
+    lasts = [re.split(r"[./@]", key)[-1] for key, _, _ in given]
+    words = [
+        _slug(f"{last if lasts.count(last) == 1 else key}-{value}")
+        for (key, _, value), last in zip(given, lasts, strict=True)
+    ]
+    room = limit - (len(words) - 1)
+    # The short ones whole, and the rest shared out among the long ones.
+    width = max((w for w in range(limit + 1) if sum(min(len(word), w) for word in words) <= room), default=0)
+    return "-".join(_ends(word, width) for word in words)[:limit].strip("-.")
+
+
+def _ends(word: str, width: int) -> str:
+    """A word, or both its ends where it is longer than `width`; of a few letters, the last."""
+    head = (width - 2) // 3
+    if len(word) <= width or head < 1:
+        return word[max(0, len(word) - width) :]
+    return f"{word[:head]}..{word[len(word) - (width - 2 - head) :]}"
+
+
+def execution_settings() -> list[str]:
+    """The keys that a run folder's name leaves out, each as a command line writes it."""
+    return [*EXECUTION, *(f"logger.{name}.{key}" for name in loggers.names() for key in settings_of(name))]
 
 
 def register_resolvers() -> None:
     """What the YAML files call as `${name:...}`, and how experiments count; each process of a launcher does it anew."""
     experiments.install()
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("execution_settings", lambda: list(EXECUTION), replace=True)
+    OmegaConf.register_new_resolver("execution_settings", execution_settings, replace=True)
 
 
 def check_config_dir(config_dir: str | None) -> None:

@@ -156,6 +156,16 @@ class BytePairs:
                 break
         return out
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids stand for, in lower case and with a space after each word and mark."""
+        tokens, bytes_of = (
+            {i: token for token, i in self._ids.items()},
+            {v: k for k, v in self._letters.items()},
+        )
+        words = "".join(tokens.get(one, "") for one in ids).split("</w>")
+        raw = b" ".join(bytes(bytes_of[letter] for letter in word) for word in words)
+        return raw.decode("utf-8", "replace").strip()
+
     def _encode(self, chunk: str) -> tuple[int, ...]:
         if chunk.isascii():
             words = [chunk] if chunk.isalpha() else _ASCII_WORDS.findall(chunk)

@@ -57,6 +57,21 @@ class Tokenizer:
         """The ids of one text without start, end and padding; may stop once context_length is filled."""
         raise NotImplementedError
 
+    def words_of(self, ids: Sequence[int]) -> str:
+        """The text of ids without start, end and padding."""
+        return " ".join(map(str, ids))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that a row of ids stands for, as the model reads it: cut to its length, unknown words marked."""
+        words = list(ids)
+        if words[:1] == [self.sot_id]:
+            words = words[1:]
+        if self.eot_id in words:
+            words = words[: words.index(self.eot_id)]
+        while words[-1:] == [self.pad_id]:
+            words.pop()
+        return self.words_of(words)
+
     def state(self) -> dict[str, Any]:
         """What `load_tokenizer` needs, as JSON values."""
         raise NotImplementedError
@@ -109,6 +124,9 @@ class ClipBPE(Tokenizer):
     def ids(self, text: str) -> list[int]:
         return self._pairs.ids(text, self.context_length)
 
+    def words_of(self, ids: Sequence[int]) -> str:
+        return self._pairs.text(ids)
+
     def state(self) -> dict[str, Any]:
         return {"context_length": self.context_length, "merges": self._pairs.merges}
 
@@ -154,6 +172,9 @@ class Words(Tokenizer):
 
     def ids(self, text: str) -> list[int]:
         return [self._ids.get(word, self.unk_id) for word in _WORD.findall(text.lower())]
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        return " ".join("<unknown>" if one == self.unk_id else self.words[one - 3] for one in ids)
 
     def state(self) -> dict[str, Any]:
         return {"context_length": self.context_length, "vocabulary": self.words}
@@ -203,6 +224,9 @@ class HuggingFace(Tokenizer):
 
     def ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         texts = _cut(texts)

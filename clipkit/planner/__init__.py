@@ -8,8 +8,9 @@
 `clipkit-plan` is its command.
 """
 
+from clipkit.planner.devices import known_gpus, peak_tflops
 from clipkit.planner.measure import Measured, Pass
 from clipkit.planner.meter import Meter
 from clipkit.planner.plan import GPU, Assumptions, Planner
 
-__all__ = ["GPU", "Assumptions", "Measured", "Meter", "Pass", "Planner"]
+__all__ = ["GPU", "Assumptions", "Measured", "Meter", "Pass", "Planner", "known_gpus", "peak_tflops"]

@@ -93,7 +93,7 @@ class Measured:
             are loaded.
         loss: what `create_loss` takes.
         optim: what `create_optimizer` takes beside the weights, such as {"name": "adamw", "lr": 1e-3,
-            "weight_decay": 0.1}.
+            "weight_decay": 0.1}; None: its state is not measured.
         tokenizer: vocab_size, context_length, pad_id, sot_id, eot_id; no text is made into tokens.
         precision: fp32, bf16, fp16 or pure_bf16, of the towers.
         tf32: whether fp32 products round their operands.
@@ -115,7 +115,7 @@ class Measured:
         *,
         model: Mapping[str, Any],
         loss: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
-        optim: Mapping[str, Any],
+        optim: Mapping[str, Any] | None,
         tokenizer: Vocabulary,
         precision: str,
         tf32: bool = False,
@@ -147,7 +147,10 @@ class Measured:
             self.gradients = {"image": in_image, "text": self.trainable - in_image}
             self.parameters = sum(p.numel() for p in self._parameters())
             self.units = _fsdp_units(self.model)
-            self.state = self._optimizer_state(optim)
+            for parameter in self._parameters():
+                # In place from here on, so that a backward at either size adds to it.
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            self.state = self._optimizer_state(optim) if optim else 0
         size, length = self.model.image_tower.image_size, tokenizer.context_length
         self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
         self.text = self._pass(self.model.encode_text, lambda rows: _texts(rows, length))
@@ -171,6 +174,21 @@ class Measured:
             "mlm": pairs if self.mlm else 0,
             **{name: count for name, count in rows.items() if name in self.inputs},
         }
+
+    def passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Pass, float]]:
+        """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
+        rows = self.rows(whole, world_size)
+        made = {"image": self.image, "text": self.text, "mlm": self.mlm}
+        return [(one, rows[name] * pairs / whole) for name, one in made.items() if one and rows[name]]
+
+    def model_flops(self, pairs: int, world_size: int) -> float:
+        """Multiplications and additions of the towers in a rank's step, forward and backward, without what
+        checkpointing computes again: what the model asks for.
+        """
+        return sum(
+            made.flops(rows, backward=False) + made.flops(rows, backward=True) - made.recomputed(rows)
+            for made, rows in self.passes(pairs, pairs, world_size)
+        )
 
     @functools.cache  # noqa: B019 (lives as long as the plan)
     def loss_cost(
@@ -215,10 +233,8 @@ class Measured:
         return [*self.model.parameters(), *self.loss.parameters()]
 
     def _optimizer_state(self, optim: Mapping[str, Any]) -> int:
-        """Bytes of the state that one step of the optimizer leaves; gradients are in place from here on."""
+        """Bytes of the state that one step of the optimizer leaves."""
         optimizer = create_optimizer([self.model, self.loss], **optim)
-        for parameter in self._parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         # Counts of steps are read as 1.
         with Meter(answer=True):
             optimizer.step()

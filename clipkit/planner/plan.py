@@ -26,7 +26,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,10 @@ class GPU:
     """One device, by its datasheet. Gigabytes and gigabytes a second are 1e9; None: measured on this machine
     by `measured`.
 
-    memory_gb; bf16_tflops, fp32_tflops and tf32_tflops (dense, multiplications and additions); memory_gbs (bandwidth);
+    memory_gb; bf16_tflops and fp32_tflops (dense, multiplications and additions); memory_gbs (bandwidth);
     link_gbs and network_gbs (one direction, a GPU, inside a node and between nodes); gpus_per_node;
-    capability (major, minor), None without Triton.
+    capability (major, minor), None without Triton; tf32_tflops, None where it is not known; device_names, what
+    torch.cuda.get_device_name() calls parts with these rates.
     """
 
     name: str
@@ -58,6 +59,7 @@ class GPU:
     gpus_per_node: int
     capability: tuple[int, int] | None
     tf32_tflops: float | None = None
+    device_names: Sequence[str] = ()
 
     def measured(self) -> GPU:
         """With this machine's figures in place of None: its memory, and the rates of a matrix product and of
@@ -226,7 +228,9 @@ class Planner:
         """
         forward = self._tower_flops(pairs, world_size, backward=False)
         backward = self._tower_flops(pairs, world_size, backward=True)
-        checkpointed = sum(made.recomputed(rows) for made, rows in self._passes(pairs, pairs, world_size))
+        checkpointed = sum(
+            made.recomputed(rows) for made, rows in self.measured.passes(pairs, pairs, world_size)
+        )
         cost = self._loss(pairs, world_size, self.implementation(pairs, world_size))
         return {
             "forward": forward,
@@ -342,18 +346,12 @@ class Planner:
     def _fits(self, pairs: int, micro: int, world_size: int) -> bool:
         return self.peak(pairs, micro, world_size) <= self.limit
 
-    def _passes(self, pairs: float, whole: int, world_size: int) -> list[tuple[Any, float]]:
-        """(pass, rows) of `pairs` out of a rank's `whole` pairs: sentences are split into as many pieces."""
-        rows = self.measured.rows(whole, world_size)
-        made = {"image": self.measured.image, "text": self.measured.text, "mlm": self.measured.mlm}
-        return [(made[name], rows[name] * pairs / whole) for name in made if rows[name]]
-
     def _activations(self, pairs: int, micro: int, world_size: int) -> tuple[dict[str, float], float]:
         """Of one micro-batch: what each tower's passes keep, and the largest of their working memories."""
         # Rows of a piece, rounded up as split_batch does.
         piece = math.ceil(pairs / math.ceil(pairs / micro))
         saved, working = {"image": 0.0, "text": 0.0}, 0.0
-        for made, rows in self._passes(piece, pairs, world_size):
+        for made, rows in self.measured.passes(piece, pairs, world_size):
             kept, more = made.bytes_at(math.ceil(rows))
             saved["image" if made is self.measured.image else "text"] += kept
             working = max(working, more)
@@ -361,13 +359,14 @@ class Planner:
 
     def _tower_flops(self, pairs: int, world_size: int, *, backward: bool) -> float:
         return sum(
-            made.flops(rows, backward=backward) for made, rows in self._passes(pairs, pairs, world_size)
+            made.flops(rows, backward=backward)
+            for made, rows in self.measured.passes(pairs, pairs, world_size)
         )
 
     def _tower_seconds(self, pairs: float, whole: int, world_size: int, *, backward: bool) -> float:
         return sum(
             self._time(made.operators(rows, backward=backward))
-            for made, rows in self._passes(pairs, whole, world_size)
+            for made, rows in self.measured.passes(pairs, whole, world_size)
         )
 
     def _time(self, operators: Iterable[tuple[float, float, bool]]) -> float:

@@ -89,16 +89,21 @@ class Evaluation:
         self.record.start(step, scored=not missing)
         return self.after(step) if missing else metrics
 
-    def after(self, step: int) -> dict[str, float]:
+    def after(self, step: int, batch: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Score the tasks due after this step, and put {"task/metric": value} on record; {} where none is due.
 
         Called by all ranks, once the step's checkpoint is written.
+
+        Args:
+            batch: the step's, for loggers that show pictures of it.
 
         Raises:
             RuntimeError: that after the last step failed.
         """
         metrics = self._scores(step)
         self.record.evaluation(step, metrics)
+        if metrics and batch:
+            self.record.samples(step, batch, self.tokenizer)
         self.checkpoints.score(step, metrics)
         return metrics
 

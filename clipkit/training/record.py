@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from clipkit.data import Tokenizer
 from clipkit.distributed import rank
 from clipkit.files import write_json
 from clipkit.foreign import shown
 from clipkit.loggers import Loggers
+from clipkit.training.profile import Profile
 from clipkit.training.progress import Progress
 from clipkit.training.run_folder import table
+from clipkit.training.sessions import begin_session
+from clipkit.training.speed import Speed
 
 
 class Record:
@@ -30,10 +32,11 @@ class Record:
     Args:
         run_dir: the run's folder.
         total_steps: the last step.
-        batch_size: pairs a step, over all ranks.
+        speed: the clock of the steps.
         loggers: {name: settings} beside metrics.jsonl.
         shown: settings of the run, for loggers that show them.
         log_every: steps between two lines and between two entries of the loggers.
+        profile: {"start": steps of the session before the traced ones, "steps": how many are traced, 0 for none}.
         loss_spike: factor of a SpikeRecord, or None.
         skip_nonfinite: steps of the run that may be left out because they are not finite.
 
@@ -46,17 +49,17 @@ class Record:
         run_dir: Path,
         *,
         total_steps: int,
-        batch_size: int,
         log_every: int,
+        speed: Speed,
         loss_spike: float | None = None,
         skip_nonfinite: int = 0,
         loggers: Mapping[str, Mapping[str, Any]] | None = None,
         shown: Mapping[str, Any] | None = None,
+        profile: Mapping[str, int] | None = None,
     ):
         self._run_dir, self._every, self._chosen, self._shown = run_dir, log_every, loggers or {}, shown or {}
-        self._progress = Progress(
-            total=total_steps, batch_size=batch_size, every=log_every, enabled=rank() == 0
-        )
+        self._progress = Progress(total=total_steps, every=log_every, enabled=rank() == 0)
+        self._speed, self._profile = speed, Profile(run_dir / "profile", **(profile or {}))
         self._loggers: Loggers | None = None
         self._spikes = SpikeRecord(run_dir, loss_spike)
         self._started = time.monotonic()
@@ -71,10 +74,28 @@ class Record:
         self._progress.start(step)
         self.say(f"run folder {self._run_dir}" + (f", resumed at step {step}" if step else ""))
         if rank() == 0:
+            session = begin_session(self._run_dir, step, say=self.say)
             self._loggers = Loggers(
-                self._run_dir, self._chosen, shown=shown(self._shown), start_step=step, scored=scored
+                self._run_dir,
+                self._chosen,
+                shown={**shown(self._shown), "code": session["code"]},
+                start_step=step,
+                scored=scored,
             )
+        self._speed.start(step)
         self._started = time.monotonic()
+
+    def steps(self, steps: range) -> Iterator[int]:
+        """The steps to take, those of the `profile` traced."""
+        return self._profile.over(steps, say=self.say, paused=self.paused)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Within it the next batch is awaited."""
+        return self._speed.waiting()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within it the run is saved or scored, which counts as no step's time."""
+        return self._speed.paused()
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0."""
@@ -87,7 +108,6 @@ class Record:
         *,
         lr: float,
         logit_scale: torch.Tensor,
-        data_seconds: float,
         keys: Sequence[str],
     ) -> None:
         """Take in a finished step.
@@ -95,18 +115,14 @@ class Record:
         Args:
             numbers: "loss", its terms and "grad_norm".
             logit_scale: (), read from the device only when it is logged.
-            data_seconds: spent waiting for the batch.
             keys: the batch's samples.
         """
+        terms = {name: value for name, value in numbers.items() if name != "grad_norm"}
+        self._progress.show(step, terms | {"lr": lr}, self._speed.pairs_per_second(step))
         if self._loggers and (step == self._progress.total or due(step, self._every)):
-            entries = {f"train/{name}": value for name, value in numbers.items()}
-            entries |= {"train/lr": lr, "train/logit_scale": logit_scale.item()}
-            entries |= {"train/data_seconds": data_seconds, "train/seconds": self.seconds}
-            entries |= memory()
-            self._loggers.log(step, entries)
-        self._progress.show(
-            step, {name: v for name, v in numbers.items() if name != "grad_norm"} | {"lr": lr}
-        )
+            found = {**numbers, "lr": lr, "logit_scale": logit_scale.item(), "seconds": self.seconds}
+            found |= self._speed.entry(step)
+            self._loggers.log(step, {f"train/{name}": value for name, value in found.items()})
         self._spikes.see(step, numbers["loss"], keys, self._progress)
 
     def finite(
@@ -160,6 +176,18 @@ class Record:
         if metrics and step < self._progress.total:
             self._progress.say(f"step {step} evaluation\n{table(metrics)}")
 
+    def samples(self, step: int, batch: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Hand the first pairs of rank 0's batch, as the model saw them, to the loggers that show some.
+
+        Args:
+            batch: {"image": (B, 3, H, W) uint8, augmented, "text": (B, L) ids}.
+        """
+        wanted = self._loggers.samples if self._loggers else 0
+        if not self._loggers or not wanted:
+            return
+        captions = [tokenizer.decode(ids) for ids in batch["text"][:wanted].tolist()]
+        self._loggers.log_samples(step, batch["image"][:wanted].cpu(), captions)
+
     @property
     def seconds(self) -> float:
         """Since training began, in this session."""
@@ -179,19 +207,6 @@ def due(step: int, every: int) -> bool:
 def of_rank() -> str:
     """What the name of a file ends in that each rank writes for its share of the batch; nothing on rank 0."""
     return f"_rank_{rank()}" if rank() else ""
-
-
-def memory() -> dict[str, float]:
-    """Resident memory in GB (10^9 bytes) of this process, and of its data workers."""
-    children = 0
-    for child in multiprocessing.active_children():
-        # It may end meanwhile.
-        with suppress(psutil.Error):
-            children += psutil.Process(child.pid).memory_info().rss
-    return {
-        "train/memory_gb": psutil.Process().memory_info().rss / 1e9,
-        "train/workers_memory_gb": children / 1e9,
-    }
 
 
 class SpikeRecord:

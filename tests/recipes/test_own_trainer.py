@@ -24,6 +24,7 @@ from clipkit.recipes import pretrain
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.process import StopRequest
 from clipkit.training.record import Record
+from clipkit.training.speed import Speed
 from tests.processes import ROOT, command
 
 FOLDER = ROOT / "recipes" / "own_trainer"
@@ -172,7 +173,7 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=pairs.LEARNING_RATE, weight_decay=0.0)
-    record = Record(tmp_path, total_steps=STEPS, batch_size=BATCH, log_every=1)
+    record = Record(tmp_path, total_steps=STEPS, speed=Speed(BATCH), log_every=1)
     record.start(0)
     device = torch.device("cpu")
     checkpoints: Any = SimpleNamespace(after=lambda step, stopping: None, score=lambda step, metrics: None)
