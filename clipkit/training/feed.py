@@ -53,7 +53,7 @@ def open_streams(
     for name, file in files.items():
         if not file:
             raise ValueError(
-                f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave "
+                f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl, csv, tsv or parquet), or leave "
                 "it out"
             )
     if not files:
