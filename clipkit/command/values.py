@@ -211,6 +211,7 @@ PRETRAIN: dict[str, Any] = {
     "data.shapes.val": COUNT,
     "data.shapes.seed": NATURAL,
     "data.shapes.image_size": COUNT,
+    "data.shapes.copies": COUNT,
     "data.sentences": or_null(Kind((dict,), "a mapping")),
     "data.sentences.triplets": NAMES,
     "data.sentences.pairs": NAMES,

@@ -64,7 +64,7 @@ _CHOICES = {
     "on_bad_shard": ("error", "skip"),
 }
 _PAIR_IDS = ("caption", "key", "key:SEP", "json:FIELD")
-_SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32}
+_SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32, "copies": 1}
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
     full = locate_data(spec)
     if full["kind"] == "shapes":
         shapes = full["shapes"]
-        write_shapes(_shapes_folder(shapes), **_pick(shapes, "train", "val", "seed", "image_size"))
+        write_shapes(_shapes_folder(shapes), **_pick(shapes, "train", "val", "seed", "image_size", "copies"))
     return full
 
 
@@ -167,7 +167,8 @@ def _complete_shapes(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _shapes_folder(shapes: Mapping[str, Any]) -> Path:
     permit(shapes["folder"], "data.shapes.folder")
-    return Path(shapes["folder"]) / "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
+    copies = f"-copies{shapes['copies']}" if shapes["copies"] > 1 else ""
+    return Path(shapes["folder"]) / ("{image_size}px-{train}-{val}-seed{seed}".format(**shapes) + copies)
 
 
 def _pick(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
