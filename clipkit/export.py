@@ -12,6 +12,7 @@ Nothing is converted numerically: tensors are renamed, transposed or split, so f
 from __future__ import annotations
 
 import json
+import string
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,8 @@ def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Tokeniz
     if tokenizer is not None and tokenizer.name != "clip_bpe":
         hugging_face_tokenizer(tokenizer).save_pretrained(folder)
         config["text_cfg"]["hf_tokenizer_name"] = "in this folder"
+    if tokenizer is not None and tokenizer.clean:
+        config["text_cfg"]["tokenizer_kwargs"] = {"clean": tokenizer.clean}
     preprocess = {"mean": list(model.image_tower.mean), "std": list(model.image_tower.std)}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
@@ -211,7 +214,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """A transformers tokenizer with the ids of clipkit's `tokenizer` (clip_bpe, words or hf).
 
     Two differences for clip_bpe. It first mends mojibake and HTML entities, which transformers has no part
-    for; other texts agree. And padding is the end token, hidden by the attention mask: CLIP's own padding id
+    for; other texts agree (so does any tokenizer with `clean`). And padding is the end token, hidden by the attention mask: CLIP's own padding id
     is the token "!".
     """
     from transformers import PreTrainedTokenizerFast
@@ -222,6 +225,8 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
             f"no transformers tokenizer is known for {tokenizer.name!r}; known: {', '.join(build)}"
         )
     backend = build[tokenizer.name](tokenizer)
+    if tokenizer.clean:
+        backend.normalizer = _canonical(backend.normalizer)
     pad_id = tokenizer.eot_id if tokenizer.name == "clip_bpe" else tokenizer.pad_id
     special = {"pad_token": pad_id, "bos_token": tokenizer.sot_id, "eos_token": tokenizer.eot_id}
     return PreTrainedTokenizerFast(
@@ -368,6 +373,19 @@ def _words_backend(tokenizer: Any) -> Any:
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\W_]+|[^\w\s]|_"), behavior="removed", invert=True)
     return _framed(backend, tokenizer)
+
+
+def _canonical(after: Any) -> Any:
+    """A normalizer of clean="canonicalize", before the one there is."""
+    marks = "".join(f"\\{mark}" for mark in string.punctuation)
+    steps = [
+        normalizers.Replace("_", " "),
+        normalizers.Replace(Regex(f"[{marks}]"), ""),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    return normalizers.Sequence([*steps, *([after] if after is not None else [])])
 
 
 def _framed(backend: Any, tokenizer: Any) -> Any:

@@ -1,8 +1,13 @@
 """DualEncoder: two towers, their projections and the logit scale, as the dict of features that losses read.
 
 `forward(batch, inputs)` makes just the passes that `inputs` asks for, which is the union of what the chosen
-losses need. Every text pass of a step (captions, their second dropout view, sentences) goes through the tower
-as one batch.
+losses need. Every text pass of a step (captions, their second dropout view, hard negatives, sentences) goes
+through the tower as one batch.
+
+With m captions a picture the batch's text is (B, m, L). The image tower runs once a picture, and a row of its
+features stands beside each of the picture's texts, as do its id and its number: losses see B m pairs, row
+i m + k being picture i with its caption k, and the ids that make a picture's captions each other's positives.
+Hard negatives, (B, m h, L), become h of each of these rows.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from clipkit.towers import ImageTower, TextTower, create_image_tower, create_tex
 _TEXT_PASSES = {
     "text_features": ("text", "data: shards with captions"),
     "text_features_view2": ("text", "data: shards with captions"),
+    "hard_negative_features": ("hard_negative", "data.hard_negatives: the field of KEY.json that holds them"),
     "premise_features": ("premise", "data.sentences: NLI triplets"),
     "entailment_features": ("entailment", "data.sentences: NLI triplets"),
     "contradiction_features": ("contradiction", "data.sentences: NLI triplets"),
@@ -35,12 +41,16 @@ _IMAGE_PASSES = {
     "image_features_view1": ("image_view1", "data: two augmented views of each image"),
     "image_features_view2": ("image_view2", "data: two augmented views of each image"),
 }
-# Entries handed from the batch to the losses as they are; pair_ids alone may be absent.
+# What a loss may use where it is there, and is not missed where it is not.
+_OPTIONAL = ("hard_negative_features", "pair_ids")
+# Entries handed from the batch to the losses.
 _PASSED_ON = {
     "nli_labels": "data.sentences: labelled NLI pairs",
     "sample_index": "data: a stream that numbers its samples",
-    "pair_ids": None,
+    "pair_ids": "data.pair_ids",
 }
+# One for each picture: repeated for each of its captions.
+_OF_PICTURES = ("image_features", "sample_index", "pair_ids")
 _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
@@ -202,26 +212,36 @@ class DualEncoder(nn.Module):
         """The features named in `inputs`, made from `batch` with as few passes as they need.
 
         Args:
-            batch: image (B, 3, H, W) uint8, text (B, L) int64, and premise, entailment, contradiction (M, L),
-                pair_premise, pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
+            batch: image (B, 3, H, W) uint8, text (B, L) or with m captions a picture (B, m, L) int64, and
+                hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
+                pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:
-            *_features (rows, D) of unit norm in fp32; logit_scale and logit_bias (); mlm_logits (T, V) and
-            mlm_labels (T,) over the T hidden tokens; labels and ids as they came.
+            *_features (rows, D) of unit norm in fp32, where image_features and text_features have B m rows;
+            hard_negative_features (B m, h, D); logit_scale and logit_bias (); mlm_logits (T, V) and mlm_labels
+            (T,) over the T hidden tokens; labels as they came; pair_ids and sample_index (B m,).
         """
         self.check_inputs(inputs)
         features = self._passes(_IMAGE_PASSES, batch, inputs, self._encode_images)
         features |= self._passes(_TEXT_PASSES, batch, inputs, self._encode_texts)
         for name, source in _PASSED_ON.items():
-            if name in inputs and (source is None and name in batch or source is not None):
+            if name in inputs and _there(batch, name, name):
                 features[name] = _entry(batch, name, name, source)
+        per_picture = _captions_per_picture(batch)
+        if "hard_negative_features" in features:
+            pictures, texts = batch["hard_negative"].shape[:2]
+            each = (pictures * per_picture, texts // per_picture)
+            features["hard_negative_features"] = features["hard_negative_features"].unflatten(0, each)
+        if per_picture > 1:
+            for name in set(_OF_PICTURES) & set(features):
+                features[name] = features[name].repeat_interleave(per_picture, 0)
         if "logit_scale" in inputs:
             features["logit_scale"] = self.logit_scale
         if "logit_bias" in inputs and self.logit_bias is not None:
             features["logit_bias"] = self.logit_bias.float().sum()
         if ("mlm_logits" in inputs or "mlm_labels" in inputs) and self.mlm_head is not None:
-            text = _entry(batch, "text", "mlm_logits", "data: shards with captions")
+            text = _rows(_entry(batch, "text", "mlm_logits", "data: shards with captions"))
             features["mlm_logits"], features["mlm_labels"] = self.mlm_head(self.text_tower, text)
         return features
 
@@ -229,7 +249,7 @@ class DualEncoder(nn.Module):
         wanted = {
             name: _entry(batch, entry, name, source)
             for name, (entry, source) in table.items()
-            if name in inputs
+            if name in inputs and _there(batch, entry, name)
         }
         return dict(zip(wanted, encode(list(wanted.values())))) if wanted else {}
 
@@ -240,6 +260,7 @@ class DualEncoder(nn.Module):
         return _apart(self.encode_image(torch.cat(images)), images)
 
     def _encode_texts(self, texts: list[Tensor]) -> Sequence[Tensor]:
+        texts = [_rows(text) for text in texts]
         if len(texts) == 1:
             return [self.encode_text(*texts)]
         length = max(text.shape[1] for text in texts)
@@ -364,7 +385,22 @@ def _apart(features: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
     return [rows.clone() for rows in features.split([len(part) for part in parts])]
 
 
-def _entry(batch: Mapping[str, Any], entry: str, feature: str, source: str | None) -> Tensor:
+def _there(batch: Mapping[str, Any], entry: str, feature: str) -> bool:
+    """Whether to make a feature: one that is missed is an error where it is made."""
+    return feature not in _OPTIONAL or batch.get(entry) is not None
+
+
+def _captions_per_picture(batch: Mapping[str, Any]) -> int:
+    text = batch.get("text")
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 1
+
+
+def _rows(text: Tensor) -> Tensor:
+    """(B, m, L) as (B m, L); (B, L) as it is."""
+    return text.flatten(0, 1) if text.ndim == 3 else text
+
+
+def _entry(batch: Mapping[str, Any], entry: str, feature: str, source: str) -> Tensor:
     if batch.get(entry) is None:
         raise ValueError(
             f"{feature} needs {entry!r} in the batch, which holds {sorted(batch)}: set up {source}"

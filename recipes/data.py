@@ -47,6 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
         help="reduce larger pictures to this shorter side, pixels; default: keep the bytes",
     )
     pack_parser.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    pack_parser.add_argument(
+        "--keep", nargs="+", default=[], help="further columns for KEY.json, such as an id for data.pair_ids"
+    )
+    pack_parser.add_argument(
+        "--separator", help="sign between a table's fields; default: a comma in .csv, a tab in .tsv"
+    )
+    pack_parser.add_argument(
+        "--encoding", help="of a table, such as cp1252; default: UTF-8, or what its mark says"
+    )
+    pack_parser.add_argument(
+        "--quotes",
+        default="auto",
+        choices=("auto", "csv", "none"),
+        help="whether quotes in a table enclose fields (csv) or are letters (none); default: found out",
+    )
     check_parser = commands.add_parser(
         "check", help="decode everything; count faults, duplicates and overlap"
     )
@@ -82,6 +97,10 @@ def _pack(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         samples_per_shard=options.samples_per_shard,
         workers=options.workers,
         resize=options.resize,
+        keep=options.keep,
+        separator=options.separator,
+        encoding=options.encoding,
+        quotes=options.quotes,
     )
     return report, 0 if report["samples"] else 1
 

@@ -45,6 +45,10 @@ def plan(config: Mapping[str, Any], run_dir: Path) -> None:
         precision=config["precision"],
         tf32=config["tf32"],
         sentence_batch_size=config["data"]["sentences"]["batch_size"] or 0,
+        captions_per_image=config["data"]["captions_per_image"],
+        hard_negatives_per_caption=config["data"]["hard_negatives_per_caption"]
+        if config["data"]["hard_negatives"]
+        else 0,
         fused_attention=gpu.capability is not None,
     )
     assumptions = Assumptions(config["efficiency"], config["launch_us"], config["reserve_gb"])

@@ -98,7 +98,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     model.check_inputs(loss.inputs)
     stream, sentences = feed.open_streams(
         data,
-        loss.inputs,
+        loss,
         tokenizer=tokenizer,
         image_size=model.image_tower.image_size,
         batch_size=config["batch_size"],

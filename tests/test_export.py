@@ -80,6 +80,26 @@ def images(model):
 
 
 @pytest.mark.parametrize("name", ["clip_bpe", "words"])
+def test_an_exported_tokenizer_cleans_as_it_did(tmp_path, name):
+    captions = [
+        "A RED_circle!",
+        "it's (not) a star, is it?",
+        "  two   spaces ",
+        "a-b [c] {d} ^e\\f ~ | `g`",
+        "10% & <b>",
+    ]
+    spec = {"name": name, "context_length": 24, "clean": "canonicalize"}
+    tokenizer = create_tokenizer(spec, captions=captions if name == "words" else None)
+    expected = tokenizer(captions)
+    out = hugging_face_tokenizer(tokenizer)(
+        captions, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(out["input_ids"].masked_fill(out["attention_mask"] == 0, tokenizer.pad_id), expected)
+    folder = save_open_clip(make(tokenizer, "clip_vit"), tmp_path / "out", tokenizer=tokenizer)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{folder}")(captions), expected)
+
+
+@pytest.mark.parametrize("name", ["clip_bpe", "words"])
 @pytest.mark.parametrize("image", IMAGE)
 @torch.no_grad()
 def test_open_clip_loads_the_folder_and_gives_the_same_features(tmp_path, tokenizers, image, name):

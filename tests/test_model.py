@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipkit.losses import create_loss
 from clipkit.model import FEATURES, DualEncoder, create_model
 from clipkit.towers import create_image_tower, create_text_tower
 from tests.fsdp_case import two_steps
@@ -25,7 +26,7 @@ def model(text=None, image=None, **settings):
     torch.manual_seed(0)
     config = {
         "embed_dim": 24,
-        "image_tower": {**IMAGE, **(image or {})},
+        "image_tower": image if image and "name" in image else {**IMAGE, **(image or {})},
         "text_tower": {**TEXT, **(text or {})},
         **settings,
     }
@@ -74,12 +75,14 @@ def test_default_inputs_are_clips(batch):
 def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
     batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
+    batch["hard_negative"] = texts(8, 10, seed=6).unflatten(0, (4, 2))
     features = dual(batch, FEATURES)
     assert set(features) == set(FEATURES)
     rows = {"image": 4, "text": 4, "premise": 3, "entailment": 3, "contradiction": 3, "pair": 2}
     for name, value in features.items():
         if "_features" in name:
-            assert value.shape == (rows[name.split("_")[0]], 24), name
+            shape = (4, 2) if name == "hard_negative_features" else (rows[name.split("_")[0]],)
+            assert value.shape == (*shape, 24), name
     assert features["mlm_logits"].shape == (len(features["mlm_labels"]), V)
     assert features["logit_bias"].item() == -10.0 and features["logit_bias"].shape == ()
     sum((value.float() * torch.rand_like(value.float())).sum() for value in features.values()).backward()
@@ -102,6 +105,125 @@ def test_one_joined_text_pass_equals_separate_passes(batch, text):
         torch.testing.assert_close(
             joined[name], dual.encode_text(batch[name.removesuffix("_features")]), atol=1e-6, rtol=0
         )
+
+
+def several(batch, count):
+    """The batch with so many captions a picture."""
+    return {
+        **batch,
+        "text": texts(4 * count, seed=8).unflatten(0, (4, count)),
+        "pair_ids": torch.tensor([7, 7, 1, 2]),
+    }
+
+
+def test_a_picture_stands_beside_each_of_its_captions(batch):
+    dual = model().eval()
+    batch = {**several(batch, 3), "hard_negative": texts(24, 9, seed=9).unflatten(0, (4, 6))}
+    calls = []
+    dual.image_tower.register_forward_hook(
+        lambda module, inputs, output: calls.append(("image", len(output)))
+    )
+    dual.text_tower.register_forward_hook(lambda module, inputs, output: calls.append(("text", len(output))))
+    names = (
+        "image_features",
+        "text_features",
+        "pair_ids",
+        "sample_index",
+        "image_features_view1",
+        "premise_features",
+        "hard_negative_features",
+    )
+    features = dual(batch, names)
+    assert calls == [("image", 8), ("text", 12 + 3 + 24)], "each tower once, the image tower a row a picture"
+    one_by_one = dual.encode_text(batch["text"].flatten(0, 1))
+    torch.testing.assert_close(features["text_features"], one_by_one, atol=1e-6, rtol=0)
+    pictures = dual.encode_image(batch["image"])
+    for i in range(4):
+        for k in range(3):
+            torch.testing.assert_close(features["image_features"][3 * i + k], pictures[i], atol=1e-6, rtol=0)
+    wrong = dual.encode_text(batch["hard_negative"].flatten(0, 1))
+    torch.testing.assert_close(features["hard_negative_features"], wrong.view(12, 2, 24), atol=1e-6, rtol=0)
+    assert features["pair_ids"].tolist() == [7] * 6 + [1] * 3 + [2] * 3
+    assert features["sample_index"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(features["image_features_view1"]) == 4 and len(features["premise_features"]) == 3
+
+
+def logsumexp(values):
+    return torch.stack(list(values)).logsumexp(0)
+
+
+@pytest.mark.parametrize("name", ["infonce", "infonce mask", "sigmoid", "cyclic"])
+def test_several_captions_have_the_gradient_of_the_written_out_loss(batch, name):
+    """N pictures against N m texts, in float64 and pair by pair, without a picture's features ever repeated."""
+    loss, _, same_ids = name.partition(" ")
+    image = {"name": "clip_vit", "patch_size": 16, "width": 16, "layers": 1, "heads": 2}
+    dual = model(image={**image, "image_size": 32}, init_logit_bias=-2.0).double()
+    batch = several(batch, 3)
+    settings = (
+        {"same_ids": same_ids}
+        if same_ids
+        else {"in_modal": 0.25, "cross_modal": 0.5}
+        if loss == "cyclic"
+        else {}
+    )
+    objective = create_loss({loss: settings})
+    found = objective(dual(batch, (*objective.inputs, *objective.optional_inputs)))["loss"]
+    gradient = torch.autograd.grad(found, [*dual.parameters()], allow_unused=True)
+
+    x, y = dual.encode_image(batch["image"]), dual.encode_text(batch["text"].flatten(0, 1))
+    ids, owner = batch["pair_ids"].tolist(), [i for i in range(4) for _ in range(3)]
+    scale, bias = dual.logit_scale, dual.logit_bias.sum()
+    z = [[scale * (x[i] * y[t]).sum() for t in range(12)] for i in range(4)]
+    same = [[ids[i] == ids[owner[t]] for t in range(12)] for i in range(4)]
+    if name == "infonce":
+        # An image's target is even over the texts of its id, a text's over the pictures; log m is what counting each
+        # picture m times adds to a text's sum.
+        rows = [logsumexp(z[i]) - mean(z[i][t] for t in range(12) if same[i][t]) for i in range(4)]
+        columns = [
+            logsumexp(z[i][t] for i in range(4)) - mean(z[i][t] for i in range(4) if same[i][t])
+            for t in range(12)
+        ]
+        expected = (mean(rows) + mean(columns) + math.log(3)) / 2
+    elif name == "infonce mask":
+        # An image and one of its texts against the texts of other ids; a text and its picture against each other picture,
+        # once for each of that one's texts.
+        rows = [
+            logsumexp([z[i][t], *(z[i][u] for u in range(12) if not same[i][u])]) - z[i][t]
+            for t in range(12)
+            for i in [owner[t]]
+        ]
+        columns = [
+            logsumexp([z[owner[t]][t], *(z[i][t] + math.log(3) for i in range(4) if not same[i][t])])
+            - z[owner[t]][t]
+            for t in range(12)
+        ]
+        expected = (mean(rows) + mean(columns)) / 2
+    elif name == "sigmoid":
+        terms = [
+            F.softplus(-(z[i][t] + bias) if same[i][t] else z[i][t] + bias)
+            for i in range(4)
+            for t in range(12)
+        ]
+        expected = sum(terms) / 4
+    else:
+        expected = 0.0
+        for t in range(12):
+            for u in range(12):
+                i, j = owner[t], owner[u]
+                expected += 0.25 * ((x[i] * x[j]).sum() - (y[t] * y[u]).sum()) ** 2 / 12
+                expected += 0.5 * ((x[i] * y[u]).sum() - (x[j] * y[t]).sum()) ** 2 / 12
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    wanted = torch.autograd.grad(expected, [*dual.parameters()], allow_unused=True)
+    for one, other in zip(gradient, wanted):
+        # The bias shifts no softmax; its gradient is absent here, or zero.
+        one, other = (torch.zeros(1).double() if g is None else g.flatten() for g in (one, other))
+        # The scale and the bias are handed to losses in fp32.
+        assert (one - other).norm() <= (1e-6 if len(one) == 1 else 1e-9) * other.norm() + 1e-15
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def test_only_the_passes_asked_for_are_made(batch):

@@ -15,6 +15,7 @@ import torch
 from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
 from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
+from clipkit.data.pairs import Known, Pairs
 from clipkit.data.shardset import ShardSet
 
 _DRAWS = 5  # area, shape, left, top of the crop; the caption
@@ -41,12 +42,12 @@ class Batches(torch.utils.data.Dataset):
         self.sets, self.orders, self.mixture = sets, orders, mixture
         self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.captions, self.max_pixels = spec["captions"], spec["max_pixels"]
+        self.pairs, self.max_pixels = Pairs(spec, seed=seed), spec["max_pixels"]
         self.scale = tuple(spec["augmentation"]["crop_scale"])
         self.ratio = tuple(spec["augmentation"]["crop_ratio"])
         self.offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
         self.cache = (
-            _Cache(spec["cache_size"] or _cache_side(image_size, self.scale), sets)
+            _Cache(spec["cache_size"] or _cache_side(image_size, self.scale), sets, self.pairs)
             if spec["cache"] == "ram"
             else None
         )
@@ -80,7 +81,7 @@ class Batches(torch.utils.data.Dataset):
 
     def _batch(self, start: int) -> dict[str, Any]:
         faults: list[tuple[str, str, str, str]] = []
-        texts, keys, index = [], [], []
+        texts, wrong, keys, index, ids = [], [], [], [], []
         # Pixel by pixel in memory (channels_last), as decoders write and convolutions like it.
         images = torch.empty(self.batch_size, self.image_size, self.image_size, 3, dtype=torch.uint8).permute(
             0, 3, 1, 2
@@ -88,17 +89,30 @@ class Batches(torch.utils.data.Dataset):
         rows = self.plan(start)
         draws = self._draws([(source, epoch, sample) for source, epoch, _, sample in rows])
         for row, (source, epoch, place, sample) in enumerate(rows):
-            images[row], text, sample = self._sample(source, epoch, place, sample, draws[row], faults)
-            texts.append(text)
-            keys.append(self.sets[source].key(sample))
+            images[row], known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
+            data = self.sets[source]
+            captions, negatives = self.pairs.draw(known, draw, epoch, data.key(sample))
+            texts += captions
+            wrong += negatives
+            keys.append(data.key(sample))
             index.append(int(self.offsets[source]) + sample)
-        return {
+            ids.append(self.pairs.id(known, captions[0], data, sample, index[-1]))
+        batch = {
             "image": images,
             "text": self.tokenizer(texts),
             "key": keys,
             "sample_index": torch.tensor(index, dtype=torch.int64),
             "faults": faults,
         }
+        if self.pairs.per_image > 1:
+            batch["text"] = batch["text"].unflatten(0, (self.batch_size, self.pairs.per_image))
+        if self.pairs.negatives:
+            batch["hard_negative"] = self.tokenizer(wrong).unflatten(
+                0, (self.batch_size, self.pairs.negatives)
+            )
+        if self.pairs.have_ids:
+            batch["pair_ids"] = torch.tensor(ids, dtype=torch.int64)
+        return batch
 
     def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
         """Each row's random numbers, a function of (seed, epoch, key): (n, 5) float64."""
@@ -116,11 +130,11 @@ class Batches(torch.utils.data.Dataset):
         sample: int,
         draws: np.ndarray,
         faults: list[tuple[str, str, str, str]],
-    ) -> tuple[torch.Tensor, str, int]:
-        """Image, caption and number of a sample, or of the first readable substitute."""
+    ) -> tuple[torch.Tensor, Known, int, float]:
+        """Image, texts and number of a sample, or of the first readable substitute, and its caption's draw."""
         for attempt in range(_ATTEMPTS):
             try:
-                return *self._read(source, epoch, sample, draws.tolist()), sample
+                return *self._read(source, sample, draws.tolist()), sample, float(draws[4])
             except DataError as error:
                 shard, key = self.sets[source].where(sample)
                 if error.cause in SHARD_CAUSES:
@@ -135,13 +149,13 @@ class Batches(torch.utils.data.Dataset):
             faults[-1][0], f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
         )
 
-    def _read(self, source: int, epoch: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, str]:
+    def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, Known]:
         data = self.sets[source]
         if self.cache is not None:
-            captions, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
+            known, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
             image = self._crop(pixels, aspect, draws)
         else:
-            captions = data.captions(sample)
+            known = self.pairs.read(data, sample)
             image = decode_train(
                 data.image(sample),
                 self.image_size,
@@ -150,7 +164,7 @@ class Batches(torch.utils.data.Dataset):
                 ratio=self.ratio,
                 max_pixels=self.max_pixels,
             )
-        return image, captions[self._pick(len(captions), draws[4], epoch, data.key(sample))]
+        return image, known
 
     def _crop(self, pixels: torch.Tensor, aspect: float, draws: list[float]) -> torch.Tensor:
         """A random resized crop of a squashed picture (3, S, S), of the same area and shape as of the picture
@@ -165,16 +179,6 @@ class Batches(torch.utils.data.Dataset):
         return resize(
             pixels[:, y0:y1, x0:x1].permute(1, 2, 0), self.image_size, self.image_size, mode="bilinear"
         )
-
-    def _pick(self, count: int, draw: float, epoch: int, key: str) -> int:
-        """Which caption: the first; a random one; or (all) each in turn, epoch after epoch, from a start by
-        key.
-        """
-        if self.captions == "first" or count == 1:
-            return 0
-        if self.captions == "random":
-            return min(count - 1, int(draw * count))
-        return (number(self.seed, key, "captions") + epoch) % count
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -194,23 +198,23 @@ class _Cache:
     What is read back is bit for bit what decoding again would give, so the cache never changes a batch.
     """
 
-    def __init__(self, side: int, sets: list[ShardSet]):
-        self.sets, self.side = sets, side
+    def __init__(self, side: int, sets: list[ShardSet], pairs: Pairs):
+        self.sets, self.side, self.pairs = sets, side, pairs
         self.pixels = [
             torch.zeros(len(one), side, side, 3, dtype=torch.uint8).share_memory_() for one in sets
         ]
         self.aspect = [torch.zeros(len(one), dtype=torch.float64).share_memory_() for one in sets]
-        self.texts: list[dict[int, list[str]]] = [{} for _ in sets]
+        self.texts: list[dict[int, Known]] = [{} for _ in sets]
 
-    def get(self, source: int, sample: int, max_pixels: int) -> tuple[list[str], torch.Tensor, float]:
+    def get(self, source: int, sample: int, max_pixels: int) -> tuple[Known, torch.Tensor, float]:
         data = self.sets[source]
-        captions = self.texts[source].get(sample)
-        if captions is None:
-            captions = self.texts[source][sample] = data.captions(sample)
+        known = self.texts[source].get(sample)
+        if known is None:
+            known = self.texts[source][sample] = self.pairs.read(data, sample)
         pixels, aspect = self.pixels[source][sample].permute(2, 0, 1), float(self.aspect[source][sample])
         if aspect == 0.0:
             squashed, aspect = decode_squashed(data.image(sample), self.side, max_pixels=max_pixels)
             pixels.copy_(squashed)
             # Written last: another worker that sees it may use the pixels.
             self.aspect[source][sample] = aspect
-        return captions, pixels, aspect
+        return known, pixels, aspect

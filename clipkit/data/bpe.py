@@ -15,6 +15,7 @@ import heapq
 import html
 import io
 import re
+import string
 import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 _ASCII_WORDS = re.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII
 )
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _MERGES = 49152 - 256 - 2
 _CACHED_CHUNKS = 200_000
 # The merges file of CLIP has 1.3 MB, 3.2 MB unpacked.
@@ -142,10 +144,14 @@ class BytePairs:
         self._chunks, self._words = _Chunks(self), {}
         self._any_word = None
 
-    def ids(self, text: str, limit: int) -> list[int]:
-        """The text's ids without start and end, at least the first `limit` of them when there are so many."""
-        if "&" in text or not (text.isascii() and (text.isprintable() or _PLAIN.fullmatch(text))):
-            text = _clean(text)
+    def ids(self, text: str, limit: int, *, cleaned: bool = False) -> list[int]:
+        """The text's ids without start and end, at least the first `limit` of them when there are so many.
+
+        Args:
+            cleaned: the text is as `canonicalize` leaves it, and not cleaned again: that could change it.
+        """
+        if not cleaned:
+            text = _mended(text)
         chunks = text.lower().split()
         if len(chunks) <= limit:
             return list(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
@@ -263,6 +269,20 @@ def _merge_everywhere(parts: list[str], pair: tuple[str, str]) -> list[str]:
             merged.append(parts[i])
             i += 1
     return merged
+
+
+def canonicalize(text: str) -> str:
+    """open_clip's `clean="canonicalize"`, which SigLIP's models were trained with: cleaned, "_" a space, ASCII
+    punctuation left out, lower case, one space between words.
+    """
+    return " ".join(_mended(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+def _mended(text: str) -> str:
+    """The text cleaned; printable ASCII without '&' needs none."""
+    if "&" in text or not (text.isascii() and (text.isprintable() or _PLAIN.fullmatch(text))):
+        return _clean(text)
+    return text
 
 
 def _clean(text: str) -> str:

@@ -3,32 +3,37 @@
 Row number r of the source becomes key `r` with nine digits, in shard r div `samples_per_shard`: what a key
 came from is never a question, and a shard that is finished (its `_stats.json` is written last) is not done
 again. Image bytes are stored as they are, unless `resize` asks for smaller ones; every image is decoded once,
-and rows that a training run would skip are left out and counted by the same causes.
+and rows that a training run would skip are left out, counted by the same causes and named. The rows of the table, the
+samples and what is left out are added up: a row that is neither is an error.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from clipkit.data.decode import MAX_PIXELS, decode, read_image
 from clipkit.data.faults import DataError
+from clipkit.data.tables import SUFFIXES, read_table
 from clipkit.data.tarindex import IMAGES
 from clipkit.foreign import BrokenFile, read_bytes, read_json
 
-# Bytes of a captions file beside a picture, of one field of a table, and of one of its lines.
-_CAPTION_BYTES, _FIELD_BYTES, _LINE_BYTES = 1 << 20, 1 << 24, 1 << 28
+# Bytes of a captions file beside a picture.
+_CAPTION_BYTES = 1 << 20
+# Rows left out that a report names for each cause, and letters of what it says of one.
+_NAMED, _SHOWN = 20, 200
+# What a sample's json holds by itself.
+_OWN = ("key", "status", "caption", "captions", "width", "height", "source")
 
 _EXTENSIONS = {
     b"\xff\xd8": "jpg",
@@ -52,6 +57,10 @@ def pack(
     workers: int = 1,
     resize: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    keep: Sequence[str] = (),
+    separator: str | None = None,
+    encoding: str | None = None,
+    quotes: str = "auto",
 ) -> dict[str, Any]:
     """Write `folder`/000000.tar, 000001.tar, ... from a source.
 
@@ -67,13 +76,17 @@ def pack(
         resize: shorter side in pixels to which larger pictures are reduced (JPEG, quality 95); None keeps the
             bytes.
         max_pixels: larger pictures are left out.
+        keep: further columns, which each sample's json gets, such as an id for data.pair_ids.
+        separator, encoding, quotes: of a table, where it does not say itself; see `clipkit.data.tables.read_table`.
 
     Returns:
-        {"rows", "samples", "shards", "skipped": {cause: n}} over all shards, finished earlier or now.
+        {"rows", "samples", "shards", "skipped": {cause: n}} over all shards, finished earlier or now, and where rows
+        were skipped "examples": {cause: up to 20 of "row 7 (line 9): picture: why"}.
 
     Raises:
         ValueError: no such source or column, a table that is broken (names file and line), or a folder with shards
             made from other arguments.
+        RuntimeError: rows that are neither samples nor skipped.
     """
     source, folder = Path(source), Path(folder)
     if not source.is_file() and not source.is_dir():
@@ -84,6 +97,10 @@ def pack(
     if samples_per_shard < 1 or workers < 1 or (resize is not None and resize < 1):
         raise ValueError("samples_per_shard, workers and resize must be at least 1")
     columns = [caption] if isinstance(caption, str) else list(caption)
+    if taken := [name for name in keep if name in _OWN]:
+        raise ValueError(
+            f"keep: {taken[0]!r} is a field that a sample's json has by itself: rename the column"
+        )
     root = Path(root) if root else (source if source.is_dir() else source.parent)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -93,33 +110,55 @@ def pack(
         "root": str(root.resolve()),
         "samples_per_shard": samples_per_shard,
         "resize": resize,
+        **({"keep": list(keep)} if keep else {}),
+        **{k: v for k, v in {"separator": separator, "encoding": encoding}.items() if v},
+        **({"quotes": quotes} if quotes != "auto" else {}),
     }
     _same_settings(folder / "pack.json", settings)
     total: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
+    examples: dict[str, list[tuple[int, str]]] = {}
+    rows_read = 0
+    table = {"separator": separator, "encoding": encoding, "quotes": quotes}
     with ProcessPoolExecutor(workers) as pool:
         running: set[Future] = set()
-        for number, rows in _chunks(_rows(source, image, columns), samples_per_shard):
+        for number, rows in _chunks(_rows(source, image, columns, keep, **table), samples_per_shard):
+            rows_read += len(rows)
             running.add(
                 pool.submit(_write_shard, folder, number, rows, root, resize, max_pixels, samples_per_shard)
             )
             while len(running) > 2 * workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                _add(done, total, skipped)
-        _add(running, total, skipped)
+                _add(done, total, skipped, examples)
+        _add(running, total, skipped, examples)
     if not total["rows"]:
         raise ValueError(f"{source} has no rows")
+    if not rows_read == total["rows"] == total["samples"] + sum(skipped.values()):
+        raise RuntimeError(
+            f"{source} has {rows_read} rows, of which {total['rows']} were written, as {total['samples']} samples and "
+            f"{sum(skipped.values())} skipped ones: do not use {folder}, and report this"
+        )
+    named = {cause: [what for _, what in sorted(found)[:_NAMED]] for cause, found in sorted(examples.items())}
     return {
         "rows": total["rows"],
         "samples": total["samples"],
         "shards": total["shards"],
         "skipped": dict(sorted(skipped.items())),
+        **({"examples": named} if named else {}),
     }
 
 
-def _add(done: set[Future], total: Counter[str], skipped: Counter[str]) -> None:
+def _add(
+    done: set[Future],
+    total: Counter[str],
+    skipped: Counter[str],
+    examples: dict[str, list[tuple[int, str]]],
+) -> None:
     for future in done:
         stats = future.result()
+        for row, cause, what in stats["left_out"]:
+            if len(examples.setdefault(cause, [])) < _NAMED:
+                examples[cause].append((row, f"row {row}{what}"))
         total.update(rows=stats["rows"], samples=stats["samples"], shards=1)
         skipped.update(stats["skipped"])
 
@@ -144,7 +183,19 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings))
 
 
-def _chunks(rows: Iterator[tuple[Any, list[str] | None]], size: int) -> Iterator[tuple[int, list]]:
+class _Source(NamedTuple):
+    """One row: its line in the table or 0, a path or bytes, captions (None: beside the picture), more for its json; or
+    what is wrong with it.
+    """
+
+    line: int
+    image: Any = None
+    captions: list[str] | None = None
+    kept: dict[str, Any] = {}
+    broken: str = ""
+
+
+def _chunks(rows: Iterator[_Source], size: int) -> Iterator[tuple[int, list[_Source]]]:
     number, chunk = 0, []
     for row in rows:
         chunk.append(row)
@@ -155,81 +206,41 @@ def _chunks(rows: Iterator[tuple[Any, list[str] | None]], size: int) -> Iterator
         yield number, chunk
 
 
-def _rows(source: Path, image: str, captions: list[str]) -> Iterator[tuple[Any, list[str] | None]]:
-    """(path or bytes, captions; None for a folder's images) of every row, in the source's order."""
+def _rows(
+    source: Path, image: str, captions: Sequence[str], keep: Sequence[str] = (), **table: Any
+) -> Iterator[_Source]:
+    """Every row, in the source's order."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
             if path.suffix.lower().lstrip(".") in IMAGES and path.is_file():
-                yield str(path.relative_to(source)), None
+                yield _Source(0, str(path.relative_to(source)))
         return
-    for row in _table(source):
-        missing = [name for name in [image, *captions] if name not in row]
-        if missing:
-            raise ValueError(
-                f"{source} has no column {missing[0]!r}; its columns are {', '.join(map(str, row))[:300]}. Choose "
-                "with "
-                "--image and --caption"
+    if source.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{source} is not {', '.join(SUFFIXES)} or a folder")
+    try:
+        for line, row in read_table(source, [image, *captions, *keep], **table):
+            yield (
+                _Source(line, broken=row)
+                if isinstance(row, str)
+                else _source(line, row, image, captions, keep)
             )
-        texts: list[str] = []
-        for name in captions:
-            value = row[name]
-            listed = value if isinstance(value, (list, tuple)) else [value]
-            texts += [one for one in listed if isinstance(one, str)]
-        value = row[image]
-        yield value.get("bytes") or value.get("path") if isinstance(value, dict) else value, texts
+    except BrokenFile as error:
+        if "has no column" in str(error):
+            raise ValueError(f"{error}. Choose with --image and --caption") from None
+        raise
 
 
-def _table(source: Path) -> Iterator[dict[Any, Any]]:
-    suffix = source.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        yield from _csv_rows(source, "," if suffix == ".csv" else "\t")
-    elif suffix in (".jsonl", ".ndjson"):
-        with open(source, "rb") as file:
-            line = 0
-            while raw := file.readline(_LINE_BYTES):
-                line += 1
-                if len(raw) == _LINE_BYTES:
-                    raise BrokenFile(f"{source}, line {line}: longer than {_LINE_BYTES} bytes")
-                if raw.strip():
-                    yield _json_row(raw, f"{source}, line {line}")
-    elif suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
-        try:
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(256):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
-            raise BrokenFile(f"{source} is no Parquet file, or a damaged one: {str(error)[:200]}") from None
-    else:
-        raise ValueError(f"{source} is not .csv, .tsv, .jsonl, .parquet or a folder")
-
-
-def _json_row(raw: bytes, where: str) -> dict[Any, Any]:
-    """A line's object. What is wrong inside of it is its row's fault alone."""
-    try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise BrokenFile(f"{where}: not JSON, or nested too deep") from None
-    if not isinstance(row, dict):
-        raise BrokenFile(f"{where}: expected an object, got {type(row).__name__}")
-    return row
-
-
-def _csv_rows(source: Path, delimiter: str) -> Iterator[dict[Any, Any]]:
-    before = csv.field_size_limit(_FIELD_BYTES)
-    try:
-        with open(source, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            try:
-                yield from reader
-            except UnicodeDecodeError:
-                raise BrokenFile(f"{source}, near line {reader.line_num + 1}: not UTF-8 text") from None
-            except csv.Error as error:
-                raise BrokenFile(f"{source}, near line {reader.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(before)
+def _source(
+    line: int, row: dict[Any, Any], image: str, captions: Sequence[str], keep: Sequence[str]
+) -> _Source:
+    texts: list[str] = []
+    for name in captions:
+        value = row.get(name)
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        texts += [one for one in listed if isinstance(one, str)]
+    value = row.get(image)
+    value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    return _Source(line, value, texts, {name: row.get(name) for name in keep})
 
 
 class _Stats(TypedDict):
@@ -238,13 +249,14 @@ class _Stats(TypedDict):
     rows: int
     samples: int
     skipped: dict[str, int]
+    left_out: list[tuple[int, str, str]]
     bytes: int
 
 
 def _write_shard(
     folder: Path,
     number: int,
-    rows: list,
+    rows: list[_Source],
     root: Path,
     resize: int | None,
     max_pixels: int,
@@ -259,15 +271,14 @@ def _write_shard(
     except (OSError, BrokenFile):
         # Not finished, or damaged: it is made again.
         pass
-    skipped: Counter[str] = Counter()
+    left_out: list[tuple[int, str, str]] = []
     samples, part = 0, folder / f"{number:06d}.part"
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (value, captions) in enumerate(rows):
-            key = f"{number * samples_per_shard + i:09d}"
+        for i, row in enumerate(rows, number * samples_per_shard):
             try:
-                members = _members(key, value, captions, root, resize, max_pixels)
+                members = _members(f"{i:09d}", row, root, resize, max_pixels)
             except DataError as error:
-                skipped[error.cause] += 1
+                left_out.append((i, error.cause, _named(row, error)))
                 continue
             for name, data in members:
                 info = tarfile.TarInfo(name)
@@ -280,7 +291,8 @@ def _write_shard(
     stats = {
         "rows": len(rows),
         "samples": samples,
-        "skipped": dict(skipped),
+        "skipped": dict(Counter(cause for _, cause, _ in left_out)),
+        "left_out": left_out,
         "bytes": tar_path.stat().st_size,
     }
     stats_part = stats_path.with_suffix(".part")
@@ -289,10 +301,21 @@ def _write_shard(
     return stats
 
 
+def _named(row: _Source, error: DataError) -> str:
+    """What a report says of a row that is left out, in letters that any file can hold."""
+    line = f" (line {row.line})" if row.line else ""
+    picture = f": {row.image}"[:_SHOWN] if isinstance(row.image, str) and row.image else ""
+    why = f": {error.detail}"[:_SHOWN] if error.detail else ""
+    return f"{line}{picture}{why}".encode("utf-8", "backslashreplace").decode()
+
+
 def _members(
-    key: str, value: Any, captions: list[str] | None, root: Path, resize: int | None, max_pixels: int
+    key: str, row: _Source, root: Path, resize: int | None, max_pixels: int
 ) -> list[tuple[str, bytes]]:
     """The three files of one sample. DataError says why there is none."""
+    if row.broken:
+        raise DataError("broken_row", row.broken)
+    value, captions = row.image, row.captions
     source = value if isinstance(value, str) else ""
     if isinstance(value, (bytes, bytearray)):
         data = bytes(value)
@@ -322,11 +345,15 @@ def _members(
         "width": width,
         "height": height,
         **({"source": source} if source else {}),
+        **row.kept,
     }
     return [
         (f"{key}.{_EXTENSIONS.get(data[:2], 'jpg')}", data),
         (f"{key}.txt", texts[0].encode()),
-        (f"{key}.json", json.dumps(meta, ensure_ascii=False).encode("utf-8", "backslashreplace")),
+        (
+            f"{key}.json",
+            json.dumps(meta, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
+        ),
     ]
 
 

@@ -1,16 +1,22 @@
 """Sentence batches for the NLI losses: triplets and labelled pairs, read whole, in an exact order.
 
-triplets   jsonl lines {"sent0", "sent1", "hard_neg"}: a premise, a sentence it entails, one it
-           contradicts; or the csv of SimCSE (Gao, Yao, Chen, EMNLP 2021) with these columns
-pairs      jsonl lines {"premise", "hypothesis", "label"}; label entailment, neutral, contradiction or 0,
-           1, 2 (SNLI's "-" and -1, pairs without a gold label, are left out)
+Files are .jsonl, .csv, .tsv, .txt (tabs) or .parquet, with columns of one of these names:
+
+triplets   sent0, sent1, hard_neg (SimCSE: Gao, Yao, Chen, EMNLP 2021), anchor, positive, negative, or premise,
+           entailment, contradiction: a sentence, one that it entails, one that it contradicts. Or the columns of pairs:
+           the k-th entailment of a premise in the file then stands beside its k-th contradiction
+pairs      premise, hypothesis, label, or SNLI's and MNLI's own sentence1, sentence2, gold_label; label entailment,
+           neutral, contradiction or 0, 1, 2
+
+Left out and counted: rows with a blank sentence, and those without a gold label (SNLI's "-" and -1).
 """
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
-import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +25,17 @@ import numpy as np
 import torch
 
 from clipkit.data.order import EpochOrder
+from clipkit.data.tables import SUFFIXES, read_table
 from clipkit.foreign import permit
 from clipkit.registry import check_keys
 
 LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2}
-_TRIPLET, _PAIR = ("sent0", "sent1", "hard_neg"), ("premise", "hypothesis", "label")
+_PAIR = (("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label"))
+_TRIPLET = (
+    ("sent0", "sent1", "hard_neg"),
+    ("anchor", "positive", "negative"),
+    ("premise", "entailment", "contradiction"),
+)
 
 
 class SentenceStream:
@@ -31,6 +43,7 @@ class SentenceStream:
 
     Attributes:
         triplets, pairs: how many of each there are.
+        left_out: {file: {cause: rows}}; causes are "blank sentence" and "no gold label".
     """
 
     def __init__(
@@ -43,7 +56,9 @@ class SentenceStream:
         seed: int,
         rank: int,
         world_size: int,
+        left_out: Mapping[str, Mapping[str, int]] | None = None,
     ):
+        self.left_out = {file: dict(causes) for file, causes in (left_out or {}).items()}
         self._triplets, self._pairs, self._tokenizer = triplets, pairs, tokenizer
         self.triplets, self.pairs = len(triplets), len(pairs)
         self.batch_size, self._seed, self._rank, self._world_size = batch_size, seed, rank, world_size
@@ -111,8 +126,7 @@ def create_sentences(
     """An endless stream of NLI batches.
 
     Args:
-        spec: {"triplets": file or files, "pairs": file or files}, jsonl or csv; either may be missing or
-            None.
+        spec: {"triplets": file, glob or a list of these, "pairs": likewise}; either may be missing or None.
         tokenizer: texts -> (M, L) int64.
         batch_size: triplets, and pairs, a rank and batch.
         seed: decides the order, with the epoch.
@@ -125,11 +139,16 @@ def create_sentences(
 
     Raises:
         ValueError: no file, a missing file, a bad line (named by file and line), or fewer rows than a global
-            batch.
+            batch. A row with a blank sentence, or without a gold label, is left out, counted and said.
     """
     check_keys(spec, ["triplets", "pairs"], "data.sentences")
-    triplets = [row for path in _files(spec.get("triplets")) for row in _read(path, _TRIPLET)]
-    pairs = [row for path in _files(spec.get("pairs")) for row in _read(path, _PAIR)]
+    left_out: dict[str, Counter[str]] = {}
+    triplets = [row for path in _files(spec.get("triplets")) for row in _read_triplets(path, left_out)]
+    pairs = [row for path in _files(spec.get("pairs")) for row in _read(path, _PAIR, left_out)]
+    if rank == 0:
+        for file, causes in left_out.items():
+            counts = ", ".join(f"{n} with {cause}" for cause, n in sorted(causes.items()))
+            print(f"clipkit.data: {file}: left out {counts}", file=sys.stderr, flush=True)
     if not triplets and not pairs:
         raise ValueError(
             "data.sentences names no file: give data.sentences.triplets (sent0, sent1, hard_neg) for "
@@ -149,30 +168,43 @@ def create_sentences(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        left_out=left_out,
     )
 
 
 def _files(names: Any) -> list[Path]:
-    if not names:
-        return []
-    paths = [Path(name).expanduser() for name in ([names] if isinstance(names, (str, Path)) else names)]
-    for path in paths:
-        permit(path, "data.sentences")
-        if not path.is_file():
+    paths = []
+    for name in [names] if isinstance(names, (str, Path)) else names or []:
+        permit(name, "data.sentences")
+        path = Path(name).expanduser()
+        matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
             raise ValueError(f"data.sentences: there is no file {path}")
+        for match in matches:
+            permit(match, "data.sentences")
+            if not match.is_file() or match.suffix.lower() not in SUFFIXES:
+                raise ValueError(f"data.sentences: {match} is no file of {', '.join(SUFFIXES)}")
+        paths += matches
     return paths
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> list[tuple]:
+def _read(path: Path, names: tuple[tuple[str, ...], ...], left_out: dict[str, Counter[str]]) -> list[tuple]:
     """The rows of one file; ValueError names file and line."""
-    rows = []
-    for line, row in _csv(path, columns) if path.suffix == ".csv" else _jsonl(path):
-        texts = []
+    rows, columns = [], names[0]
+    counts: Counter[str] = Counter()
+    for number, (line, row) in enumerate(read_table(path)):
+        if isinstance(row, str):
+            raise ValueError(f"{path}, line {line}: {row}")
+        if not number:
+            columns = _columns(path, line, row, names)
+        texts, blank = [], False
         for column in columns:
             value = row.get(column)
-            if column == "label":
+            if column in ("label", "gold_label"):
                 value = _label(value, path, line)
-            elif not isinstance(value, str) or not value.strip():
+            elif (value is None and column in row) or (isinstance(value, str) and not value.strip()):
+                blank = True
+            elif not isinstance(value, str):
                 found = "missing" if value is None else repr(value)[:100]
                 raise ValueError(
                     f"{path}, line {line}: {column} is {found}; expected a sentence (columns are "
@@ -183,11 +215,49 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple]:
                     f"{path}, line {line}: {column} holds half of a surrogate pair, which is no text"
                 )
             texts.append(value)
-        if texts[-1] is not None:
+        if blank or texts[-1] is None:
+            counts["blank sentence" if blank else "no gold label"] += 1
+        else:
             rows.append(tuple(texts))
+    if counts:
+        left_out[str(path)] = left_out.get(str(path), Counter()) + counts
     if not rows:
-        raise ValueError(f"{path} has no rows; expected {', '.join(columns)}")
+        raise ValueError(
+            f"{path} has no rows; expected {', '.join(names[0])}"
+            + (f" (left out: {dict(counts)})" if counts else "")
+        )
     return rows
+
+
+def _columns(
+    path: Path, line: int, row: Mapping[str, Any], names: tuple[tuple[str, ...], ...]
+) -> tuple[str, ...]:
+    """The names that a file's first row has; ValueError where it has none of them whole."""
+    whole = [one for one in names if {*one} <= {*row}]
+    if whole:
+        return whole[0]
+    nearest = max(names, key=lambda one: len({*one} & {*row}))
+    missing = [name for name in nearest if name not in row]
+    known = "; or ".join(", ".join(one) for one in names)
+    raise ValueError(
+        f"{path}, line {line}: {missing[0]} is missing: no column {missing[0]} among {', '.join(map(str, row))[:300]}. "
+        f"Expected {known}"
+    )
+
+
+def _read_triplets(path: Path, left_out: dict[str, Counter[str]]) -> list[tuple]:
+    """The triplets of a file, or those that its labelled pairs make."""
+    rows = _read(path, (*_TRIPLET, *_PAIR), left_out)
+    if not isinstance(rows[0][2], int):
+        return rows
+    kinds: dict[str, tuple[list[str], list[str]]] = {}
+    for premise, hypothesis, label in rows:
+        if label != LABELS["neutral"]:
+            kinds.setdefault(premise, ([], []))[label == LABELS["contradiction"]].append(hypothesis)
+    triplets = [(premise, *one) for premise, both in kinds.items() for one in zip(*both)]
+    if not triplets:
+        raise ValueError(f"{path} makes no triplet: no premise has both an entailment and a contradiction")
+    return triplets
 
 
 def _has_half_pairs(text: str) -> bool:
@@ -206,33 +276,3 @@ def _label(value: Any, path: Path, line: int) -> int | None:
         f"{path}, line {line}: label is {repr(value)[:100]}; expected one of {', '.join(LABELS)}, 0, 1, 2, or - for "
         "none"
     )
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {line}: expected an object, got {type(row).__name__}")
-            yield line, row
-
-
-def _csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(
-                    f"{path}, line 1: no column {', '.join(sorted(missing))}; the header is "
-                    f"{str(reader.fieldnames)[:300]}, expected {', '.join(columns)}"
-                )
-            for row in reader:
-                yield reader.line_num, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, near line {reader.line_num}: {error}") from None

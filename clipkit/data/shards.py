@@ -271,7 +271,8 @@ def create_stream(
 
     Returns:
         An iterable of {"image": (B, 3, H, W) uint8, "text": (B, L) int64, "key": list of str, "sample_index":
-        (B,) int64}. Images are neither flipped nor normalised: clipkit.data.augment does that on the device.
+        (B,) int64}, and by the settings "pair_ids": (B,) int64 and "hard_negative": (B, m h, L) int64; with m
+        captions_per_image text is (B, m, L). Images are neither flipped nor normalised: clipkit.data.augment does that on the device.
 
     Raises:
         ValueError: wrong settings, shards that are not there, a global batch larger than the data.

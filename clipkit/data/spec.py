@@ -6,6 +6,7 @@ once: an unknown key is an error that names the nearest one.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,11 @@ DATA_DEFAULTS: dict[str, Any] = {
     "num_workers": 0,
     "prefetch": 2,
     "captions": "random",
+    "caption_weights": None,
+    "captions_per_image": 1,
+    "pair_ids": None,
+    "hard_negatives": None,
+    "hard_negatives_per_caption": 1,
     "augmentation": {
         "crop_scale": [0.9, 1.0],
         "crop_ratio": [0.75, 1.3333],
@@ -57,7 +63,8 @@ _CHOICES = {
     "cache": ("none", "ram"),
     "on_bad_shard": ("error", "skip"),
 }
-_SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32}
+_PAIR_IDS = ("caption", "key", "key:SEP", "json:FIELD")
+_SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32, "copies": 1}
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +77,7 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     for key, choices in _CHOICES.items():
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
+    _check_pairs(full)
     for name in ("crop_scale", "crop_ratio"):
         low, high = full["augmentation"][name]
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
@@ -78,6 +86,49 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
                 f"{' and at most 1' if name == 'crop_scale' else ''}"
             )
     return full
+
+
+def _check_pairs(spec: Mapping[str, Any]) -> None:
+    """ValueError for settings of pairs that say nothing, or contradict each other."""
+    ids = spec["pair_ids"]
+    way, colon, name = str(ids).partition(":")
+    good = way in ("caption", "key") and not colon or way in ("key", "json") and name
+    if ids is not None and not (isinstance(ids, str) and good):
+        raise unknown("data.pair_ids", ids, ("null", *_PAIR_IDS))
+    for key in ("captions_per_image", "hard_negatives_per_caption"):
+        if isinstance(spec[key], bool) or not isinstance(spec[key], int) or spec[key] < 1:
+            raise ValueError(f"data.{key} is {spec[key]!r}; expected a whole number, 1 or more")
+    if ids == "caption" and spec["captions_per_image"] > 1:
+        raise ValueError(
+            "data.pair_ids=caption names one caption's content, but data.captions_per_image="
+            f"{spec['captions_per_image']} joins several: give null (a picture's captions are each other's positives), "
+            "key, or json:FIELD"
+        )
+    weights = spec["caption_weights"]
+    if weights is not None:
+        if spec["captions"] != "random":
+            raise ValueError(
+                f"data.caption_weights are of captions drawn at random, but data.captions={spec['captions']}: leave "
+                "one of them out"
+            )
+        if not weights or not all(_is_weight(one) for one in weights) or not any(weights):
+            raise ValueError(
+                f"data.caption_weights is {weights!r}; expected a list of finite numbers of 0 or more, not all 0"
+            )
+    if spec["hard_negatives"] is None and spec["hard_negatives_per_caption"] != 1:
+        raise ValueError(
+            "data.hard_negatives_per_caption counts what data.hard_negatives names, which is null: give it the field of "
+            "KEY.json that holds them"
+        )
+
+
+def _is_weight(value: Any) -> bool:
+    return (
+        not isinstance(value, bool)
+        and isinstance(value, (int, float))
+        and math.isfinite(value)
+        and value >= 0
+    )
 
 
 def locate_data(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +156,7 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
     full = locate_data(spec)
     if full["kind"] == "shapes":
         shapes = full["shapes"]
-        write_shapes(_shapes_folder(shapes), **_pick(shapes, "train", "val", "seed", "image_size"))
+        write_shapes(_shapes_folder(shapes), **_pick(shapes, "train", "val", "seed", "image_size", "copies"))
     return full
 
 
@@ -116,7 +167,8 @@ def _complete_shapes(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _shapes_folder(shapes: Mapping[str, Any]) -> Path:
     permit(shapes["folder"], "data.shapes.folder")
-    return Path(shapes["folder"]) / "{image_size}px-{train}-{val}-seed{seed}".format(**shapes)
+    copies = f"-copies{shapes['copies']}" if shapes["copies"] > 1 else ""
+    return Path(shapes["folder"]) / ("{image_size}px-{train}-{val}-seed{seed}".format(**shapes) + copies)
 
 
 def _pick(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A picture holds one or two shapes (8 colours x 8 shapes = 64 classes) of two siz
 backgrounds. About 60 % of the captions are short ("a red circle"), the rest say more ("a small red circle
 left of a large blue star"). The validation gallery has one-line descriptions of distinct two-shape scenes,
 none of which occurs in training, so that retrieval means something; the zero-shot set has one shape a picture
-and its class number.
+and its class number. With `copies`, every training scene is drawn so many times, and a scene of two shapes is
+told from either of them: false negatives are planted, and `scene` in KEY.json says which pairs are the same.
 
 Shards are laid out as img2dataset's: KEY.jpg, KEY.txt, KEY.json. The same arguments give the same bytes.
 """
@@ -48,7 +49,7 @@ _VERSION = 1
 
 
 def write_shapes(
-    folder: str | Path, *, train: int, val: int, seed: int, image_size: int = 32
+    folder: str | Path, *, train: int, val: int, seed: int, image_size: int = 32, copies: int = 1
 ) -> dict[str, list[str]]:
     """Write the shapes to `folder` unless a finished copy with the same arguments is there.
 
@@ -59,6 +60,8 @@ def write_shapes(
             zero-shot set has the same number, rounded up to a multiple of 64.
         seed: the same seed gives the same bytes.
         image_size: pixels a side.
+        copies: pictures drawn of each training scene; above 1 each json has a `scene`, equal where captions say
+            the same.
 
     Returns:
         {"train": [...], "val": [...], "zeroshot": [...]}: shard paths.
@@ -66,19 +69,20 @@ def write_shapes(
     Raises:
         ValueError: a count that is not positive, or a gallery of more distinct scenes than there are.
     """
-    if train < 1 or not 1 <= val <= 5000 or image_size < 16:
+    if train < 1 or not 1 <= val <= 5000 or image_size < 16 or copies < 1:
         raise ValueError(
-            f"write_shapes got train={train}, val={val}, image_size={image_size}; expected train >= 1, "
-            "val from 1 to 5000 (distinct scenes held out of training) and image_size >= 16 pixels"
+            f"write_shapes got train={train}, val={val}, image_size={image_size}, copies={copies}; expected train >= 1, "
+            "val from 1 to 5000 (distinct scenes held out of training), image_size >= 16 pixels and copies >= 1"
         )
     folder = Path(folder)
     settings = {"version": _VERSION, "train": train, "val": val, "seed": seed, "image_size": image_size}
+    settings |= {"copies": copies} if copies > 1 else {}
     finished = _finished(folder, settings)
     if finished:
         return finished
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
-    sets = _scenes(train, val, seed)
+    sets = _scenes(train, val, seed, copies)
     shards = {
         name: _write_set(part / name, scenes, f"{seed}/{name}", image_size) for name, scenes in sets.items()
     }
@@ -129,7 +133,7 @@ def _move_in_place(part: Path, folder: Path, settings: dict[str, Any]) -> dict[s
     return finished
 
 
-def _scenes(train: int, val: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def _scenes(train: int, val: int, seed: int, copies: int = 1) -> dict[str, list[dict[str, Any]]]:
     rng = random.Random(f"shapes/{seed}")
     gallery: dict[Any, dict[str, Any]] = {}
     while len(gallery) < val:
@@ -139,7 +143,8 @@ def _scenes(train: int, val: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     while len(training) < train:
         scene = _one_shape(rng) if rng.random() < 0.6 else _two_shapes(rng)
         if _canonical(scene) not in gallery:
-            training.append(scene)
+            training += [scene] if copies == 1 else [_told_again(rng, scene) for _ in range(copies)]
+    del training[train:]
     count = math.ceil(val / len(SHAPE_CLASSES)) * len(SHAPE_CLASSES)
     zeroshot = [_one_shape(rng, cls=i % len(SHAPE_CLASSES)) for i in range(count)]
     return {"train": training, "val": list(gallery.values()), "zeroshot": zeroshot}
@@ -179,6 +184,10 @@ def _two_shapes(rng: random.Random) -> dict[str, Any]:
         second = _shape(rng)
     relation = rng.choice(RELATIONS)
     background = rng.choice(list(BACKGROUNDS))
+    return _told(first, relation, second, background)
+
+
+def _told(first: dict[str, Any], relation: str, second: dict[str, Any], background: str) -> dict[str, Any]:
     caption = (
         f"a {first['size']} {SHAPE_CLASSES[first['cls']]} {relation} "
         f"a {second['size']} {SHAPE_CLASSES[second['cls']]}"
@@ -190,6 +199,15 @@ def _two_shapes(rng: random.Random) -> dict[str, Any]:
         "caption": caption,
         "cls": -1,
     }
+
+
+def _told_again(rng: random.Random, scene: dict[str, Any]) -> dict[str, Any]:
+    """The scene, one of two shapes from the one or the other, with what its caption says beside it."""
+    told = scene
+    if scene["relation"] is not None and rng.random() < 0.5:
+        first, second = scene["shapes"]
+        told = _told(second, _OPPOSITE[scene["relation"]], first, scene["background"])
+    return {**told, "scene": str(_canonical(scene))}
 
 
 def _canonical(scene: dict[str, Any]) -> Any:
@@ -219,6 +237,7 @@ def _write_set(folder: Path, scenes: list[dict[str, Any]], name: str, image_size
                     "width": image_size,
                     "height": image_size,
                     "sha256": hashlib.sha256(image).hexdigest(),
+                    **({"scene": scene["scene"]} if "scene" in scene else {}),
                 }
                 for extension, data in (
                     ("jpg", image),

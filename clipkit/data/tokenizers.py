@@ -26,7 +26,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from clipkit.data.bpe import BytePairs
+from clipkit.data.bpe import BytePairs, canonicalize
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, permit, read_json
 from clipkit.registry import Registry, check_keys
 
@@ -43,10 +43,13 @@ class Tokenizer:
         name: its registry name.
         context_length: L, the number of columns.
         vocab_size: ids are in [0, vocab_size).
-        pad_id, sot_id, eot_id: padding, first and last token of a text.
+        pad_id, sot_id, eot_id: padding, first and last token of a text. A vocabulary with one special token has
+            it for all of them, and then none before a text.
+        clean: None for the tokenizer's own way, or "canonicalize": lower case, no punctuation (SigLIP).
     """
 
     name: str
+    clean: str | None = None
     context_length: int
     vocab_size: int
     pad_id: int
@@ -75,6 +78,12 @@ class Tokenizer:
     def state(self) -> dict[str, Any]:
         """What `load_tokenizer` needs, as JSON values."""
         raise NotImplementedError
+
+    def _cleaned(self, text: str) -> str:
+        return canonicalize(text) if self.clean else text
+
+    def _clean_state(self) -> dict[str, str]:
+        return {"clean": self.clean} if self.clean else {}
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         """Ids of one text or a list of B texts: (B, L) int64."""
@@ -111,24 +120,31 @@ class ClipBPE(Tokenizer):
         context_length: tokens a text, start and end included.
         merges: the merges file, or the merges themselves ("a b" each); None takes those inside the open_clip
             package.
+        clean: None for CLIP's own (mended, lower case), or "canonicalize".
     """
 
     name = "clip_bpe"
 
-    def __init__(self, *, context_length: int = 77, merges: str | Path | Sequence[str] | None = None):
-        self.context_length = _check_length(context_length)
+    def __init__(
+        self,
+        *,
+        context_length: int = 77,
+        merges: str | Path | Sequence[str] | None = None,
+        clean: str | None = None,
+    ):
+        self.context_length, self.clean = _check_length(context_length), _check_clean(clean)
         self._pairs = BytePairs(merges)
         self.vocab_size = self._pairs.vocab_size
         self.pad_id, self.sot_id, self.eot_id = 0, self._pairs.sot_id, self._pairs.eot_id
 
     def ids(self, text: str) -> list[int]:
-        return self._pairs.ids(text, self.context_length)
+        return self._pairs.ids(self._cleaned(text), self.context_length, cleaned=bool(self.clean))
 
     def words_of(self, ids: Sequence[int]) -> str:
         return self._pairs.text(ids)
 
     def state(self) -> dict[str, Any]:
-        return {"context_length": self.context_length, "merges": self._pairs.merges}
+        return {"context_length": self.context_length, "merges": self._pairs.merges, **self._clean_state()}
 
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
@@ -141,12 +157,13 @@ class Words(Tokenizer):
     Args:
         vocabulary: the words.
         context_length: tokens a text, start and end included.
+        clean: None, or "canonicalize".
     """
 
     name = "words"
 
-    def __init__(self, *, vocabulary: Iterable[str], context_length: int = 16):
-        self.context_length = _check_length(context_length)
+    def __init__(self, *, vocabulary: Iterable[str], context_length: int = 16, clean: str | None = None):
+        self.context_length, self.clean = _check_length(context_length), _check_clean(clean)
         self.words = sorted(set(vocabulary))
         self._ids = {word: i for i, word in enumerate(self.words, start=3)}
         self.pad_id, self.unk_id, self.sot_id, self.eot_id = 0, 1, 2, len(self.words) + 3
@@ -154,11 +171,19 @@ class Words(Tokenizer):
 
     @classmethod
     def build(
-        cls, captions: Iterable[str], *, context_length: int = 16, max_words: int = 50_000, min_count: int = 1
+        cls,
+        captions: Iterable[str],
+        *,
+        context_length: int = 16,
+        max_words: int = 50_000,
+        min_count: int = 1,
+        clean: str | None = None,
     ) -> Words:
         """The vocabulary of `captions`: the `max_words` commonest words seen at least `min_count` times."""
         counts: Counter[str] = Counter()
+        clean = _check_clean(clean)
         for caption in captions:
+            caption = canonicalize(caption) if clean else caption
             counts.update(_WORD.findall(caption.lower()))
         if not counts:
             raise ValueError(
@@ -168,16 +193,16 @@ class Words(Tokenizer):
         kept = sorted(
             (word for word, n in counts.items() if n >= min_count), key=lambda word: (-counts[word], word)
         )
-        return cls(vocabulary=kept[:max_words], context_length=context_length)
+        return cls(vocabulary=kept[:max_words], context_length=context_length, clean=clean)
 
     def ids(self, text: str) -> list[int]:
-        return [self._ids.get(word, self.unk_id) for word in _WORD.findall(text.lower())]
+        return [self._ids.get(word, self.unk_id) for word in _WORD.findall(self._cleaned(text).lower())]
 
     def words_of(self, ids: Sequence[int]) -> str:
         return " ".join("<unknown>" if one == self.unk_id else self.words[one - 3] for one in ids)
 
     def state(self) -> dict[str, Any]:
-        return {"context_length": self.context_length, "vocabulary": self.words}
+        return {"context_length": self.context_length, "vocabulary": self.words, **self._clean_state()}
 
 
 @_registry.register("hf")
@@ -188,6 +213,7 @@ class HuggingFace(Tokenizer):
         backend: a `tokenizers.Tokenizer`.
         context_length: tokens a text, special tokens included.
         special: {"pad": id, "sot": id, "eot": id}.
+        clean: None, or "canonicalize".
 
     Raises:
         ValueError: an id that the vocabulary does not have.
@@ -195,8 +221,10 @@ class HuggingFace(Tokenizer):
 
     name = "hf"
 
-    def __init__(self, *, backend: Any, context_length: int, special: Mapping[str, int]):
-        self.context_length = _check_length(context_length)
+    def __init__(
+        self, *, backend: Any, context_length: int, special: Mapping[str, int], clean: str | None = None
+    ):
+        self.context_length, self.clean = _check_length(context_length), _check_clean(clean)
         self._backend = backend
         self.pad_id, self.sot_id, self.eot_id = special["pad"], special["sot"], special["eot"]
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -209,8 +237,12 @@ class HuggingFace(Tokenizer):
         )
 
     @classmethod
-    def build(cls, model: str, *, context_length: int = 77) -> HuggingFace:
-        """Load `model`, a hub name or a folder (a folder may hold nothing but the vocabulary files)."""
+    def build(cls, model: str, *, context_length: int = 77, clean: str | None = None) -> HuggingFace:
+        """Load `model`, a hub name or a folder (a folder may hold nothing but the vocabulary files).
+
+        One that puts no end token behind a text, as GPT-2's, is made to: its own start token (where it has another
+        than the end token), the text, the end token.
+        """
         fast = _load_hf(model)
         pad, sot, eot = fast.pad_token_id, fast.cls_token_id, fast.sep_token_id
         eot = fast.eos_token_id if eot is None else eot
@@ -220,22 +252,28 @@ class HuggingFace(Tokenizer):
                 f"the tokenizer {model!r} has no end token (sep_token or eos_token), which pools the text"
             )
         special = {"pad": eot if pad is None else pad, "sot": eot if sot is None else sot, "eot": eot}
-        return cls(backend=fast.backend_tokenizer, context_length=context_length, special=special)
+        backend = _with_end_token(fast.backend_tokenizer, special, model)
+        return cls(backend=backend, context_length=context_length, special=special, clean=clean)
 
     def ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(self._cleaned(text), add_special_tokens=False).ids
 
     def words_of(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
-        texts = _cut(texts)
+        texts = [self._cleaned(text) for text in _cut(texts)]
         rows = [encoding.ids for encoding in self._backend.encode_batch(texts)]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
 
     def state(self) -> dict[str, Any]:
         special = {"pad": self.pad_id, "sot": self.sot_id, "eot": self.eot_id}
-        return {"context_length": self.context_length, "special": special, "backend": self._backend.to_str()}
+        return {
+            "context_length": self.context_length,
+            "special": special,
+            "backend": self._backend.to_str(),
+            **self._clean_state(),
+        }
 
 
 def list_tokenizers() -> list[str]:
@@ -250,8 +288,8 @@ def create_tokenizer(
 
     Args:
         spec: a name, or {"name": ..., settings}. clip_bpe: context_length (tokens), merges (path). words:
-            context_length, max_words, min_count. hf: model (hub name or folder), context_length. Any of them:
-            path alone, a JSON file that `save` wrote.
+            context_length, max_words, min_count. hf: model (hub name or folder), context_length. All of these:
+            clean. Any of them: path alone, a JSON file that `save` wrote.
         captions: the training captions (or a function that gives them), read by "words" alone.
 
     Raises:
@@ -277,9 +315,9 @@ def create_tokenizer(
 
 
 _SETTINGS = {
-    "clip_bpe": ("context_length", "merges"),
-    "words": ("context_length", "max_words", "min_count"),
-    "hf": ("model", "context_length"),
+    "clip_bpe": ("context_length", "merges", "clean"),
+    "words": ("context_length", "max_words", "min_count", "clean"),
+    "hf": ("model", "context_length", "clean"),
 }
 
 
@@ -297,6 +335,7 @@ def check_tokenizer(spec: str | Mapping[str, Any]) -> None:
         value = spec.get(key, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"tokenizer.{key}={value!r}: expected a whole number, {least} or more")
+    _check_clean(spec.get("clean"))
     if name == "hf" and not spec.get("model"):
         raise ValueError(
             "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
@@ -307,11 +346,13 @@ class _ClipState(msgspec.Struct, forbid_unknown_fields=True):
     context_length: int
     # A list; a path in files of earlier versions.
     merges: list[str] | str | None = None
+    clean: str | None = None
 
 
 class _WordsState(msgspec.Struct, forbid_unknown_fields=True):
     context_length: int
     vocabulary: list[str]
+    clean: str | None = None
 
 
 class _Special(msgspec.Struct, forbid_unknown_fields=True):
@@ -324,6 +365,7 @@ class _HuggingFaceState(msgspec.Struct, forbid_unknown_fields=True):
     context_length: int
     special: _Special
     backend: str
+    clean: str | None = None
 
 
 _STATES = {"clip_bpe": _ClipState, "words": _WordsState, "hf": _HuggingFaceState}
@@ -348,9 +390,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     state: Any = checked(found, _STATES[name], name=str(path))
     try:
         if name == "clip_bpe":
-            return ClipBPE(context_length=state.context_length, merges=state.merges)
+            return ClipBPE(context_length=state.context_length, merges=state.merges, clean=state.clean)
         if name == "words":
-            return Words(vocabulary=state.vocabulary, context_length=state.context_length)
+            return Words(vocabulary=state.vocabulary, context_length=state.context_length, clean=state.clean)
         return _checked_backend(state)
     except ValueError as error:
         raise BrokenFile(f"{path} is not a tokenizer file written by clipkit: {error}") from None
@@ -361,7 +403,9 @@ def _checked_backend(state: _HuggingFaceState) -> HuggingFace:
     special = {"pad": state.special.pad, "sot": state.special.sot, "eot": state.special.eot}
     try:
         backend = tokenizers.Tokenizer.from_str(state.backend)
-        made = HuggingFace(backend=backend, context_length=state.context_length, special=special)
+        made = HuggingFace(
+            backend=backend, context_length=state.context_length, special=special, clean=state.clean
+        )
         tried = made(["a word", ""])
     except ValueError:
         raise
@@ -387,6 +431,33 @@ def _check_length(context_length: int) -> int:
             f"one word, end) and at most {_MAX_CONTEXT}"
         )
     return context_length
+
+
+def _check_clean(clean: Any) -> str | None:
+    if clean not in (None, "canonicalize"):
+        raise ValueError(
+            f"tokenizer.clean is {str(clean)[:50]!r}; expected null (the tokenizer's own way) or canonicalize"
+        )
+    return clean
+
+
+def _with_end_token(backend: Any, special: Mapping[str, int], model: str) -> Any:
+    """The backend, made to end every text with the end token where it does not."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    framed = backend.encode("a").ids
+    if framed and framed[-1] == special["eot"]:
+        return backend
+    start = [special["sot"]] if special["sot"] != special["eot"] else []
+    if framed not in (bare, [*start, *bare]):
+        raise ValueError(
+            f"the tokenizer {model!r} puts {backend.id_to_token(framed[-1])!r} behind a text, not its end token "
+            f"{backend.id_to_token(special['eot'])!r}, which pools the text: mend its tokenizer.json"
+        )
+    names = [backend.id_to_token(one) for one in (*start, special["eot"])]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*names[:-1], "$A", names[-1]], special_tokens=[*zip(names, (*start, special["eot"]))]
+    )
+    return backend
 
 
 def _load_hf(model: str) -> Any:

@@ -48,6 +48,8 @@ class CyclicGeometry(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features")
+    # Several captions a picture are no worse pairs for it than others.
+    without_negatives = True
 
     def __init__(
         self,

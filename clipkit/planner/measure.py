@@ -98,6 +98,7 @@ class Measured:
         precision: fp32, bf16, fp16 or pure_bf16, of the towers.
         tf32: whether fp32 products round their operands.
         sentence_batch_size: sentences of the second stream over all ranks, for the losses that read one.
+        captions_per_image, hard_negatives_per_caption: texts of each picture; 0 hard negatives: none are read.
         fused_attention: leave out what the CPU keeps for the dropout of attention weights, as CUDA's kernels
             do.
 
@@ -121,10 +122,13 @@ class Measured:
         tf32: bool = False,
         fused_attention: bool,
         sentence_batch_size: int = 0,
+        captions_per_image: int = 1,
+        hard_negatives_per_caption: int = 0,
     ):
         self.tokenizer, self.precision, self.fused_attention = tokenizer, precision, fused_attention
         self.tf32 = tf32 and precision == "fp32"
         self.sentence_batch_size = sentence_batch_size
+        self.captions, self.hard_negatives = captions_per_image, hard_negatives_per_caption
         self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
@@ -140,6 +144,8 @@ class Measured:
             self.impls = {part.impl for part in self._by_impl} - {"auto"}
             self.model.check_inputs(self.loss.inputs)
             self.inputs = tuple(self.loss.inputs)
+            if hard_negatives_per_caption and "hard_negative_features" in self.loss.optional_inputs:
+                self.inputs += ("hard_negative_features",)
             self.weights = _bytes(self.model.parameters()) + _bytes(self.loss.parameters())
             self.buffers = _bytes(self.model.buffers())
             self.trainable = _bytes(p for p in self._parameters() if p.requires_grad)
@@ -164,14 +170,17 @@ class Measured:
         "mlm": .., NAME: ..}.
         """
         rows = dict.fromkeys(_IMAGE_PASSES, pairs)
+        # A picture's row stands beside each of its captions, but is made once.
+        rows["image_features"] = pairs * self.captions
+        of_entry = {"text": pairs * self.captions, "hard_negative": pairs * self.hard_negatives}
         rows |= {
-            name: pairs if entry == "text" else self.sentence_batch_size // world_size
+            name: of_entry.get(entry, self.sentence_batch_size // world_size)
             for name, (entry, _) in _TEXT_PASSES.items()
         }
         return {
-            "image": sum(rows[name] for name in self.inputs if name in _IMAGE_PASSES),
+            "image": sum(pairs for name in self.inputs if name in _IMAGE_PASSES),
             "text": sum(rows[name] for name in self.inputs if name in _TEXT_PASSES),
-            "mlm": pairs if self.mlm else 0,
+            "mlm": pairs * self.captions if self.mlm else 0,
             **{name: count for name, count in rows.items() if name in self.inputs},
         }
 
@@ -218,10 +227,10 @@ class Measured:
         }
         for name in ("logit_scale", "logit_bias"):
             features[name] = torch.zeros((), requires_grad=True)
-        features["sample_index"] = torch.zeros(pairs, dtype=torch.int64)
+        features["sample_index"] = torch.zeros(pairs * self.captions, dtype=torch.int64)
         features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
         if self.mlm:
-            tokens = max(1, round(self.mlm_probability * pairs * self.tokenizer.context_length))
+            tokens = max(1, round(self.mlm_probability * rows["mlm"] * self.tokenizer.context_length))
             half = torch.float32 if self.precision == "fp32" else torch.bfloat16
             features["mlm_logits"] = torch.zeros(
                 tokens, self.tokenizer.vocab_size, dtype=half, requires_grad=True

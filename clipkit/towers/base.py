@@ -209,8 +209,11 @@ class TextTower(Tower):
         """text: (B, L) -> (B, L) bool, False on the padding after the last real token.
 
         Only trailing padding counts: CLIP's padding id 0 is also the token "!", which may stand inside a
-        text.
+        text. A vocabulary that pads with its end token (GPT-2's) has its text end at the first of them.
         """
+        if self.pad_id == self.eot_id:
+            ends = (text == self.eot_id).int()
+            return ends.cumsum(dim=-1) == ends
         return (text != self.pad_id).flip(-1).cummax(dim=-1).values.flip(-1)
 
     def _check_text(self, text: Tensor) -> None:

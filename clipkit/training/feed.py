@@ -11,13 +11,14 @@ import torch
 
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
 from clipkit.distributed import rank, world_size
+from clipkit.losses import WeightedSum
 
 Batch = dict[str, Any]
 
 
 def open_streams(
     data: Mapping[str, Any],
-    inputs: Sequence[str],
+    loss: WeightedSum,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
     image_size: int,
@@ -28,14 +29,16 @@ def open_streams(
 
     Args:
         data: the data settings; `sentences` is {"triplets": file, "pairs": file, "batch_size": over all ranks}.
-        inputs: what the losses read.
+        loss: its terms say what they read.
         image_size: pixels a side.
         batch_size: pairs a step, over all ranks.
 
     Raises:
-        ValueError: a batch that does not divide over the ranks, or a loss that learns from a file that is not
-            given.
+        ValueError: a batch that does not divide over the ranks, a loss that learns from a file that is not
+            given, or see `check_pairs`.
     """
+    check_pairs(data, loss)
+    inputs = loss.inputs
     share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
     stream = create_stream(
         data,
@@ -50,13 +53,66 @@ def open_streams(
     for name, file in files.items():
         if not file:
             raise ValueError(
-                f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl or csv), or leave "
+                f"this loss learns from NLI {name}: give data.sentences.{name}=FILE (jsonl, csv, tsv or parquet), or leave "
                 "it out"
             )
     if not files:
         return stream, None
     rows = split(given["batch_size"], world_size(), "data.sentences.batch_size")
     return stream, create_sentences(files, batch_size=rows, **share)
+
+
+def check_pairs(data: Mapping[str, Any], loss: WeightedSum) -> None:
+    """ValueError where the data knows of its pairs what no loss reads, or a loss needs what the data does not give.
+
+    Args:
+        data: the completed data settings.
+        loss: its terms say what they read.
+    """
+    terms = {name: _reads(term) for name, term in loss.terms.items()}
+    with_ids = [name for name, reads in terms.items() if "pair_ids" in reads]
+    if data["pair_ids"] and not with_ids:
+        raise ValueError(
+            f"data.pair_ids={data['pair_ids']}, but no term of the loss ({', '.join(terms)}) reads ids: leave it out, "
+            "or train with one that does, such as infonce or sigmoid"
+        )
+    several = data["captions_per_image"] > 1
+    for name, term in loss.terms.items():
+        if not data["pair_ids"] and not several and _needs_ids(term):
+            raise ValueError(
+                f"loss.{name} is told what pairs that share an id are to each other, but the data gives no ids: set "
+                "data.pair_ids (caption, key, or json:FIELD), or leave loss."
+                f"{name}.same_ids at its default"
+            )
+        pairs = {"image_features", "text_features"} & terms[name]
+        contrasts = "image_features" in pairs and not getattr(term, "without_negatives", False)
+        if several and contrasts and name not in with_ids:
+            raise ValueError(
+                f"data.captions_per_image={data['captions_per_image']}: captions of one picture would be each other's "
+                f"negatives in {name}, which reads no ids. Set it to 1 (data.captions=random draws one a step), or "
+                "train with infonce, sigmoid or cyclic"
+            )
+    with_negatives = [name for name, reads in terms.items() if "hard_negative_features" in reads]
+    if data["hard_negatives"] and not with_negatives:
+        raise ValueError(
+            f"data.hard_negatives={data['hard_negatives']}, but no term of the loss ({', '.join(terms)}) reads hard "
+            "negatives: leave it out"
+        )
+    if not data["hard_negatives"] and "hard_negative_features" in loss.inputs:
+        raise ValueError(
+            "this loss learns from hard negatives: set data.hard_negatives to the field of KEY.json that holds them"
+        )
+
+
+def _reads(term: Any) -> set[str]:
+    return {*term.inputs, *getattr(term, "optional_inputs", ())}
+
+
+def _needs_ids(term: torch.nn.Module) -> bool:
+    """Whether a term, or one inside of it, is set to something that means nothing without ids."""
+    return "pair_ids" in getattr(term, "inputs", ()) or any(
+        getattr(part, "same_ids", "positive") != "positive" for part in term.modules()
+    )
 
 
 def split(batch_size: int, world_size: int, name: str) -> int:

@@ -222,9 +222,9 @@ def packed_table(folder: Path, rng: random.Random) -> None:
         lines = [mark.join(row) for row in (["image", "caption"], ["0.jpg", "a"], ["1.jpg", '"b\n c"'])]
         path.write_bytes(text_bytes(lines, rng))
     (folder / "pack.json").write_bytes(json_bytes({"source": "x"}, rng))
-    for value, captions in table_rows(path, "image", ["caption"]):
+    for row in table_rows(path, "image", ["caption"]):
         try:
-            sample_members("key", value, captions, folder, 16, 1_000_000)
+            sample_members("key", row, folder, 16, 1_000_000)
         except DataError:
             continue
     _same_settings(folder / "pack.json", {"source": "x"})

@@ -158,3 +158,32 @@ def test_a_broken_record_of_shapes_is_none(tmp_path, raw):
     (tmp_path / "set" / "finished.json").write_text(raw)
     assert write_shapes(tmp_path / "set", train=4, val=4, seed=0) == expected
     assert "shards" in json.loads((tmp_path / "set" / "finished.json").read_text())
+
+
+def test_planted_copies_say_the_same_and_their_scene_says_so(shapes, tmp_path):
+    planted = write_shapes(tmp_path / "s", train=1200, val=120, seed=3, copies=6)
+    assert digest(planted["val"]) == digest(shapes["val"]), "what is scored stays"
+    captions, told = captions_of(planted["train"]), []
+    for path in planted["train"]:
+        with tarfile.open(path) as tar:
+            told += [json.load(tar.extractfile(one))["scene"] for one in tar if one.name.endswith(".json")]
+    assert len(captions) == len(told) == 1200
+    # By the captions alone: two pairs are of one scene exactly where their facts are the same.
+    facts = [scene(caption) for caption in captions]
+    by_fact, by_scene = {}, {}
+    for fact, name in zip(facts, told):
+        by_fact.setdefault(fact, set()).add(name)
+        by_scene.setdefault(name, set()).add(fact)
+    assert all(len(names) == 1 for names in by_fact.values()) and all(
+        len(one) == 1 for one in by_scene.values()
+    )
+    turned = [name for name in by_scene if len({c for c, n in zip(captions, told) if n == name}) == 2]
+    assert len(turned) > 50, "scenes of two shapes are told from both"
+    images = [hashlib.sha256(image).digest() for image in images_of(planted["train"])]
+    assert len(set(images)) > 1190, "each copy is a picture of its own"
+
+
+def images_of(paths):
+    for path in paths:
+        with tarfile.open(path) as tar:
+            yield from (tar.extractfile(one).read() for one in tar if one.name.endswith(".jpg"))

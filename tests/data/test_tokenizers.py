@@ -9,10 +9,11 @@ import random
 import time
 
 import pytest
+import tokenizers
 import torch
 
 from clipkit.data import create_tokenizer, list_tokenizers, load_tokenizer
-from clipkit.data.bpe import _merge_everywhere, _merge_long
+from clipkit.data.bpe import _merge_everywhere, _merge_long, canonicalize
 from clipkit.foreign import BrokenFile, named_by
 
 ODD = [
@@ -387,3 +388,179 @@ def test_the_backend_of_these_cases_is_otherwise_good(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(hf_state()))
     assert load_tokenizer(path)("a b").tolist() == [[0, 0, 0, 0, 0, 0, 0, 0]]
+
+
+def odd_texts(count=300):
+    rng = random.Random(3)
+    spans = [
+        (32, 127),
+        (32, 127),
+        (33, 48),
+        (0xA0, 0x250),
+        (0x370, 0x530),
+        (0x2000, 0x2070),
+        (0x4E00, 0x4F00),
+    ]
+    made = [
+        "".join(chr(rng.randrange(*rng.choice(spans))) for _ in range(rng.randrange(1, 40)))
+        for _ in range(count)
+    ]
+    # What a second cleaning would change: mojibake and entities that appear once the punctuation is gone.
+    mended = [
+        "\u00c3,\u00a9",
+        "\u00c3_\u00a9",
+        "&am;p;",
+        "&amp;amp;lt;",
+        "a_b__c",
+        "\u0130x",
+        "\ufb01,\ufb01",
+        "\u00e3\u20ac,\u20ac",
+    ]
+    return [*ODD, *made, *mended]
+
+
+def real_captions(test_data, count=100):
+    with open(test_data("flickr8k-mini/val_retrieval.jsonl")) as file:
+        return [text for line in file.readlines()[:count] for text in json.loads(line)["captions"]]
+
+
+def test_canonical_text_is_open_clips():
+    from open_clip.tokenizer import get_clean_fn
+
+    theirs = get_clean_fn("canonicalize")
+    for text in odd_texts():
+        assert canonicalize(text) == theirs(text), repr(text)
+
+
+def test_canonical_ids_are_open_clips(test_data):
+    import open_clip
+
+    ours = create_tokenizer({"name": "clip_bpe", "clean": "canonicalize"})
+    theirs = open_clip.SimpleTokenizer(clean="canonicalize")
+    texts = [*odd_texts(), *real_captions(test_data)]
+    assert torch.equal(ours(texts), theirs(texts))
+    assert not torch.equal(ours(texts), create_tokenizer("clip_bpe")(texts))
+
+
+@pytest.mark.parametrize("folder", [pytest.param("roberta", marks=pytest.mark.slow), "bert-uncased"])
+def test_canonical_hugging_face_ids_are_open_clips(folder, test_data, tmp_path):
+    import open_clip
+    import transformers
+
+    cls = transformers.RobertaTokenizerFast if folder == "roberta" else transformers.BertTokenizerFast
+    cls.from_pretrained(str(test_data(f"tokenizers/{folder}"))).save_pretrained(tmp_path)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=20, clean="canonicalize")
+    ours = create_tokenizer(
+        {"name": "hf", "model": str(tmp_path), "context_length": 20, "clean": "canonicalize"}
+    )
+    texts = [*odd_texts(100), *real_captions(test_data, 40)]
+    assert torch.equal(ours(texts), theirs(texts))
+
+
+def test_a_canonical_vocabulary_has_no_punctuation(tmp_path):
+    spec = {"name": "words", "clean": "canonicalize", "context_length": 8}
+    tokenizer = create_tokenizer(spec, captions=["It's a dog, a_DOG!"])
+    assert tokenizer.words == ["a", "dog", "its"]
+    assert torch.equal(tokenizer(["ITS a (dog)."]), tokenizer(["it's a dog"]))
+    tokenizer.save(tmp_path / "t.json")
+    assert torch.equal(load_tokenizer(tmp_path / "t.json")(["It's, a dog"]), tokenizer(["its a dog"]))
+    for name in ("words", "clip_bpe", "hf"):
+        with pytest.raises(ValueError, match="tokenizer.clean is 'canonicalise'.*canonicalize"):
+            create_tokenizer(
+                {"name": name, "clean": "canonicalise", **({"model": "x"} if name == "hf" else {})}
+            )
+
+
+@pytest.mark.parametrize("folder", ["roberta", "bert-uncased", "clip"])
+def test_ids_spell_the_text_they_were_made_from(folder, test_data, reference):
+    """Nothing is lost or altered beyond what the vocabulary does by design: case (bert, clip), white space (clip)."""
+    texts = real_captions(test_data)
+    if folder == "clip":
+        merges = str(test_data("tokenizers/clip/bpe_simple_vocab_16e6.txt.gz"))
+        tokenizer = create_tokenizer({"name": "clip_bpe", "merges": merges, "context_length": 120})
+        spelt = [reference.decode(row[1 : row.index(tokenizer.eot_id)]) for row in tokenizer(texts).tolist()]
+        plain = lambda text: "".join(text.lower().split())
+    else:
+        spec = {"name": "hf", "model": str(test_data(f"tokenizers/{folder}")), "context_length": 120}
+        tokenizer = create_tokenizer(spec)
+        spelt = [
+            tokenizer._backend.decode(row, skip_special_tokens=True) for row in tokenizer(texts).tolist()
+        ]
+        # WordPiece stands words and signs apart; what it joins again is a matter of taste.
+        plain = (lambda text: text) if folder == "roberta" else (lambda text: "".join(text.lower().split()))
+    assert [plain(text) for text in spelt] == [plain(text) for text in texts]
+    assert all((row == tokenizer.eot_id).any() for row in tokenizer(texts))
+
+
+def tiny_tokenizer(kind, folder):
+    """Tokenizers as GPT-2 (one special token, no post-processor) and LLaMA (one for the start alone) have them."""
+    import transformers
+
+    words = {
+        word: i
+        for i, word in enumerate(["<|endoftext|>", "<pad>", "<s>", "</s>", "<mask>", "a", "dog", "many"])
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    if not kind.startswith("gpt2"):
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        template = {"llama": "<s> $A", "another": "$A <mask>", "own ends": None}[kind]
+        if template:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=template, special_tokens=[("<s>", 2), ("<mask>", 4)]
+            )
+    if kind != "gpt2":
+        special["pad_token"] = "<pad>"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+# By hand: the ids of "a dog", of "" and of "many" ten times, in a context of 5.
+ENDED = {
+    "gpt2": ([5, 6, 0, 0, 0], [0, 0, 0, 0, 0], [7, 7, 7, 7, 0]),
+    "gpt2 with padding": ([5, 6, 0, 1, 1], [0, 1, 1, 1, 1], [7, 7, 7, 7, 0]),
+    "own ends": ([2, 5, 6, 3, 1], [2, 3, 1, 1, 1], [2, 7, 7, 7, 3]),
+    "llama": ([2, 5, 6, 3, 1], [2, 3, 1, 1, 1], [2, 7, 7, 7, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_every_text_ends_with_the_end_token(kind, tmp_path):
+    tiny_tokenizer(kind, tmp_path / "model")
+    ours = create_tokenizer({"name": "hf", "model": str(tmp_path / "model"), "context_length": 5})
+    texts = ["a dog", "", "many " * 10]
+    assert ours(texts).tolist() == [*ENDED[kind]]
+    ours.save(tmp_path / "t.json")
+    assert torch.equal(load_tokenizer(tmp_path / "t.json")(texts), ours(texts))
+
+
+def test_another_token_behind_the_text_is_refused_when_the_tokenizer_is_made(tmp_path):
+    tiny_tokenizer("another", tmp_path)
+    with pytest.raises(ValueError, match="puts '<mask>' behind a text, not its end token '</s>'"):
+        create_tokenizer({"name": "hf", "model": str(tmp_path)})
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_of_gpt2s_kind_ends_its_texts(test_data, tmp_path):
+    import transformers
+
+    fast = transformers.GPT2TokenizerFast.from_pretrained(str(test_data("tokenizers/roberta")))
+    bare = fast("A dog runs.")["input_ids"]
+    fast.save_pretrained(tmp_path)
+    ours = create_tokenizer({"name": "hf", "model": str(tmp_path), "context_length": 9})
+    assert ours("A dog runs.")[0].tolist() == [*bare, *[fast.eos_token_id] * (9 - len(bare))]
+    for text in real_captions(test_data):
+        row = ours(text)[0].tolist()
+        assert (
+            row[:8] == (fast(text)["input_ids"] + [fast.eos_token_id] * 8)[:8] and row[8] == fast.eos_token_id
+        )
+
+
+def test_the_end_of_a_text_is_no_padding_where_they_are_one_token():
+    from clipkit.towers import create_text_tower
+
+    spec = {"name": "transformer", "width": 8, "layers": 1, "heads": 2, "causal": False, "pooling": "mean"}
+    tower = create_text_tower(spec, embed_dim=4, vocab_size=10, pad_id=9, eot_id=9, context_length=5)
+    text = torch.tensor([[1, 2, 9, 9, 9], [9, 9, 9, 9, 9], [1, 2, 3, 4, 9]])
+    assert tower.attention_mask(text).int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert tower(text).isfinite().all()

@@ -85,6 +85,12 @@ def test_pack_writes_what_the_table_says_and_counts_the_rest(table, tmp_path):
         tmp_path / "report.json",
     )
     report = json.loads((tmp_path / "report.json").read_text())
+    examples = report.pop("examples")
+    assert {cause: rows[0].partition(" (")[0] for cause, rows in examples.items()} == {
+        "corrupt_image": "row 7",
+        "empty_caption": "row 3",
+        "missing_image": "row 5",
+    }
     assert report == {
         "rows": 25,
         "samples": 22,
