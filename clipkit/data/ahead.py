@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Ahead:
         self._given = (batches, spool, lead)
         self._context = multiprocessing.get_context("fork")
         self._position = self._context.Value("q", 0, lock=False)
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: Any = None
         self._starts = 0
 
     def at(self, position: int) -> None:

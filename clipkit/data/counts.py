@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 
@@ -43,9 +44,10 @@ def declared_counts(shards: Sequence[str], remote: Sequence[bool]) -> np.ndarray
         # Where the first has none beside it, a server is not asked for the others'.
         for some in (rest[:1], rest[1:]):
             with ThreadPoolExecutor(1 if there is not None else 32) as pool:
-                found = pool.map(lambda number: _stats(shards[number], there), some)
-            for number, count in zip(some, found):
-                counts[number] = count
+                for number, count in zip(
+                    some, pool.map(_stats, [shards[one] for one in some], repeat(there))
+                ):
+                    counts[number] = count
             if some and there is None and counts[some[0]] < 0:
                 break
     # What has no sample is looked at.

@@ -17,6 +17,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import IO, Any
 
+import fsspec
+
 _TIMEOUT_S = 60.0
 # Bytes that one range request brings.
 _RANGE = 1 << 22
@@ -196,12 +198,10 @@ def _filesystem(url: str) -> tuple[Any, str] | None:
     if scheme(url) in ("pipe", "http", "https"):
         return None
     try:
-        import fsspec
-
         fsspec.get_filesystem_class(scheme(url))
     except (ImportError, ValueError):
         return None
-    return fsspec.core.url_to_fs(url)
+    return fsspec.core.url_to_fs(url)  # pyright: ignore[reportReturnType]
 
 
 def _described(system: Any, path: str) -> Version:

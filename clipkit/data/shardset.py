@@ -28,13 +28,12 @@ from clipkit.data.tarindex import (
     identity,
     index_file,
     index_stream,
-    index_tar,
     load_index,
     probe_file,
     read_summary,
     renew_index,
 )
-from clipkit.data.urls import Spool, is_stream
+from clipkit.data.urls import Spool, is_stream, locked
 from clipkit.foreign import IMAGE_BYTES, JSON_BYTES
 
 _OPEN_FILES, _OPEN_INDEXES = 64, 64
@@ -197,23 +196,24 @@ class ShardSet:
                 int(shard): pool.submit(one, int(shard), False) for shard in np.roll(missing, -first)
             }
             for shard in map(int, missing):
-                index = found.pop(shard).result()
-                self._collect(shard, index if index is not None else one(shard, True), on_bad_shard)
+                index = found.pop(shard).result() or one(shard, True)
+                assert index is not None
+                self._collect(shard, index, on_bad_shard)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _first_index(self, shard: int, *, wait: bool) -> ShardIndex | None:
         """The index of a shard that has none; None where another process is making it, unless it is waited for."""
         try:
-            path = self._local(shard)
             file = self._index_path(shard)
             with self._making(file, wait=wait) as mine:
                 if not mine:
                     return None
-                index = load_index(file, size=None if self._remote[shard] else os.stat(path).st_size)
-                with open(path, "rb") as opened:
-                    same = index is not None and index.probe == probe_file(opened.fileno())
-                return index if same else renew_index(file, lambda: index_tar(path))
+                with open(self._open(shard), "rb") as opened:
+                    size, found = os.fstat(opened.fileno()).st_size, probe_file(opened.fileno())
+                    index = load_index(file, size=size)
+                    same = index is not None and index.probe == found
+                    return index if same else renew_index(file, lambda: index_stream(opened, size))
         except DataError as error:
             return ShardIndex([], np.empty((0, 3, 2), np.int64), [(error.cause, error.detail)])
         except OSError as error:
@@ -223,20 +223,16 @@ class ShardSet:
     def _making(self, file: Path, *, wait: bool = True) -> Iterator[bool]:
         """Whether this process may make an index; not, where another is at it and is not waited for. A cache that cannot be
         written is not locked."""
-        import fcntl
-
-        try:
-            self._cache_dir.mkdir(parents=True, exist_ok=True)
-            lock = open(self._cache_dir / f"{int(file.stem, 16) % _LOCKS:02x}.lock", "w")
-        except OSError:
-            yield True
-            return
-        with lock:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held.enter_context(
+                    locked(self._cache_dir / f"{int(file.stem, 16) % _LOCKS:02x}.lock", wait=wait)
+                )
             except BlockingIOError:
                 yield False
                 return
+            except OSError:
+                pass
             yield True
 
     def _collect(self, shard: int, index: ShardIndex, on_bad_shard: str) -> None:
@@ -361,10 +357,6 @@ class ShardSet:
                 with self._making(file):
                     renew_index(file, lambda: index_stream(opened, os.fstat(opened.fileno()).st_size))
 
-    def _local(self, shard: int) -> str:
-        name = self.shards[shard]
-        return self._spool.path(name) if self._remote[shard] else name
-
     def _changed(self, shard: int, why: str) -> DataError:
         return DataError(
             "changed_shard",
@@ -412,14 +404,11 @@ class ShardSet:
         return file
 
     def _open(self, shard: int) -> int:
-        for attempt in range(3):
-            try:
-                file = os.open(self._local(shard), os.O_RDONLY)
-                break
-            except OSError as error:
-                # A fetched one may have had to make room for others just now.
-                if attempt == 2 or not self._remote[shard]:
-                    raise DataError("unreadable_shard", str(error), shard=self.shards[shard]) from None
+        name = self.shards[shard]
+        try:
+            file = self._spool.open(name) if self._remote[shard] else os.open(name, os.O_RDONLY)
+        except OSError as error:
+            raise DataError("unreadable_shard", str(error), shard=name) from None
         status = os.fstat(file)
         if not self._remote[shard]:
             size, modified = int(self._sizes[shard]), int(self._times[shard])
@@ -448,7 +437,7 @@ class ShardSet:
                     if index.probe != found:
                         raise self._changed(shard, "its content changed")
         with contextlib.suppress(OSError):
-            os.utime(name, (time.time(),) * 2)
+            os.utime(name, (now := time.time(), now))
         return index
 
     def _made_by_this_run(self, name: Path) -> bool:

@@ -16,7 +16,6 @@ import errno
 import hashlib
 import io
 import json
-import mmap
 import os
 import stat
 import struct
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 
 from clipkit.data.faults import CAUSES
 from clipkit.data.order import number
@@ -464,9 +464,11 @@ def load_index(file: Path, *, size: int | None = None) -> ShardIndex | None:
     """
     try:
         with _opened(file) as opened:
-            if os.fstat(opened).st_size > _INDEX_BYTES:
-                return None
-            raw = memoryview(mmap.mmap(opened, 0, access=mmap.ACCESS_READ))
+            length = os.fstat(opened).st_size
+        if not _HEAD.size <= length <= _INDEX_BYTES:
+            return None
+        # A private mapping, which processes share while none writes; Python's own would keep a file open.
+        raw = torch.from_file(str(file), shared=False, size=length, dtype=torch.uint8).numpy().data
         kind, found, probed, count, key_bytes, fault_bytes, listed = _HEAD.unpack(raw[: _HEAD.size])
         if kind != _MAGIC or size not in (None, found) or min(found, count, key_bytes, fault_bytes) < 0:
             return None
@@ -491,7 +493,7 @@ def load_index(file: Path, *, size: int | None = None) -> ShardIndex | None:
         if len(faults) != listed or not all(cause in CAUSES for cause, _ in faults):
             return None
         return ShardIndex(_Keys(blob, ends), spans, faults, found, probed, heads)
-    except (OSError, ValueError, struct.error, OverflowError):
+    except (OSError, ValueError, struct.error, OverflowError, RuntimeError):
         # Whatever is wrong with it, the tar is read again.
         return None
 

@@ -161,6 +161,19 @@ def _nearby(path: str) -> str:
     return f"The nearest folder that exists, {folder}, {holds}."
 
 
+@contextlib.contextmanager
+def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """While this process holds a lock file's lock, across the processes of a machine. BlockingIOError where another one does
+    and it is not waited for.
+    """
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 class Spool:
     """Streams' shards as local files.
 
@@ -214,6 +227,14 @@ class Spool:
         self.keep([url])
         return str(self.place(url))
 
+    def open(self, url: str) -> int:
+        """A file descriptor of the local copy. Raises as `path`, and OSError."""
+        for _ in range(20):
+            # Another process may just have removed it to make room.
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(self.path(url), os.O_RDONLY)
+        return os.open(self.path(url), os.O_RDONLY)
+
     def fetch_ahead(self, url: str) -> bool:
         """Fetch a shard that is not needed yet, by one try; False where that failed. One that another process is fetching
         is left to it.
@@ -240,15 +261,9 @@ class Spool:
                 total += self.place(url).stat().st_size
         return total
 
-    @contextlib.contextmanager
-    def _locked(self, url: str, *, wait: bool = True) -> Iterator[None]:
+    def _locked(self, url: str, *, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """So that the processes of a machine fetch a shard once."""
-        import fcntl
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.place(url).with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield
+        return locked(self.place(url).with_suffix(".lock"), wait=wait)
 
     def _version(self, place: Path) -> Version | None:
         """Of the copy that is there."""
@@ -265,7 +280,7 @@ class Spool:
     def _confirm(self, place: Path, version: Version) -> None:
         record = place.with_suffix(".json")
         record.write_text(json.dumps(vars(version)))
-        os.utime(record, (time.time(),) * 2)
+        os.utime(record, (now := time.time(), now))
 
     def _retry(self, url: str) -> None:
         place, end = self.place(url), time.monotonic() + self.deadline_s
