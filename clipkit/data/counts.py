@@ -29,6 +29,7 @@ def declared_counts(shards: Sequence[str], remote: Sequence[bool]) -> np.ndarray
 
     Raises:
         BrokenFile: a sizes.json that does not hold what it should.
+        OSError: a server that does not say whether there is one.
     """
     counts = np.full(len(shards), -1, np.int64)
     folders: dict[str, list[int]] = {}

@@ -11,6 +11,7 @@ import base64
 import http.client
 import io
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,6 +21,8 @@ from typing import IO, Any
 import fsspec
 
 _TIMEOUT_S = 60.0
+# For small files: tries, and seconds before the second; doubled before each further one.
+_TRIES, _BACKOFF_S = 4, 0.5
 # Bytes that one range request brings.
 _RANGE = 1 << 22
 
@@ -92,16 +95,35 @@ def open_stream(
 
 
 def read_small(url: str, *, limit: int) -> bytes | None:
-    """A small file's bytes; None where there is none, or it is larger."""
-    try:
-        if scheme(url) in ("http", "https"):
-            with _http(url, {}, _TIMEOUT_S) as stream:
-                raw = stream.read(limit + 1)
-        elif (found := _filesystem(url)) is not None:
-            raw = found[0].cat_file(found[1], 0, limit + 1)
-        else:
+    """A small file's bytes; None where there is none, or it is larger.
+
+    Raises:
+        OSError: after four tries, where the server neither gives it nor says that it is not there.
+    """
+    for attempt in range(_TRIES):
+        try:
+            return _read_small(url, limit)
+        except FileNotFoundError:
             return None
-    except (OSError, http.client.HTTPException):
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404, 410):
+                return None
+            problem = str(error)
+        except Exception as error:  # of any library that reads URLs
+            problem = f"{type(error).__name__}: {error}"
+        time.sleep(_BACKOFF_S * 2**attempt)
+    raise OSError(f"{url} is neither given nor said to be missing ({problem})")
+
+
+def _read_small(url: str, limit: int) -> bytes | None:
+    if scheme(url) in ("http", "https"):
+        with _http(url, {}, _TIMEOUT_S) as stream:
+            raw, size = stream.read(limit + 1), _http_version(stream).size
+        if -1 < size <= limit and len(raw) != size:
+            raise OSError(f"{len(raw)} of {size} bytes came")
+    elif (found := _filesystem(url)) is not None:
+        raw = found[0].cat_file(found[1], 0, limit + 1)
+    else:
         return None
     return raw if len(raw) <= limit else None
 

@@ -206,6 +206,11 @@ class Stream:
             parts.append(self._batches.mixture.quota.tolist())
         return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
+    def describe(self) -> str:
+        """`12,000 samples in 12 shards`."""
+        shards = sum(len(one.shards) for one in self._batches.sets)
+        return f"{self._samples:,} samples in {shards:,} shards"
+
     def report(self) -> dict[str, Any]:
         """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}, and where it is not 0
         "worker_restarts": how often this rank's workers were started again after one had died.

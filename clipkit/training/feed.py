@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
-from clipkit.distributed import rank, world_size
+from clipkit.distributed import gather_objects, rank, world_size
 
 Batch = dict[str, Any]
 
@@ -33,8 +33,8 @@ def open_streams(
         batch_size: pairs a step, over all ranks.
 
     Raises:
-        ValueError: a batch that does not divide over the ranks, or a loss that learns from a file that is not
-            given.
+        ValueError: a batch that does not divide over the ranks, ranks that see other shards, or a loss that learns
+            from a file that is not given.
     """
     share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
     stream = create_stream(
@@ -44,6 +44,7 @@ def open_streams(
         batch_size=split(batch_size, world_size(), "batch_size"),
         **share,
     )
+    agree(stream)
     needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
     given = data["sentences"] or {}
     files = {name: given.get(name) for name in needed if needed[name]}
@@ -57,6 +58,19 @@ def open_streams(
         return stream, None
     rows = split(given["batch_size"], world_size(), "data.sentences.batch_size")
     return stream, create_sentences(files, batch_size=rows, **share)
+
+
+def agree(stream: Stream) -> None:
+    """ValueError where the ranks' shards differ, or their counts: each would read in another order."""
+    said = gather_objects((stream.fingerprint(), stream.describe()))
+    if len({fingerprint for fingerprint, _ in said}) > 1:
+        seen: dict[str, str] = {}
+        for number, (fingerprint, what) in enumerate(said):
+            seen.setdefault(fingerprint, f"rank {number}: {what}")
+        raise ValueError(
+            f"the ranks see other shards, or count them differently ({'; '.join(seen.values())}): give every node the same "
+            "data.train, and the same counts by `clipkit-data index --sizes` and a sizes.json beside the shards"
+        )
 
 
 def split(batch_size: int, world_size: int, name: str) -> int:
