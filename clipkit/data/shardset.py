@@ -69,6 +69,7 @@ class ShardSet:
     Attributes:
         counts: samples of each shard.
         faults: (shard, cause, key) of everything that indexing left out, of the shards that were indexed.
+        indexed: shards that had no index yet and whose count nothing said.
         declared: (shards,) bool: the count is what a file beside the shard says.
 
     Raises:
@@ -108,7 +109,9 @@ class ShardSet:
             said = declared_counts([self.shards[i] for i in missing], self._remote[missing].tolist())
             self.declared[missing] = said > 0
             self.counts[missing] = said
-        self._index_all(np.flatnonzero(self.counts < 0), on_bad_shard)
+        missing = np.flatnonzero(self.counts < 0)
+        self.indexed = missing.size
+        self._index_all(missing, on_bad_shard)
         self.faults.sort(key=lambda fault: self._order[fault[0]])
         del self._order
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
