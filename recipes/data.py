@@ -4,6 +4,7 @@
     clipkit-data pack photographs/ shards/               # a folder: NAME.jpg with NAME.txt beside it
     clipkit-data check 'shards/*.tar' --overlap 'flickr30k/*.tar' --workers 8
     clipkit-data stats 'shards/*.tar'
+    clipkit-data index 'shards/*.tar' --workers 8 --sizes shards/sizes.json      # runs then begin at once
 
 Each prints a table and, with --json FILE, writes every number. `check` ends with status 1 when more than
 --max-bad-fraction of the samples are bad.
@@ -17,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clipkit.data import check, pack, stats
+from clipkit.data import check, index_shards, pack, stats
+from clipkit.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,11 +75,23 @@ def main(arguments: list[str] | None = None) -> int:
     check_parser.add_argument("--workers", type=int, default=1, help="processes; default 1")
     stats_parser = commands.add_parser("stats", help="samples, sizes and captions, without decoding")
     stats_parser.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
-    for command in (pack_parser, check_parser, stats_parser):
+    index_parser = commands.add_parser(
+        "index", help="count samples and note where they lie, so that runs begin at once; run again to go on"
+    )
+    index_parser.add_argument("shards", nargs="+", help="paths, globs, braces or URLs")
+    index_parser.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    index_parser.add_argument(
+        "--cache-dir", help="where indexes go, as data.cache_dir; default $CLIPKIT_CACHE or ~/.cache/clipkit"
+    )
+    index_parser.add_argument(
+        "--sizes",
+        help="write the samples of each shard here; as sizes.json beside the shards it tells every machine",
+    )
+    for command in (pack_parser, check_parser, stats_parser, index_parser):
         command.add_argument("--json", help="write the numbers to this file")
     options = parser.parse_args(arguments)
     try:
-        report, status = {"pack": _pack, "check": _check, "stats": _stats}[options.command](options)
+        report, status = _COMMANDS[options.command](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"clipkit-data {options.command}: {error}", file=sys.stderr)
         return 2
@@ -113,6 +127,20 @@ def _check(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def _stats(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     return stats(options.shards), 0
+
+
+def _index(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    report = index_shards(options.shards, workers=options.workers, cache_dir=options.cache_dir)
+    counts = report.pop("counts")
+    if options.sizes:
+        sizes = {name.partition("?")[0].rpartition("/")[2]: count for name, count in counts.items()}
+        if len(sizes) < len(counts):
+            raise ValueError("--sizes: two of the shards have the same name; index one folder at a time")
+        write_json(Path(options.sizes), sizes)
+    return report, 1 if report["bad_shards"] else 0
+
+
+_COMMANDS = {"pack": _pack, "check": _check, "stats": _stats, "index": _index}
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:

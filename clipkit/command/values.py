@@ -140,6 +140,7 @@ PRETRAIN: dict[str, Any] = {
     "data.shuffle": FLAG,
     "data.window": COUNT,
     "data.resample": FLAG,
+    "data.canonical_nodes": COUNT,
     "data.samples_per_epoch": or_null(COUNT),
     "data.cache": OneOf(("none", "ram")),
     "data.cache_size": or_null(COUNT),

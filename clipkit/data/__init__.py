@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clipkit.data.checking import check, stats
     from clipkit.data.evalset import count_samples, iter_captions, iter_eval
     from clipkit.data.faults import CAUSES, DataError
+    from clipkit.data.indexing import index_shards
     from clipkit.data.packing import pack
     from clipkit.data.sentences import SentenceStream, create_sentences
     from clipkit.data.shards import Stream, create_stream
@@ -52,6 +53,7 @@ _HOME = {
     "DataError": "faults",
     "CAUSES": "faults",
     "expand_shards": "urls",
+    "index_shards": "indexing",
     "pack": "packing",
     "check": "checking",
     "stats": "checking",
@@ -74,6 +76,7 @@ __all__ = [
     "create_stream",
     "create_tokenizer",
     "expand_shards",
+    "index_shards",
     "iter_captions",
     "iter_eval",
     "list_tokenizers",

@@ -56,16 +56,21 @@ class Batches(torch.utils.data.Dataset):
         """(source, epoch, place in the epoch, sample) of this rank's rows of the global batch at position
         `start`.
         """
-        first = start + self.rank * self.batch_size
-        positions = np.arange(first, first + self.batch_size, dtype=np.int64)
+        parts = self.orders[0].parts
+        # The global batch part by part, so that a rank's rows are of as few parts as can be.
+        part, inside = np.divmod(
+            np.arange(self.rank * self.batch_size, (self.rank + 1) * self.batch_size),
+            self.batch_size * self.world_size // parts,
+        )
+        inside += start // parts
         if self.mixture is None:
-            which, places = np.zeros(len(positions), np.int64), positions
+            which = np.zeros(len(inside), np.int64)
         else:
-            which, places = self.mixture.at(positions)
-        rows: list[Any] = [None] * len(positions)
+            which, inside = self.mixture.at(inside)
+        places = inside * parts + part
+        rows: list[Any] = [None] * len(places)
         for source in np.unique(which):
-            total = self.orders[source].total
-            epochs, inside = np.divmod(places, total)
+            epochs, inside = self.orders[source].epochs(places)
             for epoch in np.unique(epochs[which == source]):
                 at = np.flatnonzero((which == source) & (epochs == epoch))
                 for row, sample in zip(at, self.orders[source].at(int(epoch), inside[at])):
@@ -89,8 +94,11 @@ class Batches(torch.utils.data.Dataset):
         rows = self.plan(start)
         draws = self._draws([(source, epoch, sample) for source, epoch, _, sample in rows])
         for row, (source, epoch, place, sample) in enumerate(rows):
-            images[row], known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
             data = self.sets[source]
+            for shard, cause, key in data.late_faults(sample):
+                whole = cause in SHARD_CAUSES
+                faults.append((cause, shard, "" if whole else key, key if whole else ""))
+            images[row], known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
             captions, negatives = self.pairs.draw(known, draw, epoch, data.key(sample))
             texts += captions
             wrong += negatives

@@ -16,6 +16,8 @@ CAUSES = {
     "empty_shard": "the shard has no bytes or no complete sample",
     "unreadable_shard": "the shard is not a tar file, or could not be fetched",
     "truncated_shard": "the tar ends in the middle of a member; the samples before are used",
+    "changed_shard": "the shard is not the one that was indexed",
+    "wrong_count": "the shard holds more or fewer samples than was said of it",
     # Members of a tar, found while indexing.
     "corrupt_header": "a tar header fails its checksum; reading resumes at the next valid one",
     "not_a_file": "a directory, link, sparse file, FIFO or device; never followed or opened",
@@ -43,7 +45,7 @@ CAUSES = {
 _SHOWN = 500
 
 # Counted against the number of shards, the others against the number of samples.
-SHARD_CAUSES = ("empty_shard", "unreadable_shard", "truncated_shard")
+SHARD_CAUSES = ("empty_shard", "unreadable_shard", "truncated_shard", "changed_shard", "wrong_count")
 
 
 class DataError(RuntimeError):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -67,16 +67,27 @@ def permutation(key: int, n: int) -> np.ndarray:
 
 
 class EpochOrder:
-    """Which sample of one source stands at a position of an epoch.
+    """Which sample of one source stands at a place of its endless line.
+
+    With `parts` K above 1 the samples are divided once, by the seed: shards are permuted, put end to end, and cut into K
+    pieces of equal length (within one sample). Each part is a line of its own, ordered as one with K = 1 is, and place t
+    of the whole line is place t div K of part t mod K. Who reads some parts alone then needs their shards alone, and a
+    shard that a cut goes through belongs to two parts (Mosaic's StreamingDataset calls the parts canonical nodes).
+
+        line     t    0  1  2  3  4  5 ...         K = 2
+        part 0        0     1     2                shards s3, s1 and the first half of s0
+        part 1           0     1     2             the second half of s0, s2, s4
 
     Args:
         counts: samples in each shard, in the order of the shard list.
         seed: the run's seed.
         name: the source's name; two sources of one run get different orders.
-        window: how many shards are mixed together. 1 keeps the reading nearly sequential, as many as there
-            are shards is a shuffle of the whole set.
+        window: how many shards are mixed together, over all parts. 1 keeps the reading nearly sequential, as many as
+            there are shards is a shuffle of the whole set.
         shuffle: False gives file order in every epoch.
-        resample: True draws every position independently, with replacement.
+        resample: True draws with replacement: for each window, `window` shards (a shard as often as its samples are
+            many), and from these as many samples as so many shards hold on average.
+        parts: K.
     """
 
     def __init__(
@@ -88,14 +99,14 @@ class EpochOrder:
         window: int = 16,
         shuffle: bool = True,
         resample: bool = False,
+        parts: int = 1,
     ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
         self.total = int(self.starts[-1])
-        self.seed, self.name, self.shuffle, self.resample = seed, name, shuffle, resample
+        self.seed, self.name, self.shuffle, self.resample, self.parts = seed, name, shuffle, resample, parts
         self.window = max(1, min(window, len(self.counts)))
-        self._shards: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lines: dict[int, _Line] = {}
 
     def fresh(self) -> EpochOrder:
         """The same order with memory of its own, for another thread."""
@@ -106,15 +117,81 @@ class EpochOrder:
             window=self.window,
             shuffle=self.shuffle,
             resample=self.resample,
+            parts=self.parts,
         )
 
+    def _line(self, part: int) -> _Line:
+        if part not in self._lines:
+            self._lines[part] = _Line(self, part)
+        return self._lines[part]
+
+    def epochs(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For places (n,) of the endless line: the epoch of each (n,), and its place in that epoch (n,)."""
+        inside, part = np.divmod(places, self.parts)
+        totals = self.total * (part + 1) // self.parts - self.total * part // self.parts
+        epochs, inside = np.divmod(inside, totals)
+        return epochs, inside * self.parts + part
+
+    def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers, (n,) int64 in [0, total), of the given places (n,) of one epoch."""
+        inside, parts = np.divmod(positions, self.parts)
+        samples = np.empty(len(positions), dtype=np.int64)
+        for part in np.unique(parts):
+            rows = parts == part
+            samples[rows] = self._line(int(part)).at(epoch, inside[rows])
+        return samples
+
+    def substitute(self, epoch: int, position: int, attempt: int) -> int:
+        """The sample of the same window that takes the place of an unreadable one: again a function of numbers alone, and
+        of a shard that is at hand.
+        """
+        inside, part = divmod(position, self.parts)
+        return self._line(part).substitute(epoch, inside, attempt)
+
+    def upcoming(self, place: int, part: int = 0) -> Iterator[list[int]]:
+        """The shards of the window that place `place` of a part's own endless line is in, then of each window after it."""
+        line = self._line(part)
+        epoch, inside = divmod(place, line.total)
+        while True:
+            shards, end = line.window_shards(epoch, inside)
+            yield shards
+            epoch, inside = (epoch, end) if end < line.total else (epoch + 1, 0)
+
+
+class _Line:
+    """One part of an order: pieces of shards, permuted anew each epoch and cut into windows."""
+
+    def __init__(self, order: EpochOrder, part: int):
+        self.order = order
+        if order.parts == 1:
+            self.shards, self.firsts, self.counts = (
+                np.arange(len(order.counts)),
+                order.starts[:-1],
+                order.counts,
+            )
+            self.name: tuple[int | str, ...] = ()
+        else:
+            self.shards, self.firsts, self.counts = _cut(order, part)
+            self.name = ("part", order.parts, part)
+        self.total = int(self.counts.sum())
+        self.window = max(1, min(-(-order.window // order.parts), len(self.counts)))
+        self._shards: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def _number(self, epoch: int, *what: int | str) -> int:
+        return number(self.order.seed, self.order.name, epoch, *what, *self.name)
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shard permutation and the first position of each of its windows."""
+        """The epoch's order of the pieces and the first place of each of its windows, ended by `total`."""
         if epoch not in self._shards:
-            shards = permutation(number(self.seed, self.name, epoch, "shards"), len(self.counts))
-            ends = np.concatenate([[0], np.cumsum(self.counts[shards])])
-            bounds = ends[np.append(np.arange(0, len(shards), self.window), len(shards))]
-            self._shards[epoch] = (shards, bounds)
+            pieces = (
+                permutation(self._number(epoch, "shards"), len(self.counts))
+                if self.order.shuffle
+                else np.arange(len(self.counts))
+            )
+            ends = np.concatenate([[0], np.cumsum(self.counts[pieces])])
+            bounds = ends[np.append(np.arange(0, len(pieces), self.window), len(pieces))]
+            self._shards[epoch] = (pieces, bounds)
             while len(self._shards) > 2:
                 self._shards.popitem(last=False)
         return self._shards[epoch]
@@ -122,35 +199,89 @@ class EpochOrder:
     def _window(self, epoch: int, w: int) -> np.ndarray:
         """The sample numbers of window w, in order."""
         if (epoch, w) not in self._windows:
-            shards = self._epoch(epoch)[0][w * self.window : (w + 1) * self.window]
+            pieces = self._epoch(epoch)[0][w * self.window : (w + 1) * self.window]
             samples = np.concatenate(
-                [np.arange(int(self.starts[s]), int(self.starts[s + 1]), dtype=np.int64) for s in shards]
+                [
+                    np.arange(int(self.firsts[p]), int(self.firsts[p] + self.counts[p]), dtype=np.int64)
+                    for p in pieces
+                ]
             )
-            key = number(self.seed, self.name, epoch, "window", w)
-            self._windows[epoch, w] = samples[permutation(key, len(samples))]
+            key = self._number(epoch, "window", w)
+            self._windows[epoch, w] = (
+                samples[permutation(key, len(samples))] if self.order.shuffle else samples
+            )
             while len(self._windows) > 3:
                 self._windows.popitem(last=False)
         return self._windows[epoch, w]
 
-    def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers, (n,) int64 in [0, total), of the given positions (n,) of one epoch."""
-        if self.resample:
-            bits = random_bits(number(self.seed, self.name, epoch, "resample"), positions)
-            return (bits % np.uint64(self.total)).astype(np.int64)
-        if not self.shuffle:
-            return positions.astype(np.int64)
+    def at(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        if self.order.resample:
+            return self._drawn(epoch, places, "sample")
+        if not self.order.shuffle:
+            return places.astype(np.int64) + int(self.firsts[0])
         bounds = self._epoch(epoch)[1]
-        windows = np.searchsorted(bounds, positions, side="right") - 1
-        samples = np.empty(len(positions), dtype=np.int64)
+        windows = np.searchsorted(bounds, places, side="right") - 1
+        samples = np.empty(len(places), dtype=np.int64)
         for w in np.unique(windows):
             rows = windows == w
-            samples[rows] = self._window(epoch, int(w))[positions[rows] - bounds[w]]
+            samples[rows] = self._window(epoch, int(w))[places[rows] - bounds[w]]
         return samples
 
-    def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The sample that takes the place of an unreadable one: again a function of numbers alone."""
-        key = number(self.seed, self.name, epoch, "substitute", attempt)
-        return int(random_bits(key, np.array([position], dtype=np.uint64))[0] % np.uint64(self.total))
+    def substitute(self, epoch: int, place: int, attempt: int) -> int:
+        if self.order.resample:
+            return int(self._drawn(epoch, np.array([place]), "substitute", attempt)[0])
+        w = int(np.searchsorted(self._epoch(epoch)[1], place, side="right")) - 1
+        samples = self._window(epoch, w)
+        key = self._number(epoch, "substitute", attempt)
+        return int(samples[int(random_bits(key, np.array([place], np.uint64))[0] % np.uint64(len(samples)))])
+
+    def _drawn(self, epoch: int, places: np.ndarray, *purpose: int | str) -> np.ndarray:
+        """Samples drawn with replacement: a shard of the window's, then a sample of it."""
+        windows = places // self._drawn_together()
+        ids = np.stack([random_bits(self._number(epoch, *purpose, n), places) for n in range(2)])
+        samples = np.empty(len(places), dtype=np.int64)
+        for w in np.unique(windows):
+            rows = windows == w
+            slots = self._slots(epoch, int(w))[(ids[0, rows] % np.uint64(self.window)).astype(np.int64)]
+            samples[rows] = self.firsts[slots] + (ids[1, rows] % self.counts[slots].astype(np.uint64)).astype(
+                np.int64
+            )
+        return samples
+
+    def _drawn_together(self) -> int:
+        """How many samples in a row are drawn from one window."""
+        return max(1, self.total * self.window // len(self.counts))
+
+    def _slots(self, epoch: int, w: int) -> np.ndarray:
+        """The pieces that window w draws from, each as likely as it has samples."""
+        bits = random_bits(self._number(epoch, "resample", w), np.arange(self.window))
+        places = (bits % np.uint64(self.total)).astype(np.int64)
+        return np.searchsorted(np.cumsum(self.counts), places, side="right")
+
+    def window_shards(self, epoch: int, place: int) -> tuple[list[int], int]:
+        """The shards of the window that a place is in, and where the next window begins."""
+        if self.order.resample:
+            together = self._drawn_together()
+            pieces, end = self._slots(epoch, place // together), (place // together + 1) * together
+        else:
+            order, bounds = self._epoch(epoch)
+            w = int(np.searchsorted(bounds, place, side="right")) - 1
+            pieces, end = order[w * self.window : (w + 1) * self.window], int(bounds[w + 1])
+        return list(dict.fromkeys(self.shards[pieces[self.counts[pieces] > 0]].tolist())), end
+
+
+def _cut(order: EpochOrder, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of one part of several: their shards, first samples and counts."""
+    key, n = number(order.seed, order.name, "parts", order.parts), order.total
+    shards = permutation(key, len(order.counts)) if order.shuffle else np.arange(len(order.counts))
+    ends = np.cumsum(order.counts[shards])
+    low, high = n * part // order.parts, n * (part + 1) // order.parts
+    places = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high, side="left") + 1)
+    shards, ends = shards[places], ends[places]
+    begins = ends - order.counts[shards]
+    left, right = np.maximum(begins, low), np.minimum(ends, high)
+    kept = right > left
+    return shards[kept], (order.starts[shards] + left - begins)[kept], (right - left)[kept]
 
 
 class Mixture:
@@ -196,6 +327,11 @@ class Mixture:
             while len(self._blocks) > 3:
                 self._blocks.popitem(last=False)
         return self._blocks[block]
+
+    def before(self, position: int) -> np.ndarray:
+        """How many places each source had before a position: (sources,) int64."""
+        block, inside = divmod(position, self.BLOCK)
+        return block * self.quota + np.bincount(self._block(block)[0][:inside], minlength=len(self.quota))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For positions (n,): the source of each (n,) and its place in that source's own line (n,)."""

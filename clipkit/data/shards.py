@@ -1,11 +1,13 @@
 """The training stream: batches of uint8 images and token ids, in an order computed from numbers alone.
 
-Position t of an endless line belongs to one sample (see order.py). Step b of rank r takes the positions
+Position t of an endless line belongs to one sample (see order.py). Step b takes the W*B positions from b*W*B on, of W
+ranks with B samples each; rank r takes
 
-    b*W*B + r*B ... b*W*B + r*B + B-1          W ranks, B samples a rank
+    b*W*B + r*B ... b*W*B + r*B + B-1
 
-so the ranks cut the line without overlap or loss, a global batch is the same whatever W and B make it up, and
-the state of a run is one number. Workers compute whole batches by number; the loader hands them over in
+and with data.canonical_nodes = K above 1, where position t is of part t mod K, the r-th piece of the same length of the
+step's positions sorted by part. So the ranks cut the line without overlap or loss, a global batch is the same whatever W
+and B make it up, and the state of a run is one number. Workers compute whole batches by number; the loader hands them over in
 order. Epochs follow each other without a gap: with n samples, position t is place t mod n of epoch t div n,
 and no sample is dropped at a seam.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+from clipkit.data.ahead import Ahead
 from clipkit.data.batches import Batches
 from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
@@ -32,6 +35,8 @@ from clipkit.data.urls import Spool, expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
 
 _FIRST_WARNING_S = 30.0
+# Shards of a set whose content a checkpoint knows.
+_KNOWN_BY_CONTENT = 64
 
 
 class Stream:
@@ -52,8 +57,9 @@ class Stream:
         samples_per_epoch: int,
         num_workers: int,
         epochs: int | None,
+        spool: Spool,
     ):
-        self._batches, self._spec = batches, spec
+        self._batches, self._spec, self._spool = batches, spec, spool
         self.batch_size, self.rank, self.world_size = batches.batch_size, batches.rank, batches.world_size
         self.global_batch_size = self.batch_size * self.world_size
         self.samples_per_epoch, self.num_workers, self.epochs = samples_per_epoch, num_workers, epochs
@@ -73,10 +79,12 @@ class Stream:
         self._indexed = dict(self._faults.counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        watch = _Watch(self)
+        watch, ahead = _Watch(self), self._fetching()
         batches = self._from_workers() if self.num_workers else iter(self._loader())
         try:
             while True:
+                if ahead is not None:
+                    ahead.at(self._position)
                 watch.waiting()
                 try:
                     batch = next(batches)
@@ -93,6 +101,8 @@ class Stream:
                 yield batch
         finally:
             watch.stop()
+            if ahead is not None:
+                ahead.stop()
             if isinstance(batches, Workers):
                 batches.close()
             del batches
@@ -111,18 +121,32 @@ class Stream:
             generator=torch.Generator(),
         )
 
+    def _fetching(self) -> Ahead | None:
+        """What fetches shards before they are read, where some are fetched."""
+        if not any(one.streams(range(len(one.shards))) for one in self._batches.sets):
+            return None
+        lead = self.global_batch_size * self._spec["prefetch"] * self.num_workers
+        return Ahead(self._batches, self._spool, lead=lead)
+
     def _from_workers(self) -> Workers:
         return Workers(
             self._loader, timeout_s=self._spec["timeout_s"], awaited=self._awaited, restarts=self._restarts
         )
 
     def _awaited(self) -> str:
-        """The shards that the next batch reads. Called by the watching thread too, hence the copies."""
+        """The shards that the next batch reads, those that are not here yet first. Called by the watching thread too,
+        hence the copies.
+        """
         planner = copy.copy(self._batches)
         planner.orders = [order.fresh() for order in planner.orders]
         planner.mixture = planner.mixture and planner.mixture.fresh()
         rows = planner.plan(self._position)
-        shards = sorted({self._batches.sets[source].where(sample)[0] for source, _, _, sample in rows})
+        shards = [
+            shard
+            for number, one in enumerate(self._batches.sets)
+            for shard in one.waits_for([sample for source, _, _, sample in rows if source == number])
+        ]
+        shards.sort(key=lambda shard: not shard.endswith("(not fetched yet)"))
         return f"{', '.join(shards[:3])}{f' and {len(shards) - 3} more shards' if len(shards) > 3 else ''}"
 
     @property
@@ -137,7 +161,11 @@ class Stream:
         return {
             "position": self._position,
             "seed": self._batches.seed,
-            "data": self._fingerprint(),
+            "data": self.fingerprint(),
+            "content": [
+                "".join(f"{one.probe(shard):016x}" for shard in _some(len(one.shards)))
+                for one in self._batches.sets
+            ],
             "faults": self._faults.state_dict(),
         }
 
@@ -145,32 +173,43 @@ class Stream:
         """Continue after the batch that `state` was taken at; the world size may differ.
 
         Raises:
-            ValueError: the state is of another seed or another shard list.
+            ValueError: the state is of another seed or another shard list, or a shard has another content than then.
+                That is told of 64 shards of a list, spread over it; of one elsewhere, when it is read.
         """
         if state["seed"] != self._batches.seed:
             raise ValueError(
                 f"the data position was saved with seed {state['seed']}, this run has seed "
                 f"{self._batches.seed}: the order would differ; use the same seed or start a new run"
             )
-        if state["data"] != self._fingerprint():
+        if state["data"] != self.fingerprint():
             raise ValueError(
                 "the shards differ from those of the checkpoint (names, sizes, weights or order settings), "
                 "so "
                 "its position has no meaning here; give the same data.train or start a new run"
             )
+        for one, probes in zip(self._batches.sets, state.get("content", [])):
+            found = [int(probes[at : at + 16], 16) for at in range(0, len(probes), 16)]
+            one.expect({shard: probe for shard, probe in zip(_some(len(one.shards)), found) if probe})
         self._position = int(state["position"])
         self._faults.load_state_dict(list(state["faults"]))
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """What the order is a function of, beside the seed; the same on every rank."""
         parts = []
         for one, order in zip(self._batches.sets, self._batches.orders):
             names = [os.path.basename(shard) for shard in one.shards]
-            parts.append(
-                [names, one.counts.tolist(), order.name, order.window, order.shuffle, order.resample]
-            )
+            resample = "by window" if order.resample else False
+            parts.append([names, one.counts.tolist(), order.name, order.window, order.shuffle, resample])
+            if order.parts > 1:
+                parts.append(order.parts)
         if self._batches.mixture is not None:
             parts.append(self._batches.mixture.quota.tolist())
         return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+    def describe(self) -> str:
+        """`12,000 samples in 12 shards`."""
+        shards = sum(len(one.shards) for one in self._batches.sets)
+        return f"{self._samples:,} samples in {shards:,} shards"
 
     def report(self) -> dict[str, Any]:
         """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}, and where it is not 0
@@ -189,6 +228,12 @@ class Stream:
             "skipped": {cause: n for cause, n in sorted(skipped.items()) if n},
             **({"worker_restarts": self._restarts} if self._restarts else {}),
         }
+
+
+def _some(count: int) -> list[int]:
+    """At most _KNOWN_BY_CONTENT numbers below `count`, evenly spread."""
+    some = min(count, _KNOWN_BY_CONTENT)
+    return [count * place // some for place in range(some)]
 
 
 class _Starts(torch.utils.data.Sampler):
@@ -284,6 +329,10 @@ def create_stream(
             f"create_stream got batch_size={batch_size}, rank={rank}, world_size={world_size}, "
             f"num_workers={num_workers}; expected batch_size >= 1, 0 <= rank < world_size, num_workers >= 0"
         )
+    if not isinstance(full["canonical_nodes"], int) or full["canonical_nodes"] < 1:
+        raise ValueError(
+            f"data.canonical_nodes is {full['canonical_nodes']!r}; expected a whole number, 1 or more"
+        )
     cache_dir = cache_folder(full)
     spool = Spool(
         cache_dir / "shards",
@@ -298,7 +347,15 @@ def create_stream(
     if not weighted:
         lists, given = [[shard for one in lists for shard in one]], given[:1]
     sets = [
-        ShardSet(one, cache_dir=cache_dir, spool=spool, on_bad_shard=full["on_bad_shard"]) for one in lists
+        ShardSet(
+            one,
+            cache_dir=cache_dir,
+            spool=spool,
+            on_bad_shard=full["on_bad_shard"],
+            declared=True,
+            together=max(full["window"], full["canonical_nodes"]),
+        )
+        for one in lists
     ]
     orders = [
         EpochOrder(
@@ -308,13 +365,20 @@ def create_stream(
             window=full["window"],
             shuffle=full["shuffle"],
             resample=full["resample"],
+            parts=full["canonical_nodes"],
         )
         for one, source in zip(sets, given)
     ]
     mixture = (
         Mixture([source["weight"] for source in given], seed=seed) if weighted and len(sets) > 1 else None
     )
-    total = sum(map(len, sets))
+    total, parts = sum(map(len, sets)), full["canonical_nodes"]
+    if batch_size * world_size % parts or min(map(len, sets)) < parts:
+        raise ValueError(
+            f"each batch takes as many samples of each of the data.canonical_nodes={parts} parts, which the global batch of "
+            f"{batch_size} x {world_size} ranks is no multiple of, or a source has fewer samples than that: give the number "
+            "of nodes or a small multiple of it, and a batch size that is a multiple of that"
+        )
     if batch_size * world_size > total and not full["resample"]:
         raise ValueError(
             f"the global batch of {batch_size} x {world_size} ranks is larger than the {total} training "
@@ -338,4 +402,5 @@ def create_stream(
         samples_per_epoch=full["samples_per_epoch"] or total,
         num_workers=num_workers,
         epochs=epochs,
+        spool=spool,
     )

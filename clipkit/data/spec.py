@@ -44,6 +44,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "shuffle": True,
     "window": 16,
     "resample": False,
+    "canonical_nodes": 1,
     "samples_per_epoch": None,
     "cache": "none",
     "cache_size": None,

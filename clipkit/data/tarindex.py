@@ -4,36 +4,46 @@ The parser reads 512-byte headers and skips the contents. It never extracts, fol
 link, a device, an absolute path or a pickle is a name and a number of bytes, nothing more. A broken header
 does not lose the rest of the shard: reading resumes at the next block whose checksum is right.
 
-The index of a local tar is kept as one small .npz under `cache_dir`, named by the tar's path, size and
-modification time.
+An index is kept as one file under `cache_dir`, named by the tar's path, size, modification and change time, and is read
+by memory map: the processes of a machine share it. It holds what shows that the tar is still the one that was read: a
+digest over pieces of it (`probe`), and each member's header as a checksum, which is compared whenever the member is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
+import stat
+import struct
 import threading
-import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 
 from clipkit.data.faults import CAUSES
 from clipkit.data.order import number
-from clipkit.foreign import BrokenFile, parse_json, read_bytes
+from clipkit.foreign import BrokenFile, parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif")
 _BLOCK = 512
-_VERSION = 3
+_VERSION = 4
 _COLUMNS = ("image", "text", "json")
 # Bytes of a long name or extended header, and of an index; digits of a number in an extended header.
 _NAME_BYTES, _INDEX_BYTES, _DIGITS = 1 << 20, 1 << 31, 18
+# Pieces of a tar that its probe reads, and bytes of each.
+_PIECES, _PIECE = 8, 4096
+# The beginning of a stored index: its kind; the tar's size and probe; samples, bytes of keys and of faults, faults.
+_HEAD = struct.Struct("<16sqQqqqq")
+_MAGIC = b"clipkit index 04"
 
 
 @dataclass
@@ -46,12 +56,48 @@ class ShardIndex:
             absent.
         faults: (cause, key or member name) of everything left out.
         size: bytes of the tar that was indexed.
+        probe: `probe` of it.
+        heads: (n, 3) uint32: CRC-32 of the 512-byte header right before each of `spans`; 0 when absent.
     """
 
-    keys: list[str]
+    keys: Sequence[str]
     spans: np.ndarray
     faults: list[tuple[str, str]] = field(default_factory=list)
     size: int = 0
+    probe: int = 0
+    heads: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint32))
+
+
+@dataclass
+class Summary:
+    """What a stored index says at its beginning.
+
+    Attributes:
+        size, probe: of the tar that was indexed.
+        count: samples.
+        faults: how many things indexing left out.
+    """
+
+    size: int
+    probe: int
+    count: int
+    faults: int
+
+
+class _Keys(Sequence[str]):
+    """Names that lie end to end in one array, so that processes share them."""
+
+    def __init__(self, blob: np.ndarray, ends: np.ndarray):
+        self._blob, self._ends = blob, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        start = int(self._ends[place - 1]) if place else 0
+        return _decode(self._blob[start : int(self._ends[place])].tobytes())
 
 
 def index_tar(path: str | Path) -> ShardIndex:
@@ -60,28 +106,58 @@ def index_tar(path: str | Path) -> ShardIndex:
     Raises:
         OSError: the file cannot be opened.
     """
-    faults: list[tuple[str, str]] = []
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    duplicates: set[str] = set()
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return ShardIndex([], np.empty((0, 3, 2), np.int64), [("empty_shard", "")])
-        for name, offset, length in _members(file, size, faults):
-            key, _, extension = _split(name)
-            extension = extension.lower()
-            part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
-            if part is None:
-                samples.setdefault(key, {})
-                continue
-            found = samples.setdefault(key, {})
-            if part in found:
-                if key not in duplicates:
-                    duplicates.add(key)
-                    faults.append(("duplicate_key", key))
-                continue
-            found[part] = (offset, length)
-    return _complete(samples, faults, size)
+        return index_stream(file, os.fstat(file.fileno()).st_size)
+
+
+def index_stream(file: IO[bytes], size: int) -> ShardIndex:
+    """`index_tar` of an open file of so many bytes that can be read anywhere."""
+    faults: list[tuple[str, str]] = []
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    duplicates: set[str] = set()
+    if size == 0:
+        return ShardIndex([], np.empty((0, 3, 2), np.int64), [("empty_shard", "")])
+    for name, offset, length, head in _members(file, size, faults):
+        key, _, extension = _split(name)
+        extension = extension.lower()
+        part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
+        if part is None:
+            samples.setdefault(key, {})
+            continue
+        found = samples.setdefault(key, {})
+        if part in found:
+            if key not in duplicates:
+                duplicates.add(key)
+                faults.append(("duplicate_key", key))
+            continue
+        found[part] = (offset, length, head)
+
+    def read(length: int, offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(length)
+
+    index = _complete(samples, faults, size)
+    index.probe = probe(read, size)
+    return index
+
+
+def probe(read: Callable[[int, int], bytes], size: int) -> int:
+    """A 64-bit digest of a file's size and of eight pieces of it, 4 KiB each: another tar of the same name and size has
+    another one, unless all eight are equal.
+
+    Args:
+        read: (length, offset) -> bytes.
+        size: bytes of the file.
+    """
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
+    for piece in range(_PIECES):
+        digest.update(read(_PIECE, size * piece // _PIECES // _BLOCK * _BLOCK))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def probe_file(file: int) -> int:
+    """`probe` of an open file descriptor."""
+    return probe(lambda length, offset: os.pread(file, length, offset), os.fstat(file).st_size)
 
 
 def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
@@ -95,7 +171,8 @@ def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
     """
     faults: list[tuple[str, str]] = []
     with open(path, "rb") as file:
-        members = list(_members(file, os.fstat(file.fileno()).st_size, faults))
+        size = os.fstat(file.fileno()).st_size
+        members = [(name, offset, length) for name, offset, length, _ in _members(file, size, faults)]
     for cause, where in faults:
         if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
             raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
@@ -103,7 +180,7 @@ def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
 
 
 def _complete(
-    samples: dict[str, dict[str, tuple[int, int]]], faults: list[tuple[str, str]], size: int
+    samples: dict[str, dict[str, tuple[int, int, int]]], faults: list[tuple[str, str]], size: int
 ) -> ShardIndex:
     """Keep the samples that have an image and a caption; name the others."""
     keys, spans = [], []
@@ -120,10 +197,12 @@ def _complete(
             faults.append(("missing_caption", key))
         else:
             keys.append(key)
-            spans.append([parts.get(name, (-1, 0)) for name in _COLUMNS])
+            spans.append([parts.get(name, (-1, 0, 0)) for name in _COLUMNS])
     if not samples and not any(cause in ("truncated_shard", "unreadable_shard") for cause, _ in faults):
         faults.append(("empty_shard", ""))
-    return ShardIndex(keys, np.asarray(spans, dtype=np.int64).reshape(len(keys), 3, 2), faults, size)
+    table = np.asarray(spans, dtype=np.int64).reshape(len(keys), 3, 3)
+    heads = table[..., 2].astype(np.uint32)
+    return ShardIndex(keys, np.ascontiguousarray(table[..., :2]), faults, size, heads=heads)
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -135,8 +214,10 @@ def _split(name: str) -> tuple[str, str, str]:
     return folder + slash + stem, dot, extension
 
 
-def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, length) of every regular member; offsets are of the contents."""
+def _members(
+    file: IO[bytes], size: int, faults: list[tuple[str, str]]
+) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (name, offset, length, CRC-32 of its header) of every regular member; offsets are of the contents."""
     position, started, extended = 0, False, _Extended()
     while position + _BLOCK <= size:
         file.seek(position)
@@ -188,7 +269,7 @@ def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Itera
         if name.startswith("/") or ".." in name.split("/"):
             faults.append(("unsafe_path", name))
         else:
-            yield name.removeprefix("./"), offset, length
+            yield name.removeprefix("./"), offset, length, zlib.crc32(header)
     if position < size and size - position < _BLOCK and started:
         faults.append(("truncated_shard", ""))
     elif not started and size % _BLOCK:
@@ -197,7 +278,10 @@ def _members(file: IO[bytes], size: int, faults: list[tuple[str, str]]) -> Itera
 
 def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
     """The next block that is not all zeros, or the end; holes of a sparse file are not read."""
-    descriptor = file.fileno()
+    try:
+        descriptor = file.fileno()
+    except io.UnsupportedOperation:
+        return _past_zeros_read(file, position, size)
     while position + _BLOCK <= size:
         # The buffered file keeps account of where its descriptor stands.
         before = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -221,11 +305,28 @@ def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
     return position
 
 
+def _past_zeros_read(file: IO[bytes], position: int, size: int) -> int:
+    """`_past_zeros` of what is no file of this machine."""
+    while position + _BLOCK <= size:
+        file.seek(position)
+        chunk = file.read(1 << 16)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        position += zeros // _BLOCK * _BLOCK
+        if zeros < len(chunk):
+            return position
+        if not zeros:
+            return size
+    return position
+
+
 def _valid(header: bytes) -> int | None:
     """The member's length when the header's checksum is right, else None."""
     try:
         claimed = int(header[148:156].strip(b" \0") or b"x", 8)
-        if sum(header) - sum(header[148:156]) + 8 * 32 != claimed:
+        # Adler-32's lower half, begun at 0, is the sum of the bytes modulo 65,521, ten times faster than sum().
+        if (zlib.adler32(header, 0) - sum(header[148:156]) + 8 * 32 - claimed & 0xFFFF) and sum(header) - sum(
+            header[148:156]
+        ) + 8 * 32 != claimed:
             return None
         field_ = header[124:136]
         if field_[0] & 0x80:
@@ -295,56 +396,114 @@ def _padded(length: int) -> int:
 def cached_index(path: str, cache_dir: Path) -> ShardIndex:
     """`index_tar` of a local file, kept under `cache_dir` until the file changes."""
     status = os.stat(path)
-    file = index_file(cache_dir, os.path.realpath(path), status.st_size, status.st_mtime_ns)
+    file = index_file(cache_dir, *identity(path, status))
     index = load_index(file, size=status.st_size)
-    if index is None:
-        index = index_tar(path)
-        store_index(file, index)
-    return index
+    return index if index is not None else renew_index(file, lambda: index_tar(path))
+
+
+def identity(path: str, status: os.stat_result, folder: str | None = None) -> tuple[str | int, ...]:
+    """What a local tar's index is named by: that it was written again, even at equal size and modification time, shows in
+    the time of its last change, which no program can set.
+
+    Args:
+        folder: the real path of the folder of `path`, when it is known.
+    """
+    folder = os.path.realpath(os.path.dirname(path)) if folder is None else folder
+    name = os.path.join(folder, os.path.basename(path))
+    return name, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def index_file(cache_dir: Path, *identity: str | int) -> Path:
     """Where the index of a tar with this identity is kept."""
-    return cache_dir / f"{number(_VERSION, *identity):016x}.npz"
+    return cache_dir / f"{number(_VERSION, *identity):016x}.index"
+
+
+def renew_index(file: Path, make: Callable[[], ShardIndex]) -> ShardIndex:
+    """Make an index, store it, and return it as it is stored, so that processes share its memory."""
+    index = make()
+    store_index(file, index)
+    stored = load_index(file, size=index.size)
+    return stored if stored is not None and stored.probe == index.probe else index
+
+
+def read_summary(file: Path) -> Summary | None:
+    """The beginning of a stored index, or None when there is none."""
+    try:
+        with _opened(file) as opened:
+            kind, size, found, count, keys, faults, listed = _HEAD.unpack(os.read(opened, _HEAD.size))
+            whole = os.fstat(opened).st_size == _length(count, keys, faults)
+    except (OSError, ValueError, struct.error):
+        return None
+    valid = kind == _MAGIC and min(size, count, keys, faults, listed) >= 0 and whole
+    return Summary(size, found, count, listed) if valid else None
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    """A descriptor of a regular file; OSError for anything else."""
+    opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(file))
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _length(count: int, keys: int, faults: int) -> int:
+    """Bytes of a stored index: its head, spans, ends of keys, checksums, keys and faults."""
+    return _HEAD.size + count * (48 + 8 + 12) + keys + faults
 
 
 def load_index(file: Path, *, size: int | None = None) -> ShardIndex | None:
-    """A stored index, or None when there is none or it is broken: not what `store_index` writes for any tar.
+    """A stored index as a memory map, or None when there is none or it is broken: not what `store_index` writes for any
+    tar.
 
     Args:
         size: bytes of the tar that it must be of; None where that is not known yet.
     """
     try:
-        raw = read_bytes(file, limit=_INDEX_BYTES)
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            # Compressed arrays, which are not ours, may be of any length.
-            if any(entry.file_size > len(raw) for entry in archive.infolist()):
-                return None
-        with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
-            blob, spans, faults, found = (stored[name] for name in ("keys", "spans", "faults", "size"))
-        if blob.dtype != np.uint8 or blob.ndim != 1 or faults.dtype != np.uint8 or faults.ndim != 1:
+        with _opened(file) as opened:
+            length = os.fstat(opened).st_size
+        if not _HEAD.size <= length <= _INDEX_BYTES:
             return None
-        if found.dtype != np.int64 or found.shape != () or size not in (None, int(found)):
+        # A private mapping, which processes share while none writes; Python's own would keep a file open.
+        raw = torch.from_file(str(file), shared=False, size=length, dtype=torch.uint8).numpy().data
+        kind, found, probed, count, key_bytes, fault_bytes, listed = _HEAD.unpack(raw[: _HEAD.size])
+        if kind != _MAGIC or size not in (None, found) or min(found, count, key_bytes, fault_bytes) < 0:
             return None
-        keys = _unjoin(blob.tobytes())
-        if not _are_spans(spans, len(keys), int(found)):
+        if len(raw) != _length(count, key_bytes, fault_bytes):
             return None
-        listed = parse_json(faults.tobytes(), list[tuple[str, str]], name=str(file))
-        if not all(cause in CAUSES for cause, _ in listed):
+        at = _HEAD.size
+
+        def take(kind: str, many: int) -> np.ndarray:
+            nonlocal at
+            array = np.frombuffer(raw, kind, many, at)
+            at += array.nbytes
+            return array
+
+        spans, ends = take("<i8", count * 6).reshape(count, 3, 2), take("<i8", count)
+        heads, blob = take("<u4", count * 3).reshape(count, 3), take("<u1", key_bytes)
+        if not _are_spans(spans, count, found):
             return None
-        return ShardIndex(keys, spans, listed, int(found))
-    except Exception:
-        # A crafted .npz makes zipfile and NumPy raise nearly anything; whatever it is, the tar is read again.
+        starts = np.concatenate([[0], ends])
+        if (np.diff(starts) < 0).any() or starts[-1] != key_bytes:
+            return None
+        faults = parse_json(bytes(raw[at:]), list[tuple[str, str]], name=str(file))
+        if len(faults) != listed or not all(cause in CAUSES for cause, _ in faults):
+            return None
+        return ShardIndex(_Keys(blob, ends), spans, faults, found, probed, heads)
+    except (OSError, ValueError, struct.error, OverflowError, RuntimeError):
+        # Whatever is wrong with it, the tar is read again.
         return None
 
 
 def _are_spans(spans: np.ndarray, count: int, size: int) -> bool:
-    """Whether these can be the places of `count` samples in a tar: inside, apart, each with an image and a caption."""
-    if spans.dtype != np.int64 or spans.shape != (count, 3, 2):
-        return False
+    """Whether these can be the places of `count` samples in a tar: inside, behind a header, apart, each with an image and
+    a caption."""
     offset, length = spans[..., 0], spans[..., 1]
     there = offset >= 0
-    inside = (length >= 0) & (offset <= size) & (length <= size - offset)
+    inside = (offset >= _BLOCK) & (length >= 0) & (offset <= size) & (length <= size - offset)
     if not np.where(there, inside, (offset == -1) & (length == 0)).all():
         return False
     if not (there[:, 0] & (length[:, 0] > 0) & (there[:, 1] | there[:, 2])).all():
@@ -354,28 +513,27 @@ def _are_spans(spans: np.ndarray, count: int, size: int) -> bool:
     return bool((ends[:-1] <= starts[1:]).all())
 
 
-def _unjoin(raw: bytes) -> list[str]:
-    return _decode(raw).split("\0") if raw else []
-
-
 def store_index(file: Path, index: ShardIndex) -> None:
     """Write in one step; a cache that cannot be written is no error."""
-    keys = np.frombuffer("\0".join(index.keys).encode("utf-8", "surrogateescape"), dtype=np.uint8)
-    # As text: an array of strings takes the longest one's room for each.
+    keys = [key.encode("utf-8", "surrogateescape") for key in index.keys]
     faults = json.dumps(
         [(cause, key.encode("utf-8", "backslashreplace").decode()) for cause, key in index.faults]
-    )
+    ).encode()
+    blob, ends = b"".join(keys), np.cumsum([len(key) for key in keys], dtype="<i8")
+    head = _HEAD.pack(_MAGIC, index.size, index.probe, len(keys), len(blob), len(faults), len(index.faults))
     part = file.with_name(f"{file.stem}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as out:
-            np.savez(
-                out,
-                keys=keys,
-                spans=index.spans,
-                size=np.int64(index.size),
-                faults=np.frombuffer(faults.encode(), dtype=np.uint8),
-            )
+            for piece in (
+                head,
+                np.asarray(index.spans, "<i8").tobytes(),
+                ends.tobytes(),
+                np.asarray(index.heads, "<u4").tobytes(),
+                blob,
+                faults,
+            ):
+                out.write(piece)
         os.replace(part, file)
     except OSError:
         return

@@ -1,15 +1,17 @@
 """Where shards are: names expanded, streams fetched.
 
-A local tar is read in place. Anything else (http:, https:, s3:, gs:, hf:, pipe:) goes through webdataset's
-opener: the shard is read once from front to back into a file under the cache folder, and from there on it is
-a local tar like any other, so order and resume are the same for every kind of source. A `pipe:` command is
-run by the shell: it is taken from the configuration alone, never from data.
+A local tar is read in place. Anything else (http:, https:, s3:, gs:, hf:, pipe:; see remote.py) is read once from front
+to back into a file under the cache folder, and from there on it is a local tar like any other, so order and resume are
+the same for every kind of source. A `pipe:` command is run by the shell: it is taken from the configuration alone, never
+from data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import shutil
@@ -17,7 +19,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ import braceexpand
 
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
-from clipkit.foreign import permit
+from clipkit.data.remote import Version, open_stream
+from clipkit.foreign import BrokenFile, permit, read_json
 
 _SCHEME = re.compile(r"^(pipe|[a-z][a-z0-9+.-]+):", re.IGNORECASE)
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _MOST_SHARDS = 1_000_000
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 # The disk's free space is asked for after so many bytes.
 _LOOK_EVERY = 1 << 22
 
@@ -158,6 +161,19 @@ def _nearby(path: str) -> str:
     return f"The nearest folder that exists, {folder}, {holds}."
 
 
+@contextlib.contextmanager
+def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """While this process holds a lock file's lock, across the processes of a machine. BlockingIOError where another one does
+    and it is not waited for.
+    """
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 class Spool:
     """Streams' shards as local files.
 
@@ -185,30 +201,89 @@ class Spool:
         self.folder, self.limit, self.backoff_s = folder, int(limit_gb * 1e9), backoff_s
         self.stall_s, self.deadline_s, self.retries = stall_s, deadline_s, retries
 
-    def path(self, url: str) -> str:
-        """The local copy of a shard, fetched when it is not there. DataError after the last try."""
-        path = self.folder / f"{number(url):016x}.tar"
-        if not path.exists():
-            self._fetch_once(url, path)
+        # A copy that was fetched or found unchanged since then belongs to this run.
+        self.since = time.time()
+
+    def place(self, url: str) -> Path:
+        """Where a shard's copy is, or would be."""
+        return self.folder / f"{number(url):016x}.tar"
+
+    def has(self, url: str) -> bool:
+        """Whether a shard is here and was fetched, or found unchanged, since this run began."""
+        place = self.place(url)
         try:
-            os.utime(path)
+            return place.with_suffix(".json").stat().st_mtime >= self.since and place.exists()
         except OSError:
-            pass
-        return str(path)
+            return False
 
-    def _fetch_once(self, url: str, path: Path) -> None:
-        """Fetch under a lock, so that the workers of a machine fetch a shard once."""
-        import fcntl
+    def path(self, url: str) -> str:
+        """The local copy of a shard, fetched when it is not there, or when the server has another one than at the time of
+        the copy (by ETag, else by time and size). DataError after the last try.
+        """
+        if not self.has(url):
+            with self._locked(url):
+                if not self.has(url):
+                    self._retry(url)
+        self.keep([url])
+        return str(self.place(url))
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                self._retry(url, path)
-                self._evict(keep=path)
+    def open(self, url: str) -> int:
+        """A file descriptor of the local copy. Raises as `path`, and OSError."""
+        for _ in range(20):
+            # Another process may just have removed it to make room.
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(self.path(url), os.O_RDONLY)
+        return os.open(self.path(url), os.O_RDONLY)
 
-    def _retry(self, url: str, path: Path) -> None:
-        end = time.monotonic() + self.deadline_s
+    def fetch_ahead(self, url: str) -> bool:
+        """Fetch a shard that is not needed yet, by one try; False where that failed. One that another process is fetching
+        is left to it.
+        """
+        with contextlib.suppress(BlockingIOError), self._locked(url, wait=False):
+            if not self.has(url):
+                try:
+                    return not self._try(url, self.deadline_s)
+                except _NoRoom:
+                    return False
+        return True
+
+    def keep(self, urls: Iterable[str]) -> None:
+        """Mark shards as used now: the others go first."""
+        for url in urls:
+            with contextlib.suppress(OSError):
+                os.utime(self.place(url))
+
+    def taken(self, urls: Iterable[str]) -> int:
+        """Bytes that the copies of shards take."""
+        total = 0
+        for url in urls:
+            with contextlib.suppress(OSError):
+                total += self.place(url).stat().st_size
+        return total
+
+    def _locked(self, url: str, *, wait: bool = True) -> contextlib.AbstractContextManager[None]:
+        """So that the processes of a machine fetch a shard once."""
+        return locked(self.place(url).with_suffix(".lock"), wait=wait)
+
+    def _version(self, place: Path) -> Version | None:
+        """Of the copy that is there."""
+        try:
+            found = read_json(place.with_suffix(".json"), limit=1 << 16)
+            return (
+                Version(str(found["etag"]), str(found["modified"]), int(found["size"]))
+                if place.exists()
+                else None
+            )
+        except (OSError, BrokenFile, LookupError, ValueError, TypeError):
+            return None
+
+    def _confirm(self, place: Path, version: Version) -> None:
+        record = place.with_suffix(".json")
+        record.write_text(json.dumps(vars(version)))
+        os.utime(record, (now := time.time(), now))
+
+    def _retry(self, url: str) -> None:
+        place, end = self.place(url), time.monotonic() + self.deadline_s
         error, tries = "", 0
         for attempt in range(self.retries + 1):
             left = end - time.monotonic()
@@ -216,15 +291,19 @@ class Spool:
                 break
             tries += 1
             try:
-                error = self._try(url, path, left)
+                error = self._try(url, left)
             except _NoRoom as no_room:
                 # Another try fails too, unless older shards can make room for it.
                 needed = no_room.seen + 2 * _margin(self.folder)
-                if no_room.seen > self.limit or not self._evict(keep=path, bytes_free=needed):
+                if no_room.seen > self.limit or not self._evict(keep=place, bytes_free=needed):
                     raise DataError("unreadable_shard", str(no_room), shard=url) from None
                 error = str(no_room)
                 continue
             if not error:
+                return
+            if (version := self._version(place)) is not None:
+                # A server that does not answer takes nothing from the copy that is here.
+                self._confirm(place, version)
                 return
             if attempt < self.retries:
                 time.sleep(max(0.0, min(self.backoff_s * 2.0**attempt, 30.0, end - time.monotonic())))
@@ -235,10 +314,11 @@ class Spool:
             shard=url,
         )
 
-    def _try(self, url: str, path: Path, seconds: float) -> str:
-        """One try; returns what went wrong, or an empty string. Leaves the whole shard or nothing."""
+    def _try(self, url: str, seconds: float) -> str:
+        """One try; returns what went wrong, or an empty string. Leaves the whole shard or what was there before."""
+        path = self.place(url)
         part = path.with_suffix(".part")
-        copy = _Copy(url, part, self.limit)
+        copy = _Copy(url, part, self.limit, unless=self._version(path), timeout_s=self.stall_s)
         end, seen, moved = time.monotonic() + seconds, 0, time.monotonic()
         try:
             copy.start()
@@ -254,7 +334,12 @@ class Spool:
                 raise _NoRoom(copy.no_room, copy.bytes)
             if copy.error:
                 return copy.error
-            os.replace(part, path)
+            if not copy.unchanged:
+                # In this order: a copy never stands beside another one's version.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                os.replace(part, path)
+            self._confirm(path, copy.version)
+            self._evict(keep=path)
             return ""
         finally:
             copy.stop()
@@ -277,6 +362,7 @@ class Spool:
                 break
             if file != keep:
                 file.unlink(missing_ok=True)
+                file.with_suffix(".json").unlink(missing_ok=True)
                 total, removed = total - size, True
         return removed
 
@@ -295,20 +381,27 @@ def _margin(folder: Path) -> int:
 
 
 class _Copy(threading.Thread):
-    """Copies one stream to a new file; `stop` ends it, also when it hangs."""
+    """Copies one stream to a new file; `stop` ends it, also when it hangs.
 
-    def __init__(self, url: str, part: Path, limit: int):
+    Attributes:
+        version: of what was read.
+        unchanged: the server has that one still which was given as `unless`; nothing was copied.
+    """
+
+    def __init__(self, url: str, part: Path, limit: int, *, unless: Version | None, timeout_s: float):
         super().__init__(daemon=True)
+        self._unless, self._timeout_s, self.version, self.unchanged = unless, timeout_s, Version(), False
         self.url, self.part, self.limit, self.bytes, self.error, self.no_room = url, part, limit, 0, "", ""
         self._stream: Any = None
         self._ended = False
 
     def run(self) -> None:
-        from webdataset.gopen import gopen
-
         try:
+            self._stream, self.version = open_stream(self.url, unless=self._unless, timeout_s=self._timeout_s)
+            if self._stream is None or self._ended:
+                self.unchanged = not self._ended
+                return
             with open(self.part, "wb") as out:
-                self._stream = gopen(self.url)
                 looked = -_LOOK_EVERY
                 while (chunk := self._stream.read(_CHUNK)) and not self._ended:
                     self.bytes += len(chunk)
@@ -331,7 +424,9 @@ class _Copy(threading.Thread):
             self._stream.close()
             if not self.bytes:
                 self.error = "the stream is empty"
-        except (OSError, ValueError, EOFError) as error:
+            elif self.version.size not in (-1, self.bytes):
+                self.error = f"{self.bytes} of {self.version.size} bytes came"
+        except Exception as error:  # of any library that reads URLs
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.no_room = self._full(str(error.strerror))
             self.error = self.error or f"{type(error).__name__}: {error}"

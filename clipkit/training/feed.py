@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
-from clipkit.distributed import rank, world_size
+from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.losses import WeightedSum
 
 Batch = dict[str, Any]
@@ -34,8 +34,8 @@ def open_streams(
         batch_size: pairs a step, over all ranks.
 
     Raises:
-        ValueError: a batch that does not divide over the ranks, a loss that learns from a file that is not
-            given, or see `check_pairs`.
+        ValueError: a batch that does not divide over the ranks, ranks that see other shards, a loss that learns from a
+            file that is not given, or see `check_pairs`.
     """
     check_pairs(data, loss)
     inputs = loss.inputs
@@ -47,6 +47,7 @@ def open_streams(
         batch_size=split(batch_size, world_size(), "batch_size"),
         **share,
     )
+    agree(stream)
     needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
     given = data["sentences"] or {}
     files = {name: given.get(name) for name in needed if needed[name]}
@@ -113,6 +114,19 @@ def _needs_ids(term: torch.nn.Module) -> bool:
     return "pair_ids" in getattr(term, "inputs", ()) or any(
         getattr(part, "same_ids", "positive") != "positive" for part in term.modules()
     )
+
+
+def agree(stream: Stream) -> None:
+    """ValueError where the ranks' shards differ, or their counts: each would read in another order."""
+    said = gather_objects((stream.fingerprint(), stream.describe()))
+    if len({fingerprint for fingerprint, _ in said}) > 1:
+        seen: dict[str, str] = {}
+        for number, (fingerprint, what) in enumerate(said):
+            seen.setdefault(fingerprint, f"rank {number}: {what}")
+        raise ValueError(
+            f"the ranks see other shards, or count them differently ({'; '.join(seen.values())}): give every node the same "
+            "data.train, and the same counts by `clipkit-data index --sizes` and a sizes.json beside the shards"
+        )
 
 
 def split(batch_size: int, world_size: int, name: str) -> int:

@@ -40,7 +40,7 @@ from clipkit.data.packing import _members as sample_members
 from clipkit.data.packing import _rows as table_rows
 from clipkit.data.packing import _same_settings
 from clipkit.data.sentences import create_sentences
-from clipkit.data.tarindex import ShardIndex, index_tar, load_index, store_index, tar_members
+from clipkit.data.tarindex import ShardIndex, index_tar, load_index, read_summary, store_index, tar_members
 from clipkit.data.tokenizers import load_tokenizer
 from clipkit.evals.classification import read_classes, read_templates
 from clipkit.evals.compositional import read_pairs
@@ -135,29 +135,30 @@ def tar_bytes(members: dict[str, bytes], rng: random.Random) -> bytes:
 
 
 def index(folder: Path, rng: random.Random) -> None:
-    file = folder / "index.npz"
-    spans = np.array([[[512, 9], [1024, 3], [-1, 0]], [[2048, 1], [-1, 0], [3000, 2]]])
-    store_index(file, ShardIndex(["a", "b"], spans, [("empty_image", "c")], 4096))
+    file = folder / "a.index"
+    spans = np.array([[[512, 9], [1536, 3], [-1, 0]], [[2560, 1], [-1, 0], [3584, 2]]])
+    given = {"keys": ["a", "b"], "spans": spans, "faults": [("empty_image", "c")], "size": 4096, "probe": 7}
+    given["heads"] = np.zeros((2, 3), np.uint32)
     if rng.random() < 0.5:
-        file.write_bytes(damage(file.read_bytes(), rng))
-    else:
-        with np.load(file) as stored:
-            arrays = dict(stored)
-        for name in rng.sample(sorted(arrays), rng.randrange(1, 3)):
-            arrays[name] = rng.choice(
-                [
-                    arrays[name].astype(rng.choice(["f4", "i4", "u8", "U3", "c8", "?"])),
-                    arrays[name].reshape(-1)[: rng.randrange(3)],
-                    np.asarray(rng.choice([[], 3.5, "x", [[[1 << 62] * 2] * 3] * 2, [-1], [[["a", "b"]]]])),
-                    arrays[name] + arrays[name].dtype.type(rng.randrange(256)),
-                ]
-            )
-        if rng.random() < 0.2:
-            del arrays[rng.choice(sorted(arrays))]
-        rng.choice((np.savez, np.savez_compressed))(file, **arrays)
+        name = rng.choice(("spans", "heads", "size", "keys"))
+        given[name] = {
+            "spans": spans
+            + rng.choice((0, 1, -600, 1 << 40)) * (np.arange(12).reshape(2, 3, 2) == rng.randrange(12)),
+            "heads": given["heads"][: rng.randrange(2)],
+            "size": rng.choice((-1, 0, 1 << 62)),
+            "keys": rng.choice(([], ["a"], ["", ""], ["a", "b", "c"], ["a\0", "\udcff"])),
+        }[name]
+    store_index(file, ShardIndex(**given))
+    if rng.random() < 0.7:
+        # Not where it lies: what is mapped still would change under its reader.
+        raw = damage(file.read_bytes(), rng)
+        file.unlink()
+        file.write_bytes(raw)
+    read_summary(file)
     found = load_index(file, size=rng.choice((None, 4096)))
     if found is not None:
         assert found.spans.shape == (len(found.keys), 3, 2) and int(found.spans.max(initial=0)) <= found.size
+        assert found.heads.shape == (len(found.keys), 3) and len(list(found.keys)) == len(found.keys)
 
 
 def tar(folder: Path, rng: random.Random) -> None:

@@ -9,6 +9,41 @@ import pytest
 
 from clipkit.data.order import EpochOrder, Mixture, number, permutation, random_bits, uniforms
 
+FIRST = [
+    24,
+    6,
+    15,
+    7,
+    22,
+    20,
+    14,
+    19,
+    9,
+    28,
+    8,
+    21,
+    10,
+    11,
+    16,
+    23,
+    17,
+    12,
+    13,
+    18,
+    29,
+    30,
+    1,
+    3,
+    2,
+    0,
+    4,
+    5,
+    27,
+    26,
+    25,
+]
+FIFTH = [131, 362, 152, 387, 1, 27, 33, 262, 313, 270, 289, 231, 201, 237, 62, 192, 182, 77]
+
 
 def splitmix64(key: int, counter: int) -> int:
     """Steele, Lea and Flood's generator in Python integers."""
@@ -86,6 +121,90 @@ def test_resampling_repeats_and_is_reproducible():
     assert (EpochOrder([50, 50], seed=0, resample=True).at(0, np.array([500]))[0]) == drawn[500]
 
 
+def test_the_first_epochs_are_those_of_earlier_versions():
+    """Written down before the order was divided into parts: a run of then goes on as it would have."""
+    order = EpochOrder([5, 0, 1, 12, 7, 3, 3], seed=3, window=3)
+    assert order.at(0, np.arange(31)).tolist() == FIRST
+    assert EpochOrder([40] * 10, seed=1, window=2).at(5, np.arange(0, 400, 23)).tolist() == FIFTH
+
+
+def parts_by_hand(counts, seed, parts):
+    """(shard, sample) of each part, as the text says: shards permuted, end to end, cut into equal pieces."""
+    starts = [sum(counts[:s]) for s in range(len(counts))]
+    line = [
+        (s, starts[s] + i)
+        for s in permutation(number(seed, "", "parts", parts), len(counts)).tolist()
+        for i in range(counts[s])
+    ]
+    n = len(line)
+    return [line[n * k // parts : n * (k + 1) // parts] for k in range(parts)]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 8])
+@pytest.mark.parametrize("counts", [[5, 0, 1, 12, 7, 3, 3], [40] * 12, [1] * 9, [100]])
+def test_parts_are_equal_lines_of_their_own_samples_and_shards(counts, parts):
+    n, expected = sum(counts), parts_by_hand(counts, 7, parts)
+    order = EpochOrder(counts, seed=7, window=2 * parts, parts=parts)
+    epochs, inside = order.epochs(np.arange(4 * n))
+    seen = np.array([order.at(int(e), np.array([p]))[0] for e, p in zip(epochs, inside)])
+    for part, own in enumerate(expected):
+        mine, of = seen[part::parts], epochs[part::parts]
+        for epoch in range(2):
+            assert sorted(mine[of == epoch]) == sorted(sample for _, sample in own)
+        # Window after window, two of its shards are read at a time, and it says which.
+        upcoming, at = order.upcoming(0, part), 0
+        for _ in range(4):
+            shards = next(upcoming)
+            assert len(shards) <= 2 and set(shards) <= {shard for shard, _ in own}
+            length = sum(shard in shards for shard, _ in own)
+            got = {int(np.searchsorted(np.cumsum(counts), s, side="right")) for s in mine[at : at + length]}
+            assert got <= set(shards)
+            at += length
+    if n % parts == 0:
+        assert sorted(seen[:n]) == list(range(n)) == sorted(seen[n : 2 * n]) and list(seen[:n]) != list(
+            seen[n : 2 * n]
+        )
+
+
+def test_parts_depend_on_seed_and_shards_and_their_order_on_the_epoch_too():
+    make = lambda **options: EpochOrder([6] * 8, **{"seed": 1, "parts": 2, "window": 4, **options})
+    halves = lambda order, epoch: {int(s) for s in order.at(epoch, np.arange(0, 48, 2))}
+    assert halves(make(), 0) == halves(make(), 5) and len(halves(make(), 0)) == 24
+    assert halves(make(seed=2), 0) != halves(make(), 0) or halves(make(seed=3), 0) != halves(make(), 0)
+    assert make().at(0, np.arange(48)).tolist() != make().at(1, np.arange(48)).tolist()
+    assert make(shuffle=False).at(3, np.arange(6)).tolist() == [0, 24, 1, 25, 2, 26]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_substitute_is_of_the_same_window(parts):
+    counts = [10] * 12
+    order = EpochOrder(counts, seed=2, window=6, parts=parts)
+    for place in range(0, 120, 7):
+        shards = next(order.upcoming(place // parts, place % parts))
+        found = {order.substitute(0, place, attempt) // 10 for attempt in range(40)}
+        assert found <= set(shards) and len(found) > 1
+    assert order.substitute(0, 5, 3) == EpochOrder(counts, seed=2, window=6, parts=parts).substitute(0, 5, 3)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_resampling_draws_from_a_window_of_shards_and_in_all_from_every_sample_alike(parts):
+    counts = [10, 30, 0, 5, 15] * 10
+    order = EpochOrder(counts, seed=4, window=4, resample=True, parts=parts)
+    # The mean of so many shards; a part has no empty ones.
+    upcoming, together = order.upcoming(0), {1: 48, 2: 31}[parts]
+    shard_of = np.searchsorted(np.cumsum(counts), np.arange(600), side="right")
+    drawn = order.at(0, np.arange(0, 20 * together * parts, parts))
+    for w in range(5):
+        assert set(shard_of[drawn[w * together : (w + 1) * together]]) <= set(next(upcoming))
+    many = np.concatenate([order.at(epoch, np.arange(600)) for epoch in range(400)])
+    often = np.bincount(many, minlength=600)
+    # 240,000 draws of 600: 400 each; a window's shards come together, so that they spread wider than 20.
+    assert often.min() > 200 and often.max() < 650
+    if parts == 1:
+        by_size = [often[[c == counts[s] for s in shard_of]].mean() for c in (5, 10, 15, 30)]
+        assert max(by_size) < 1.1 * min(by_size)
+
+
 @pytest.mark.parametrize("weights", [[1, 1], [3, 1], [0.7, 0.2, 0.1], [1, 5000]])
 def test_a_mixture_gives_each_source_its_share_and_its_places_in_turn(weights):
     mixture = Mixture(weights, seed=5)
@@ -95,6 +214,8 @@ def test_a_mixture_gives_each_source_its_share_and_its_places_in_turn(weights):
         mine = places[which == source]
         assert abs(len(mine) / n - weight / sum(weights)) <= 1 / Mixture.BLOCK
         assert mine.tolist() == list(range(len(mine))), "a source's places come in order, none left out"
+        for position in (0, 1, 777, 10_000, 25_001):
+            assert mixture.before(position)[source] == (which[:position] == source).sum()
     again, _ = Mixture(weights, seed=5).at(np.array([12_345]))
     assert again[0] == which[12_345]
 

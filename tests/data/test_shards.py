@@ -199,7 +199,7 @@ def test_a_state_of_other_shards_or_another_seed_is_refused(thousand_shards, byt
 def test_the_state_is_small(thousand_shards, byte_tokenizer):
     stream = stream_of(thousand_shards, byte_tokenizer, batch_size=100)
     next(iter(stream))
-    assert len(repr(stream.state_dict())) < 300
+    assert len(repr(stream.state_dict())) < 1500
 
 
 def test_weighted_sources_get_their_shares_and_each_stays_exactly_once(

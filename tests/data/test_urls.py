@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +14,8 @@ from clipkit.data import create_stream, expand_shards, iter_eval
 from clipkit.data.faults import DataError
 from clipkit.data.urls import Expanded, Spool
 from clipkit.foreign import BrokenFile, named_by
+from tests.data.shard_server import Server
 from tests.processes import PATIENCE
-
-needs_curl = pytest.mark.skipif(
-    shutil.which("curl") is None, reason="webdataset opens http: with curl, which is not here"
-)
 
 
 @pytest.fixture
@@ -31,56 +26,6 @@ def shards(tmp_path, write_tar, sample) -> list[Path]:
         )
         for s in range(4)
     ]
-
-
-class Server:
-    """Serves files; the first `drops` answers of each file break off half-way; files in `hang` never
-    answer.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        drops: int = 0,
-        hang: tuple[str, ...] = (),
-        status: dict[str, int] | None = None,
-    ):
-        self.asked: dict[str, int] = {}
-        self.release = threading.Event()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                name = self.path.lstrip("/")
-                server.asked[name] = server.asked.get(name, 0) + 1
-                if name in hang:
-                    server.release.wait(30)
-                    return
-                if name in (status or {}):
-                    self.send_error((status or {})[name])
-                    return
-                data = (folder / name).read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if server.asked[name] <= drops else data)
-
-            def log_message(self, *arguments):
-                pass
-
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.release.set()
-        self._http.shutdown()
-        self._http.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +43,6 @@ def keys_of(train, tokenizer, **options):
     return [key for batch in stream for key in batch["key"]]
 
 
-@needs_curl
 def test_files_http_and_pipe_give_the_same_keys(shards, byte_tokenizer, keys_in):
     local = keys_of([str(path) for path in shards], byte_tokenizer)
     assert sorted(local[:24]) == sorted(keys_in(shards))
@@ -106,7 +50,7 @@ def test_files_http_and_pipe_give_the_same_keys(shards, byte_tokenizer, keys_in)
     assert keys_of(f"pipe:cat {folder}/{{000..003}}.tar", byte_tokenizer) == local
     with Server(folder) as server:
         assert keys_of(f"{server.url}/{{000..003}}.tar", byte_tokenizer, num_workers=2) == local
-        assert server.asked == {f"{i:03d}.tar": 1 for i in range(4)}, (
+        assert server.served == {f"{i:03d}.tar": 1 for i in range(4)}, (
             "each shard was fetched once, by whichever process"
         )
         evaluated = [
@@ -117,7 +61,6 @@ def test_files_http_and_pipe_give_the_same_keys(shards, byte_tokenizer, keys_in)
         assert evaluated == keys_in(shards)
 
 
-@needs_curl
 def test_a_server_that_drops_connections_is_asked_again(shards, tmp_path):
     with Server(shards[0].parent, drops=2) as server:
         spool = Spool(tmp_path / "spool", retries=3, backoff_s=0.01)
@@ -130,7 +73,6 @@ def test_a_server_that_drops_connections_is_asked_again(shards, tmp_path):
     )
 
 
-@needs_curl
 def test_a_shard_that_never_comes_is_named_after_its_deadline(shards, byte_tokenizer):
     with Server(shards[0].parent, hang=("001.tar",)) as server:
         spec = {"shard_deadline_s": 1.0, "shard_stall_s": 0.5, "shard_retries": 1}
@@ -154,7 +96,6 @@ def test_a_shard_that_never_comes_is_named_after_its_deadline(shards, byte_token
         assert skipped.samples_per_epoch == 18 and skipped.report()["skipped"] == {"unreadable_shard": 1}
 
 
-@needs_curl
 def test_a_refusing_server_and_a_failing_command_say_so(shards, tmp_path):
     spool = Spool(tmp_path / "spool", retries=0)
     with Server(shards[0].parent, status={"000.tar": 404}) as server:

@@ -12,10 +12,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from clipkit.data import check, iter_eval, pack, stats
+from clipkit.data import check, create_stream, iter_eval, pack, stats
 from clipkit.recipes.data import main
+from tests.data.shard_server import Server
 from tests.processes import ROOT, fork
 
 
@@ -326,3 +328,68 @@ def test_prepare_cc3m_says_what_is_wrong(tmp_path):
         tmp_path / "cc.tsv", tmp_path / "out", program="prepare_cc3m.py", status=2, PATH=str(tmp_path)
     )
     assert "pip install img2dataset" in result
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Three shards of 4, 5 and 6 samples."""
+    for s in range(3):
+        with tarfile.open(tmp_path / f"{s}.tar", "w") as tar:
+            for i in range(4 + s):
+                for name, data in ((f"{s}{i}.jpg", picture(i)), (f"{s}{i}.txt", b"words")):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return tmp_path
+
+
+def test_index_counts_once_and_goes_on(counted, tmp_path, capfd):
+    out = tmp_path / "out.json"
+    arguments = ["index", str(counted / "{0..2}.tar"), "--json", str(out), "--workers", "2"]
+    assert main(arguments) == 0
+    first = json.loads(out.read_text())
+    assert (first["shards"], first["indexed"], first["samples"], first["faults"]) == (3, 3, 15, {})
+    assert first["bytes"] == sum((counted / f"{s}.tar").stat().st_size for s in range(3))
+    (counted / "1.tar").write_bytes((counted / "2.tar").read_bytes())
+    assert main([*arguments, "--sizes", str(counted / "sizes.json")]) == 0
+    again = json.loads(out.read_text())
+    assert (again["indexed"], again["samples"]) == (1, 16)
+    assert json.loads((counted / "sizes.json").read_text()) == {"0.tar": 4, "1.tar": 6, "2.tar": 6}
+    # And a run reads none of them to begin.
+    stream = create_stream(
+        {"train": str(counted), "cache_dir": str(tmp_path / "elsewhere")},
+        tokenizer=lambda texts: torch.zeros(len(texts), 1, dtype=torch.int64),
+        image_size=8, batch_size=4, seed=0,
+    )  # fmt: skip
+    assert stream.samples_per_epoch == 16 and not list((tmp_path / "elsewhere").rglob("*.index"))
+    (counted / "1.tar").write_bytes(b"")
+    assert main(arguments) == 1 and "1.tar: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_index_reads_a_server_s_shards_by_ranges(counted, tmp_path, ranges, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    cache = tmp_path / "cache"
+    local = tmp_path / "local.json"
+    assert main(["index", str(counted / "{0..2}.tar"), "--json", str(local)]) == 0
+    with Server(counted, ranges=ranges) as server:
+        arguments = [
+            "index",
+            f"{server.url}/{{0..2}}.tar",
+            "--cache-dir",
+            str(cache),
+            "--json",
+            str(tmp_path / "a"),
+        ]
+        assert main(arguments) == 0
+        assert bool(server.served) != ranges and len(list(cache.rglob("*.tar"))) == (0 if ranges else 3)
+        found, expected = json.loads((tmp_path / "a").read_text()), json.loads(local.read_text())
+        assert {**found, "seconds": 0} == {**expected, "seconds": 0} and found["indexed"] == 3
+        assert main(arguments) == 0
+        assert json.loads((tmp_path / "a").read_text())["indexed"] == 0
+        # One that the server has anew is found, whatever its size.
+        (counted / "1.tar").write_bytes((counted / "0.tar").read_bytes())
+        assert main(arguments) == 0
+        if ranges:
+            assert json.loads((tmp_path / "a").read_text())["samples"] == 14
