@@ -96,7 +96,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         data,
         loss.inputs,
         tokenizer=tokenizer,
-        image_size=model.image_tower.image_size,
+        image_tower=model.image_tower,
         batch_size=config["batch_size"],
         seed=config["seed"],
     )

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
+from clipkit.data.decode import DRAWS, crop, decode_eval, decode_small, decode_train
 from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
 from clipkit.data.shardset import ShardSet
 
-_DRAWS = 5  # area, shape, left, top of the crop; the caption
+# Of the crop's DRAWS random numbers, the one that it leaves to the caption.
+_CAPTION = 4
 _ATTEMPTS = 100
 
 
@@ -37,16 +38,20 @@ class Batches(torch.utils.data.Dataset):
         seed: int,
         rank: int,
         world_size: int,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ):
         self.sets, self.orders, self.mixture = sets, orders, mixture
         self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.captions, self.max_pixels = spec["captions"], spec["max_pixels"]
-        self.scale = tuple(spec["augmentation"]["crop_scale"])
+        scale = spec["augmentation"]["crop_scale"]
+        self.scale = None if scale is None else tuple(scale)
         self.ratio = tuple(spec["augmentation"]["crop_ratio"])
+        self.resize_mode, self.interpolation = resize_mode, interpolation
         self.offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
         self.cache = (
-            _Cache(spec["cache_size"] or _cache_side(image_size, self.scale), sets)
+            _Cache(_cache_side(image_size, self.scale, spec["cache_size"]), sets, self._keep)
             if spec["cache"] == "ram"
             else None
         )
@@ -101,12 +106,12 @@ class Batches(torch.utils.data.Dataset):
         }
 
     def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
-        """Each row's random numbers, a function of (seed, epoch, key): (n, 5) float64."""
+        """Each row's random numbers, a function of (seed, epoch, key): (n, DRAWS) float64."""
         ids = [
             number(self.seed, epoch, "sample", self.sets[source].key(sample))
             for source, epoch, sample in rows
         ]
-        return uniforms(0, np.array(ids, dtype=np.uint64), _DRAWS)
+        return uniforms(0, np.array(ids, dtype=np.uint64), DRAWS)
 
     def _sample(
         self,
@@ -138,8 +143,8 @@ class Batches(torch.utils.data.Dataset):
     def _read(self, source: int, epoch: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, str]:
         data = self.sets[source]
         if self.cache is not None:
-            captions, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
-            image = self._crop(pixels, aspect, draws)
+            captions, pixels, shape = self.cache.get(source, sample)
+            image = self._crop(pixels, shape, draws)
         else:
             captions = data.captions(sample)
             image = decode_train(
@@ -148,22 +153,37 @@ class Batches(torch.utils.data.Dataset):
                 draws=draws,
                 scale=self.scale,
                 ratio=self.ratio,
+                interpolation=self.interpolation,
+                resize_mode=self.resize_mode,
                 max_pixels=self.max_pixels,
             )
-        return image, captions[self._pick(len(captions), draws[4], epoch, data.key(sample))]
+        return image, captions[self._pick(len(captions), draws[_CAPTION], epoch, data.key(sample))]
 
-    def _crop(self, pixels: torch.Tensor, aspect: float, draws: list[float]) -> torch.Tensor:
-        """A random resized crop of a squashed picture (3, S, S), of the same area and shape as of the picture
-        itself.
-        """
-        side = pixels.shape[1]
-        if self.scale[0] == 1.0 and side == self.image_size:
-            return pixels
-        top, left, h, w = crop_box(1.0, aspect, draws, self.scale, self.ratio)
-        y0, x0 = round(top * side), round(left / aspect * side)
-        y1, x1 = max(y0 + 1, round((top + h) * side)), max(x0 + 1, round((left + w) / aspect * side))
-        return resize(
-            pixels[:, y0:y1, x0:x1].permute(1, 2, 0), self.image_size, self.image_size, mode="bilinear"
+    def _keep(self, data: bytes, area: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """What is kept in memory of a picture, (h, w, 3) uint8 of at most `area` pixels, and its own height and width."""
+        if self.scale is not None:
+            return decode_small(data, area, interpolation=self.interpolation, max_pixels=self.max_pixels)
+        image = decode_eval(
+            data,
+            self.image_size,
+            resize_mode=self.resize_mode,
+            interpolation=self.interpolation,
+            max_pixels=self.max_pixels,
+        )
+        return image.permute(1, 2, 0), (self.image_size, self.image_size)
+
+    def _crop(self, pixels: torch.Tensor, shape: tuple[int, int], draws: list[float]) -> torch.Tensor:
+        """The training picture from what is kept of it."""
+        if self.scale is None:
+            return pixels.permute(2, 0, 1)
+        return crop(
+            pixels.numpy(),
+            self.image_size,
+            draws,
+            self.scale,
+            self.ratio,
+            shape=shape,
+            interpolation=self.interpolation,
         )
 
     def _pick(self, count: int, draw: float, epoch: int, key: str) -> int:
@@ -180,37 +200,51 @@ class Batches(torch.utils.data.Dataset):
         return sys.maxsize
 
 
-def _cache_side(image_size: int, scale: tuple[float, float]) -> int:
-    """Pixels a side kept in memory: enough that the smallest usual crop (half the area) is not magnified."""
-    return (
-        image_size if scale[0] == 1.0 else min(2 * image_size, round(image_size / max(0.5, scale[0]) ** 0.5))
-    )
+def _cache_side(image_size: int, scale: tuple[float, float] | None, wanted: int | None) -> int:
+    """The root of the pixels kept of a picture: `wanted`, or enough that the smallest usual crop (half the area) is not
+    magnified; the picture itself where it is not cropped.
+    """
+    if scale is None:
+        return image_size
+    if wanted:
+        return wanted
+    return min(2 * image_size, round(image_size / max(0.5, scale[0]) ** 0.5))
 
 
 class _Cache:
-    """Every picture decoded once, squashed to S x S uint8, in memory that all workers share; captions beside
-    it.
+    """Every picture decoded once, in its own shape, in memory that all workers share; captions beside it.
 
-    What is read back is bit for bit what decoding again would give, so the cache never changes a batch.
+    A picture of more than side * side pixels is reduced to so many, so its crops are resized twice: the same crops as
+    without a cache, of slightly other pixels. What is read back is bit for bit what decoding again would give, so the
+    order of reading never changes a batch.
     """
 
-    def __init__(self, side: int, sets: list[ShardSet]):
-        self.sets, self.side = sets, side
+    def __init__(
+        self,
+        side: int,
+        sets: list[ShardSet],
+        keep: Callable[[bytes, int], tuple[torch.Tensor, tuple[int, int]]],
+    ):
+        self.sets, self.area, self.keep = sets, side * side, keep
         self.pixels = [
-            torch.zeros(len(one), side, side, 3, dtype=torch.uint8).share_memory_() for one in sets
+            torch.zeros(len(one), side * side * 3, dtype=torch.uint8).share_memory_() for one in sets
         ]
-        self.aspect = [torch.zeros(len(one), dtype=torch.float64).share_memory_() for one in sets]
+        # Height and width of what is kept, and of the picture itself.
+        self.shapes = [torch.zeros(len(one), 4, dtype=torch.int32).share_memory_() for one in sets]
+        self.ready = [torch.zeros(len(one), dtype=torch.bool).share_memory_() for one in sets]
         self.texts: list[dict[int, list[str]]] = [{} for _ in sets]
 
-    def get(self, source: int, sample: int, max_pixels: int) -> tuple[list[str], torch.Tensor, float]:
+    def get(self, source: int, sample: int) -> tuple[list[str], torch.Tensor, tuple[int, int]]:
         data = self.sets[source]
         captions = self.texts[source].get(sample)
         if captions is None:
             captions = self.texts[source][sample] = data.captions(sample)
-        pixels, aspect = self.pixels[source][sample].permute(2, 0, 1), float(self.aspect[source][sample])
-        if aspect == 0.0:
-            squashed, aspect = decode_squashed(data.image(sample), self.side, max_pixels=max_pixels)
-            pixels.copy_(squashed)
+        slot, shapes = self.pixels[source][sample], self.shapes[source][sample]
+        if not self.ready[source][sample]:
+            pixels, own = self.keep(data.image(sample), self.area)
+            shapes.copy_(torch.tensor([*pixels.shape[:2], *own]))
+            slot[: pixels.numel()].view(pixels.shape).copy_(pixels)
             # Written last: another worker that sees it may use the pixels.
-            self.aspect[source][sample] = aspect
-        return captions, pixels, aspect
+            self.ready[source][sample] = True
+        h, w, height, width = shapes.tolist()
+        return captions, slot[: h * w * 3].view(h, w, 3), (height, width)

@@ -27,6 +27,7 @@ CAUSES = {
     "empty_image": "an image of zero bytes",
     # Samples, found while decoding.
     "corrupt_image": "the image does not decode",
+    "unsupported_image": "the image's format is one that Pillow does not read here",
     "image_too_large": "the image's header claims more pixels than max_pixels",
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from clipkit.data.batches import Batches
+from clipkit.data.decode import check_resizing
 from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
@@ -256,6 +257,8 @@ def create_stream(
     world_size: int = 1,
     num_workers: int = 0,
     epochs: int | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
 ) -> Stream:
     """The training stream.
 
@@ -268,6 +271,8 @@ def create_stream(
         rank, world_size: this process's share.
         num_workers: processes that decode; 0 decodes in this one.
         epochs: end after so many (the last incomplete global batch is left out); None never ends.
+        resize_mode: shortest, longest or squash, of pictures that are not cropped (crop_scale null).
+        interpolation: bicubic or bilinear.
 
     Returns:
         An iterable of {"image": (B, 3, H, W) uint8, "text": (B, L) int64, "key": list of str, "sample_index":
@@ -283,6 +288,7 @@ def create_stream(
             f"create_stream got batch_size={batch_size}, rank={rank}, world_size={world_size}, "
             f"num_workers={num_workers}; expected batch_size >= 1, 0 <= rank < world_size, num_workers >= 0"
         )
+    check_resizing(resize_mode, interpolation)
     cache_dir = cache_folder(full)
     spool = Spool(
         cache_dir / "shards",
@@ -330,6 +336,8 @@ def create_stream(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        resize_mode=resize_mode,
+        interpolation=interpolation,
     )
     return Stream(
         batches,

@@ -71,11 +71,14 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
     for name in ("crop_scale", "crop_ratio"):
-        low, high = full["augmentation"][name]
+        limits = full["augmentation"][name]
+        if limits is None and name == "crop_scale":
+            continue
+        low, high = limits
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             raise ValueError(
                 f"data.augmentation.{name} is {[low, high]}; expected [smallest, largest], above 0"
-                f"{' and at most 1' if name == 'crop_scale' else ''}"
+                f"{' and at most 1, or null for no crop' if name == 'crop_scale' else ''}"
             )
     return full
 

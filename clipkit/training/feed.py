@@ -11,6 +11,7 @@ import torch
 
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
 from clipkit.distributed import rank, world_size
+from clipkit.towers import ImageTower
 
 Batch = dict[str, Any]
 
@@ -20,7 +21,7 @@ def open_streams(
     inputs: Sequence[str],
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    image_size: int,
+    image_tower: ImageTower,
     batch_size: int,
     seed: int,
 ) -> tuple[Stream, SentenceStream | None]:
@@ -29,7 +30,7 @@ def open_streams(
     Args:
         data: the data settings; `sentences` is {"triplets": file, "pairs": file, "batch_size": over all ranks}.
         inputs: what the losses read.
-        image_size: pixels a side.
+        image_tower: says how large its pictures are, and how they are made.
         batch_size: pairs a step, over all ranks.
 
     Raises:
@@ -39,7 +40,9 @@ def open_streams(
     share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
     stream = create_stream(
         data,
-        image_size=image_size,
+        image_size=image_tower.image_size,
+        resize_mode=image_tower.resize_mode,
+        interpolation=image_tower.interpolation,
         num_workers=data["num_workers"],
         batch_size=split(batch_size, world_size(), "batch_size"),
         **share,
