@@ -190,7 +190,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         evaluation=evaluation,
         checkpoints=checkpoints,
         skip_nonfinite=config["skip_nonfinite"] > 0,
-        stop=process.StopRequest(config["max_minutes"]),
+        stop=process.StopRequest(config["max_minutes"], faults=stream.faults),
         metrics=metrics,
     )
     reports = gather_objects(stream.report())

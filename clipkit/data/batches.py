@@ -123,6 +123,7 @@ class Batches(torch.utils.data.Dataset):
         faults: list[tuple[str, str, str, str]],
     ) -> tuple[torch.Tensor, str, int]:
         """Image, caption and number of a sample, or of the first readable substitute."""
+        cause = ""
         for attempt in range(_ATTEMPTS):
             try:
                 return *self._read(source, epoch, sample, draws.tolist()), sample
@@ -132,12 +133,15 @@ class Batches(torch.utils.data.Dataset):
                     # A shard that was there when the run began: no sample of it will come, so substitutes are
                     # no help.
                     raise DataError(error.cause, error.detail, shard=shard, key=key) from None
-                faults.append((error.cause, shard, key, error.detail))
+                cause = error.cause
+                if attempt == 0:
+                    # A substitute has a place of its own, where it is counted.
+                    faults.append((cause, shard, key, error.detail))
             sample = self.orders[source].substitute(epoch, place, attempt)
             draws = self._draws([(source, epoch, sample)])[0]
         shard, key = self.sets[source].where(sample)
         raise DataError(
-            faults[-1][0], f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
+            cause, f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
         )
 
     def _read(self, source: int, epoch: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, str]:

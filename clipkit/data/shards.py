@@ -33,6 +33,8 @@ from clipkit.data.urls import Spool, expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
 
 _FIRST_WARNING_S = 30.0
+# Of what a position stands for, beside order and shards: raised where the same draws give another picture or caption.
+VERSION = 2
 
 
 class Stream:
@@ -43,6 +45,7 @@ class Stream:
             sources.
         batches_per_epoch: whole global batches in one epoch.
         batch_size, world_size, rank: as given.
+        faults: what was left out. A rank holds its own share against the limits, unless `faults.agreed`.
     """
 
     def __init__(
@@ -63,15 +66,17 @@ class Stream:
         self._restarts = 0
         self._samples = sum(len(one) for one in batches.sets)
         self._index_faults = [fault for one in batches.sets for fault in one.faults]
-        self._faults = FaultCounter(
+        self.faults = FaultCounter(
             spec["max_bad_fraction"],
             samples=self._samples + len(self._index_faults),
             shards=sum(len(one.shards) for one in batches.sets),
+            one_shard=spec["on_bad_shard"] == "skip",
         )
         for shard, cause, key in self._index_faults:
             whole = cause in SHARD_CAUSES
-            self._faults.add(cause, shard=shard, key="" if whole else key, detail=key if whole else "")
-        self._indexed = dict(self._faults.counts)
+            self.faults.find(cause, shard=shard, key="" if whole else key, detail=key if whole else "")
+        self.faults.check()
+        self._indexed = dict(self.faults.counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         watch = _Watch(self)
@@ -89,14 +94,20 @@ class Stream:
                 if "error" in batch:
                     raise batch["error"]
                 for cause, shard, key, detail in batch.pop("faults"):
-                    self._faults.add(cause, shard=shard, key=key, detail=detail)
-                self._position += self.global_batch_size
+                    self.faults.add(cause, shard=shard, key=key, detail=detail)
+                self._forward_to(self._position + self.global_batch_size)
+                if not self.faults.agreed:
+                    self.faults.check(share=1 / self.world_size)
                 yield batch
         finally:
             watch.stop()
             if isinstance(batches, Workers):
                 batches.close()
             del batches
+
+    def _forward_to(self, position: int) -> None:
+        self._position = position
+        self.faults.epochs = max(1, -(-position // self._samples))
 
     def _loader(self) -> torch.utils.data.DataLoader:
         """From the batch at the present position on."""
@@ -139,15 +150,23 @@ class Stream:
             "position": self._position,
             "seed": self._batches.seed,
             "data": self._fingerprint(),
-            "faults": self._faults.state_dict(),
+            "faults": self.faults.state_dict(),
+            "version": VERSION,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch that `state` was taken at; the world size may differ.
 
         Raises:
-            ValueError: the state is of another seed or another shard list.
+            ValueError: the state is of another seed or another shard list, or of a version of clipkit that made
+                other pictures.
         """
+        if state.get("version", 1) != VERSION:
+            raise ValueError(
+                f"the data position was saved by a version of clipkit that made other pictures (data version "
+                f"{state.get('version', 1)}, here {VERSION}: crops, their filter, EXIF orientations): the run would "
+                "learn from two kinds. Finish it with the version that began it, or start a new run"
+            )
         if state["seed"] != self._batches.seed:
             raise ValueError(
                 f"the data position was saved with seed {state['seed']}, this run has seed "
@@ -159,8 +178,8 @@ class Stream:
                 "so "
                 "its position has no meaning here; give the same data.train or start a new run"
             )
-        self._position = int(state["position"])
-        self._faults.load_state_dict(list(state["faults"]))
+        self._forward_to(int(state["position"]))
+        self.faults.load_state_dict(state["faults"])
 
     def _fingerprint(self) -> str:
         parts = []
@@ -174,14 +193,13 @@ class Stream:
         return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}, and where it is not 0
+        """{"samples_seen": by all ranks, "skipped": {cause: faults}, "epochs": ...}, and where it is not 0
         "worker_restarts": how often this rank's workers were started again after one had died.
 
         Faults found while indexing are reported by rank 0 alone and those found while decoding by the rank
-        that met them, so the sum over ranks counts each once (a bad sample that two ranks met in different
-        epochs counts twice).
+        that met them, so the sum over ranks counts each once an epoch.
         """
-        skipped = dict(self._faults.counts)
+        skipped = dict(self.faults.counts)
         if self.rank > 0:
             skipped = {cause: n - self._indexed.get(cause, 0) for cause, n in skipped.items()}
         return {
@@ -299,7 +317,8 @@ def create_stream(
     )
     given = sources(full["train"])
     weighted = given[0]["weight"] is not None
-    lists = [expand_shards(source["shards"] or [], what="data.train") for source in given]
+    gaps = full["on_bad_shard"] == "skip"
+    lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
     if not weighted:
         lists, given = [[shard for one in lists for shard in one]], given[:1]
     sets = [

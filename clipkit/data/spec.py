@@ -179,15 +179,19 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
 
     full = resolve_data(spec)
     return iter_captions(
-        _joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"]
+        _joined(full["train"], gaps=full["on_bad_shard"] == "skip"),
+        cache_dir=cache_folder(full),
+        on_bad_shard=full["on_bad_shard"],
     )
 
 
-def _joined(train: Any) -> list[str]:
+def _joined(train: Any, *, gaps: bool) -> list[str]:
     from clipkit.data.urls import Expanded, expand_shards
 
     return Expanded(
-        path for source in sources(train) for path in expand_shards(source["shards"] or [], what="data.train")
+        path
+        for source in sources(train)
+        for path in expand_shards(source["shards"] or [], what="data.train", gaps=gaps)
     )
 
 

@@ -63,6 +63,7 @@ def check_faults(faults: Sequence[DataError], identity: str, *, items: int, shar
     )
     for fault in faults:
         counter.add(fault.cause, shard=fault.shard, key=fault.key, detail=fault.detail)
+    counter.check()
 
 
 def class_id(value: Any) -> int | None | DataError:
