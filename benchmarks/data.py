@@ -1,4 +1,5 @@
-"""The data path beside open_clip's: images and captions per CPU-second, and whether a worker's memory grows.
+"""The data path beside open_clip's: images and captions per CPU-second, images per second with workers, and whether a
+worker's memory grows.
 
     python -m venv /tmp/peer && /tmp/peer/bin/pip install open_clip_torch==3.3.0 webdataset==0.2.86 pandas
     python benchmarks/data.py --peer-python /tmp/peer/bin/python --output benchmarks/results/2026-11-cpu2-data.md
@@ -7,7 +8,8 @@ open_clip 3.3.0's training pipeline needs webdataset 0.2.86, hence its own envir
 on the same shards, each alone on one thread, and CPU time is what is compared, so that another job on the
 machine does no harm to the ratio. Pictures are those of imagenet1k-samples with the shorter side resized to
 256 and 512 px (JPEG, quality 95), captions those of the data folder (CLIPKIT_TEST_DATA). Parity comes first:
-no figure is printed when ids or pixels differ.
+no figure is printed when ids, evaluation pixels or training pixels differ. With workers the clock is the wall's: that
+part means something on an idle machine alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from pathlib import Path
 
 DATA = Path(os.environ.get("CLIPKIT_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 IMAGE_SIZE, BATCH = 224, 50
+# Training pixels beside Pillow's crop and bicubic resize: the median photograph, dB and energy of gradients.
+LEAST_DB, LEAST_ENERGY = 41.0, 0.97
 
 
 def real_captions() -> list[str]:
@@ -86,8 +90,8 @@ def write_shards(folder: Path, side: int) -> None:
                         out.addfile(info, io.BytesIO(data))
 
 
-def ours(folder: Path, side: int, batches: int) -> float:
-    """Images per CPU-second of clipkit's training stream, tokens included."""
+def ours(folder: Path, side: int, batches: int, workers: int = 0) -> float:
+    """Images per CPU-second of clipkit's training stream, tokens included; with workers, images per second."""
     from clipkit.data import create_stream, create_tokenizer
 
     stream = create_stream(
@@ -96,12 +100,13 @@ def ours(folder: Path, side: int, batches: int) -> float:
         image_size=IMAGE_SIZE,
         batch_size=BATCH,
         seed=0,
+        num_workers=workers,
     )
-    return rate(iter(stream), batches)
+    return rate(iter(stream), batches, workers)
 
 
-def peer(folder: Path, side: int, batches: int) -> float:
-    """Images per CPU-second of open_clip's training pipeline with its default augmentation."""
+def peer(folder: Path, side: int, batches: int, workers: int = 0) -> float:
+    """As `ours`, of open_clip's training pipeline with its default augmentation."""
     import types
 
     import open_clip
@@ -115,24 +120,27 @@ def peer(folder: Path, side: int, batches: int) -> float:
         val_data=None,
         dataset_resampled=False,
         seed=0,
-        workers=0,
+        workers=workers,
         world_size=1,
-        train_num_samples=(batches + 2) * BATCH,
+        train_num_samples=(batches + 2 + 4 * workers) * BATCH,
         train_data_upsampling_factors=None,
         batch_size=BATCH,
     )
     info = open_clip_train.data.get_wds_dataset(
         settings, transform, True, tokenizer=open_clip.SimpleTokenizer()
     )
-    return rate(iter(info.dataloader), batches)
+    return rate(iter(info.dataloader), batches, workers)
 
 
-def rate(batches, count: int) -> float:
-    next(batches)
-    start = time.process_time()
+def rate(batches, count: int, workers: int) -> float:
+    clock = time.perf_counter if workers else time.process_time
+    # What workers prepare while they start is not counted: two batches each.
+    for _ in range(1 + 3 * workers):
+        next(batches)
+    start = clock()
     for _ in range(count):
         next(batches)
-    return count * BATCH / (time.process_time() - start)
+    return count * BATCH / (clock() - start)
 
 
 def captions_per_second(tokenizer: Callable, captions: list[str]) -> float:
@@ -142,9 +150,57 @@ def captions_per_second(tokenizer: Callable, captions: list[str]) -> float:
     return len(captions) / (time.process_time() - start)
 
 
+def training_pixels(folder: Path) -> dict[str, dict[str, float]]:
+    """Crops of 200 photographs, in their own size and in those of the shards, against Pillow's of the same boxes:
+    {"own" | "256" | "512": {"db", "worst_db": peak signal to noise; "energy": of gradients, the ratio}}.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from clipkit.data.decode import DRAWS, crop_box, decode_train
+
+    def energy(pixels: np.ndarray) -> float:
+        return float((np.diff(pixels, axis=0) ** 2).mean() + (np.diff(pixels, axis=1) ** 2).mean())
+
+    def photographs(source: str):
+        tars = [DATA / "imagenet1k-samples/images.tar"]
+        if source != "own":
+            tars = [folder / f"{source}-{shard}.tar" for shard in range(4)]
+        for path in tars:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.lower().endswith((".jpg", ".jpeg")):
+                        yield tar.extractfile(member).read()
+
+    found = {}
+    for source in ("own", "256", "512"):
+        numbers, decibels, energies = np.random.default_rng(0), [], []
+        for data in photographs(source):
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            draws = numbers.random(DRAWS).tolist()
+            top, left, h, w = crop_box(picture.height, picture.width, draws, (0.9, 1.0), (0.75, 4 / 3))
+            wanted = picture.crop((left, top, left + w, top + h))
+            wanted = np.asarray(
+                wanted.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC), dtype=np.float64
+            )
+            given = decode_train(data, IMAGE_SIZE, draws=draws).permute(1, 2, 0).numpy().astype(np.float64)
+            decibels.append(10 * np.log10(255**2 / max(1e-9, ((given - wanted) ** 2).mean())))
+            energies.append(energy(given) / energy(wanted))
+            if len(decibels) == 200:
+                break
+        found[source] = {
+            "db": round(float(np.median(decibels)), 1),
+            "worst_db": round(min(decibels), 1),
+            "energy": round(float(np.median(energies)), 3),
+        }
+        if found[source]["db"] < LEAST_DB or found[source]["energy"] < LEAST_ENERGY:
+            sys.exit(f"training pixels of photographs ({source}) differ from Pillow's: {found[source]}")
+    return found
+
+
 def parity(folder: Path) -> dict[str, float]:
     """Ids of every caption against open_clip; evaluation pixels of 50 pictures against open_clip's own
-    transform.
+    transform; training pixels of 200 photographs.
     """
     import open_clip
     import torch
@@ -167,7 +223,11 @@ def parity(folder: Path) -> dict[str, float]:
             worst = max(worst, float((decode_eval(data, IMAGE_SIZE).float() - expected).abs().max()))
     if worst > 2.01:
         sys.exit(f"evaluation pixels differ by {worst} of 255: no figures")
-    return {"captions": len(captions), "worst_pixel": round(worst, 3)}
+    return {
+        "captions": len(captions),
+        "worst_pixel": round(worst, 3),
+        "training_pixels": training_pixels(folder),
+    }
 
 
 def worker_memory(folder: Path, samples: int) -> list[tuple[int, float]]:
@@ -211,15 +271,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--batches", type=int, default=12, help="batches of 50 a turn")
     parser.add_argument("--memory-samples", type=int, default=100_000, help="0 leaves the memory part out")
-    parser.add_argument("--as-peer", nargs=3, metavar=("FOLDER", "SIDE", "BATCHES"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[1, 2], help="end to end with so many; none to leave it out"
+    )
+    parser.add_argument(
+        "--as-peer", nargs=4, metavar=("FOLDER", "SIDE", "BATCHES", "WORKERS"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
 
     import torch
 
     torch.set_num_threads(1)
     if options.as_peer:
-        folder, side, batches = options.as_peer
-        print(json.dumps(peer(Path(folder), int(side), int(batches))))
+        folder, side, batches, workers = options.as_peer
+        print(json.dumps(peer(Path(folder), int(side), int(batches), int(workers))))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -235,29 +300,34 @@ def main() -> None:
 
 
 def images(folder: Path, options: argparse.Namespace) -> dict:
+    """Turns of both, on shards of either size: alone on one thread, then end to end with workers."""
     result: dict = {}
     for side in (256, 512):
-        found: dict[str, list[float]] = {"clipkit": [], "open_clip": []}
-        for _ in range(options.rounds):
-            found["clipkit"].append(ours(folder, side, options.batches))
-            if options.peer_python:
-                run = subprocess.run(
-                    [
-                        options.peer_python,
-                        __file__,
-                        "--as-peer",
-                        str(folder),
-                        str(side),
-                        str(options.batches),
-                    ],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )
-                found["open_clip"].append(json.loads(run.stdout.splitlines()[-1]))
-        result[f"images_{side}"] = found
+        for workers in (0, *options.workers):
+            found: dict[str, list[float]] = {"clipkit": [], "open_clip": []}
+            for _ in range(options.rounds):
+                found["clipkit"].append(ours(folder, side, options.batches, workers))
+                if options.peer_python:
+                    found["open_clip"].append(peer_turn(folder, side, workers, options))
+            result[f"images_{side}" + (f"_{workers}_workers" if workers else "")] = found
     return result
+
+
+def peer_turn(folder: Path, side: int, workers: int, options: argparse.Namespace) -> float:
+    """`peer` in its own environment."""
+    run = subprocess.run(
+        [
+            options.peer_python,
+            __file__,
+            "--as-peer",
+            *map(str, (folder, side, options.batches, workers)),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def tokens(rounds: int) -> dict:
@@ -290,20 +360,34 @@ def table(result: dict, options: argparse.Namespace) -> str:
         "",
         f"Parity first: {result['parity']['captions']:,} captions with open_clip's ids; evaluation pixels "
         "of 50 photographs "
-        f"within {result['parity']['worst_pixel']} of 255 of open_clip's transform.",
+        f"within {result['parity']['worst_pixel']} of 255 of open_clip's transform; training crops of 200 beside "
+        "Pillow's of the same boxes: "
+        + ", ".join(
+            f"{source if source == 'own' else source + ' px'} {one['db']} dB (worst {one['worst_db']}), gradient energy "
+            f"{one['energy']}"
+            for source, one in result["parity"]["training_pixels"].items()
+        )
+        + ".",
         "",
         "| per CPU-second | clipkit | open_clip | ratio |",
         "|---|---|---|---|",
     ]
-    for side in (256, 512):
-        found = result[f"images_{side}"]
+    for name, found in result.items():
+        if not name.startswith("images_"):
+            continue
+        _, side, *workers = name.split("_")
+        how = (
+            f"end to end, {workers[0]} worker{'s'[: workers[0] != '1']}, a second"
+            if workers
+            else "with tokens"
+        )
         ratio = (
             statistics.median(found["clipkit"]) / statistics.median(found["open_clip"])
             if found["open_clip"]
             else None
         )
         lines.append(
-            f"| images, {side}-px shards to {IMAGE_SIZE} px, with tokens | {spread(found['clipkit'])} | "
+            f"| images, {side}-px shards to {IMAGE_SIZE} px, {how} | {spread(found['clipkit'])} | "
             f"{spread(found['open_clip']) if ratio else 'not run: no --peer-python'} | "
             f"{f'{ratio:.2f}' if ratio else ''} |"
         )
@@ -318,7 +402,7 @@ def table(result: dict, options: argparse.Namespace) -> str:
         "",
         "clipkit delivers uint8 (normalised on the device); open_clip delivers normalised float32, which is "
         "part of its "
-        "time. Not measured: throughput over several workers, remote shards, other image sizes.",
+        "time. Not measured: remote shards, other image sizes.",
         "",
         f"```json\n{json.dumps(result)}\n```",
     ]

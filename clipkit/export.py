@@ -160,7 +160,9 @@ def save_open_clip(model: DualEncoder, folder: str | Path, *, tokenizer: Tokeniz
         config["text_cfg"]["hf_tokenizer_name"] = "in this folder"
     if tokenizer is not None and tokenizer.clean:
         config["text_cfg"]["tokenizer_kwargs"] = {"clean": tokenizer.clean}
-    preprocess = {"mean": list(model.image_tower.mean), "std": list(model.image_tower.std)}
+    tower = model.image_tower
+    preprocess = {"mean": list(tower.mean), "std": list(tower.std)}
+    preprocess |= {"resize_mode": tower.resize_mode, "interpolation": tower.interpolation}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})

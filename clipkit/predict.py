@@ -21,6 +21,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
@@ -66,13 +67,14 @@ class Predictor:
         paths = find_images(images)
         if not hasattr(self.encoder.model, "encode_image"):
             raise ValueError(f"{type(self.encoder.model).__name__} encodes text only")
-        size = self.encoder.model.image_tower.image_size
+        tower = self.encoder.model.image_tower
+        how = resizing_of(tower)
         self.skipped, keys, parts = {}, [], []
         for start in range(0, len(paths), self.encoder.batch_size):
             batch = []
             for path in paths[start : start + self.encoder.batch_size]:
                 try:
-                    batch.append(load_image(path, size))
+                    batch.append(load_image(path, tower.image_size, **how))
                     keys.append(str(path))
                 except DataError as error:
                     self.skipped[str(path)] = str(error)

@@ -40,6 +40,7 @@ EXECUTION = (
     "channels_last",
     "image_tower.activation_checkpointing",
     "text_tower.activation_checkpointing",
+    "data.max_bad_fraction",
     "data.num_workers",
     "data.prefetch",
     "data.cache_dir",

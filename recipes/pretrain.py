@@ -100,7 +100,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         data,
         loss,
         tokenizer=tokenizer,
-        image_size=model.image_tower.image_size,
+        image_tower=model.image_tower,
         batch_size=config["batch_size"],
         seed=config["seed"],
     )
@@ -199,7 +199,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         evaluation=evaluation,
         checkpoints=checkpoints,
         skip_nonfinite=config["skip_nonfinite"] > 0,
-        stop=process.StopRequest(config["max_minutes"]),
+        stop=process.StopRequest(config["max_minutes"], faults=stream.faults),
         metrics=metrics,
     )
     reports = gather_objects(stream.report())

@@ -29,6 +29,7 @@ from clipkit.losses.registry import losses
 from clipkit.model import DualEncoder
 from clipkit.optim import create_optimizer, create_schedule, list_optimizers
 from clipkit.planner import Assumptions
+from clipkit.towers.base import RESIZING, ImageTower
 from clipkit.towers.registry import image_towers, text_towers
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -105,7 +106,9 @@ def test_a_loss_has_its_classs_defaults(name):
 def test_a_tower_has_its_classs_defaults(name):
     given = read(name)
     # Of every tower, whatever its class: clipkit.towers.
-    ours = {"freeze": 0, "activation_checkpointing": False, **defaults(TOWERS[name].get(given["name"]))}
+    shared = {"freeze": 0, "activation_checkpointing": False}
+    shared |= {key: getattr(ImageTower, key) for key in RESIZING} if name.startswith("image") else {}
+    ours = {**shared, **defaults(TOWERS[name].get(given["name"]))}
     assert set(given) >= set(ours) - {"mean", "std"}, f"{name}.yaml leaves out settings of its class"
     compare(name, given, ours)
 

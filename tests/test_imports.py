@@ -180,7 +180,7 @@ def test_no_program_imports_another():
 
 
 # Not asked for by setup.cfg's install_requires, and said with the pip command where they are missing.
-OPTIONAL = ("pyarrow", "sklearn")
+OPTIONAL = ("pillow_heif", "pyarrow", "sklearn")
 
 
 def test_few_imports_hide_in_functions():

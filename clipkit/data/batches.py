@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipkit.data.decode import crop_box, decode_squashed, decode_train, resize
+from clipkit.data.decode import DRAWS, crop, decode_eval, decode_small, decode_train
 from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
 from clipkit.data.pairs import Known, Pairs
 from clipkit.data.shardset import ShardSet
 
-_DRAWS = 5  # area, shape, left, top of the crop; the caption
+# Of the crop's DRAWS random numbers, the one that it leaves to the caption.
+_CAPTION = 4
 _ATTEMPTS = 100
 
 
@@ -38,16 +39,20 @@ class Batches(torch.utils.data.Dataset):
         seed: int,
         rank: int,
         world_size: int,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ):
         self.sets, self.orders, self.mixture = sets, orders, mixture
         self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.pairs, self.max_pixels = Pairs(spec, seed=seed), spec["max_pixels"]
-        self.scale = tuple(spec["augmentation"]["crop_scale"])
+        scale = spec["augmentation"]["crop_scale"]
+        self.scale = None if scale is None else tuple(scale)
         self.ratio = tuple(spec["augmentation"]["crop_ratio"])
+        self.resize_mode, self.interpolation = resize_mode, interpolation
         self.offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
         self.cache = (
-            _Cache(spec["cache_size"] or _cache_side(image_size, self.scale), sets, self.pairs)
+            _Cache(_cache_side(image_size, self.scale, spec["cache_size"]), sets, self.pairs, self._keep)
             if spec["cache"] == "ram"
             else None
         )
@@ -123,12 +128,12 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
-        """Each row's random numbers, a function of (seed, epoch, key): (n, 5) float64."""
+        """Each row's random numbers, a function of (seed, epoch, key): (n, DRAWS) float64."""
         ids = [
             number(self.seed, epoch, "sample", self.sets[source].key(sample))
             for source, epoch, sample in rows
         ]
-        return uniforms(0, np.array(ids, dtype=np.uint64), _DRAWS)
+        return uniforms(0, np.array(ids, dtype=np.uint64), DRAWS)
 
     def _sample(
         self,
@@ -140,28 +145,32 @@ class Batches(torch.utils.data.Dataset):
         faults: list[tuple[str, str, str, str]],
     ) -> tuple[torch.Tensor, Known, int, float]:
         """Image, texts and number of a sample, or of the first readable substitute, and its caption's draw."""
+        cause = ""
         for attempt in range(_ATTEMPTS):
             try:
-                return *self._read(source, sample, draws.tolist()), sample, float(draws[4])
+                return *self._read(source, sample, draws.tolist()), sample, float(draws[_CAPTION])
             except DataError as error:
                 shard, key = self.sets[source].where(sample)
                 if error.cause in SHARD_CAUSES:
                     # A shard that was there when the run began: no sample of it will come, so substitutes are
                     # no help.
                     raise DataError(error.cause, error.detail, shard=shard, key=key) from None
-                faults.append((error.cause, shard, key, error.detail))
+                cause = error.cause
+                if attempt == 0:
+                    # A substitute has a place of its own, where it is counted.
+                    faults.append((cause, shard, key, error.detail))
             sample = self.orders[source].substitute(epoch, place, attempt)
             draws = self._draws([(source, epoch, sample)])[0]
         shard, key = self.sets[source].where(sample)
         raise DataError(
-            faults[-1][0], f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
+            cause, f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
         )
 
     def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, Known]:
         data = self.sets[source]
         if self.cache is not None:
-            known, pixels, aspect = self.cache.get(source, sample, self.max_pixels)
-            image = self._crop(pixels, aspect, draws)
+            known, pixels, shape = self.cache.get(source, sample)
+            image = self._crop(pixels, shape, draws)
         else:
             known = self.pairs.read(data, sample)
             image = decode_train(
@@ -170,59 +179,89 @@ class Batches(torch.utils.data.Dataset):
                 draws=draws,
                 scale=self.scale,
                 ratio=self.ratio,
+                interpolation=self.interpolation,
+                resize_mode=self.resize_mode,
                 max_pixels=self.max_pixels,
             )
         return image, known
 
-    def _crop(self, pixels: torch.Tensor, aspect: float, draws: list[float]) -> torch.Tensor:
-        """A random resized crop of a squashed picture (3, S, S), of the same area and shape as of the picture
-        itself.
-        """
-        side = pixels.shape[1]
-        if self.scale[0] == 1.0 and side == self.image_size:
-            return pixels
-        top, left, h, w = crop_box(1.0, aspect, draws, self.scale, self.ratio)
-        y0, x0 = round(top * side), round(left / aspect * side)
-        y1, x1 = max(y0 + 1, round((top + h) * side)), max(x0 + 1, round((left + w) / aspect * side))
-        return resize(
-            pixels[:, y0:y1, x0:x1].permute(1, 2, 0), self.image_size, self.image_size, mode="bilinear"
+    def _keep(self, data: bytes, area: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        """What is kept in memory of a picture, (h, w, 3) uint8 of at most `area` pixels, and its own height and width."""
+        if self.scale is not None:
+            return decode_small(data, area, interpolation=self.interpolation, max_pixels=self.max_pixels)
+        image = decode_eval(
+            data,
+            self.image_size,
+            resize_mode=self.resize_mode,
+            interpolation=self.interpolation,
+            max_pixels=self.max_pixels,
+        )
+        return image.permute(1, 2, 0), (self.image_size, self.image_size)
+
+    def _crop(self, pixels: torch.Tensor, shape: tuple[int, int], draws: list[float]) -> torch.Tensor:
+        """The training picture from what is kept of it."""
+        if self.scale is None:
+            return pixels.permute(2, 0, 1)
+        return crop(
+            pixels.numpy(),
+            self.image_size,
+            draws,
+            self.scale,
+            self.ratio,
+            shape=shape,
+            interpolation=self.interpolation,
         )
 
     def __len__(self) -> int:
         return sys.maxsize
 
 
-def _cache_side(image_size: int, scale: tuple[float, float]) -> int:
-    """Pixels a side kept in memory: enough that the smallest usual crop (half the area) is not magnified."""
-    return (
-        image_size if scale[0] == 1.0 else min(2 * image_size, round(image_size / max(0.5, scale[0]) ** 0.5))
-    )
+def _cache_side(image_size: int, scale: tuple[float, float] | None, wanted: int | None) -> int:
+    """The root of the pixels kept of a picture: `wanted`, or enough that the smallest usual crop (half the area) is not
+    magnified; the picture itself where it is not cropped.
+    """
+    if scale is None:
+        return image_size
+    if wanted:
+        return wanted
+    return min(2 * image_size, round(image_size / max(0.5, scale[0]) ** 0.5))
 
 
 class _Cache:
-    """Every picture decoded once, squashed to S x S uint8, in memory that all workers share; captions beside
-    it.
+    """Every picture decoded once, in its own shape, in memory that all workers share; captions beside it.
 
-    What is read back is bit for bit what decoding again would give, so the cache never changes a batch.
+    A picture of more than side * side pixels is reduced to so many, so its crops are resized twice: the same crops as
+    without a cache, of slightly other pixels. What is read back is bit for bit what decoding again would give, so the
+    order of reading never changes a batch.
     """
 
-    def __init__(self, side: int, sets: list[ShardSet], pairs: Pairs):
-        self.sets, self.side, self.pairs = sets, side, pairs
+    def __init__(
+        self,
+        side: int,
+        sets: list[ShardSet],
+        pairs: Pairs,
+        keep: Callable[[bytes, int], tuple[torch.Tensor, tuple[int, int]]],
+    ):
+        self.sets, self.area, self.pairs, self.keep = sets, side * side, pairs, keep
         self.pixels = [
-            torch.zeros(len(one), side, side, 3, dtype=torch.uint8).share_memory_() for one in sets
+            torch.zeros(len(one), side * side * 3, dtype=torch.uint8).share_memory_() for one in sets
         ]
-        self.aspect = [torch.zeros(len(one), dtype=torch.float64).share_memory_() for one in sets]
+        # Height and width of what is kept, and of the picture itself.
+        self.shapes = [torch.zeros(len(one), 4, dtype=torch.int32).share_memory_() for one in sets]
+        self.ready = [torch.zeros(len(one), dtype=torch.bool).share_memory_() for one in sets]
         self.texts: list[dict[int, Known]] = [{} for _ in sets]
 
-    def get(self, source: int, sample: int, max_pixels: int) -> tuple[Known, torch.Tensor, float]:
+    def get(self, source: int, sample: int) -> tuple[Known, torch.Tensor, tuple[int, int]]:
         data = self.sets[source]
         known = self.texts[source].get(sample)
         if known is None:
             known = self.texts[source][sample] = self.pairs.read(data, sample)
-        pixels, aspect = self.pixels[source][sample].permute(2, 0, 1), float(self.aspect[source][sample])
-        if aspect == 0.0:
-            squashed, aspect = decode_squashed(data.image(sample), self.side, max_pixels=max_pixels)
-            pixels.copy_(squashed)
+        slot, shapes = self.pixels[source][sample], self.shapes[source][sample]
+        if not self.ready[source][sample]:
+            pixels, own = self.keep(data.image(sample), self.area)
+            shapes.copy_(torch.tensor([*pixels.shape[:2], *own]))
+            slot[: pixels.numel()].view(pixels.shape).copy_(pixels)
             # Written last: another worker that sees it may use the pixels.
-            self.aspect[source][sample] = aspect
-        return known, pixels, aspect
+            self.ready[source][sample] = True
+        h, w, height, width = shapes.tolist()
+        return known, slot[: h * w * 3].view(h, w, 3), (height, width)

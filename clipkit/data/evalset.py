@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from clipkit.data.decode import MAX_PIXELS, decode_eval
+from clipkit.data.decode import check_resizing, decode_eval
 from clipkit.data.faults import DataError
+from clipkit.data.formats import MAX_PIXELS
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder
 from clipkit.data.urls import expand_shards
@@ -27,12 +28,14 @@ def iter_eval(
     on_bad: str | Callable[[DataError], None] = "error",
     cache_dir: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
 ) -> Iterator[dict[str, Any]]:
     """Batches of an evaluation set.
 
     Args:
         shards: paths, globs, braces or URLs.
-        image_size: pixels a side; the shorter side is resized to it and the centre kept.
+        image_size: pixels a side.
         batch_size: pictures a batch; the last may have fewer.
         rank, world_size: rank r reads the r-th of `world_size` contiguous pieces.
         limit: read only the first so many samples of the set.
@@ -40,6 +43,8 @@ def iter_eval(
             which names shard and key, and it is left out.
         cache_dir: folder for indexes and fetched shards.
         max_pixels: larger pictures are bad samples.
+        resize_mode: shortest (the shorter side is resized to `image_size` and the centre kept), longest or squash.
+        interpolation: bicubic or bilinear.
 
     Yields:
         {"image": (B, 3, H, W) uint8, "captions": B lists of str, "key": B str, "meta": B dict, "index": (B,)
@@ -49,6 +54,7 @@ def iter_eval(
         ValueError: no such shards.
         DataError: a bad shard, or a bad sample under "error"; names shard and key.
     """
+    check_resizing(resize_mode, interpolation)
     if on_bad not in ("error", "skip") and not callable(on_bad):
         raise ValueError(f"on_bad is {on_bad!r}; expected 'error', 'skip' or a function")
     with closing(open_set(shards, cache_dir)) as data:
@@ -61,6 +67,8 @@ def iter_eval(
             limit=limit,
             on_bad=_raise if on_bad == "error" else _pass_over if isinstance(on_bad, str) else on_bad,
             max_pixels=max_pixels,
+            resize_mode=resize_mode,
+            interpolation=interpolation,
         )
 
 
@@ -74,6 +82,8 @@ def read_set(
     world_size: int = 1,
     limit: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
 ) -> Iterator[dict[str, Any]]:
     """`iter_eval` of a set that is open."""
     total = len(data) if limit is None else min(limit, len(data))
@@ -81,7 +91,13 @@ def read_set(
     for sample in range(total * rank // world_size, total * (rank + 1) // world_size):
         try:
             meta = data.meta(sample)
-            image = decode_eval(data.image(sample), image_size, max_pixels=max_pixels)
+            image = decode_eval(
+                data.image(sample),
+                image_size,
+                resize_mode=resize_mode,
+                interpolation=interpolation,
+                max_pixels=max_pixels,
+            )
             rows.append((image, data.captions(sample), data.key(sample), meta, sample))
         except DataError as error:
             shard, key = data.where(sample)

@@ -6,8 +6,10 @@ A bad sample never ends a run by itself and never disappears unseen: it is skipp
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from clipkit.registry import check_keys
 
@@ -29,6 +31,7 @@ CAUSES = {
     "empty_image": "an image of zero bytes",
     # Samples, found while decoding.
     "corrupt_image": "the image does not decode",
+    "unsupported_image": "the image's format is one that Pillow does not read here",
     "image_too_large": "the image's header claims more pixels than max_pixels",
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",
@@ -41,8 +44,8 @@ CAUSES = {
     "broken_label": "the class id is there and is no whole number",
 }
 
-# Letters of a key or detail in a message.
-_SHOWN = 500
+# Letters of a key or detail in a message, and faults of each cause that are kept as examples.
+_SHOWN, _EXAMPLES = 500, 5
 
 # Counted against the number of shards, the others against the number of samples.
 SHARD_CAUSES = ("empty_shard", "unreadable_shard", "truncated_shard", "changed_shard", "wrong_count")
@@ -69,14 +72,24 @@ def _rebuild(cause: str, detail: str, shard: str, key: str) -> DataError:
 
 
 class FaultCounter:
-    """Counts distinct faults by cause and enforces limits.
+    """Counts faults by cause and holds them against limits, over all ranks where they add their counts up.
+
+    What indexing left out is `found` once, alike on every rank. What reading left out is `added` where a place of the
+    epoch had to be filled by another sample; a place is read by one rank, once an epoch. So the ranks' counts can be
+    added up, and with limits of what the epochs begun hold, every number of ranks passes one at the same global batch.
 
     Args:
         max_bad_fraction: the largest tolerated fraction of bad samples (bad shards, for SHARD_CAUSES), per
             cause: one number for all, or a mapping {cause: fraction} whose "default" (0.05 when absent) holds
             for the rest.
-        samples, shards: how many the fractions are of.
+        samples, shards: how many the fractions are of, in an epoch.
+        one_shard: one bad shard is tolerated whatever fraction it is, unless the limit is 0 or of that cause.
         advice: what to do when a limit is passed.
+
+    Attributes:
+        counts: {cause: how many this process counted}.
+        epochs: how many epochs have begun.
+        agreed: whether the ranks add their counts up and ask `check` with the sums; else each asks for its own share.
     """
 
     def __init__(
@@ -85,6 +98,7 @@ class FaultCounter:
         *,
         samples: int,
         shards: int = 1,
+        one_shard: bool = False,
         advice: str = "Mend the shards (clipkit-data check lists every fault) or raise max_bad_fraction.",
     ):
         self.advice = advice
@@ -96,32 +110,99 @@ class FaultCounter:
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
                 raise ValueError(f"max_bad_fraction of {cause} is {limit!r}; expected a fraction from 0 to 1")
         self.limits, self.samples, self.shards = limits, max(1, samples), max(1, shards)
-        self.counts: Counter[str] = Counter()
-        self._seen: dict[str, str] = {}
+        self.one_shard, self.epochs, self.agreed = one_shard, 1, False
+        self._found: Counter[str] = Counter()
+        self._added: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self._found + self._added
+
+    def find(self, cause: str, *, shard: str, key: str, detail: str = "") -> None:
+        """Count what indexing left out."""
+        self._found[cause] += 1
+        self._keep(cause, shard, key, detail)
 
     def add(self, cause: str, *, shard: str, key: str, detail: str = "") -> None:
-        """Count a fault once per (shard, key, cause); RuntimeError when the cause passes its limit."""
-        where = f"{shard}\x1f{key}\x1f{cause}"
-        if where in self._seen:
-            return
-        self._seen[where] = cause
-        self.counts[cause] += 1
+        """Count what reading left out of a place."""
+        self._added[cause] += 1
+        self._keep(cause, shard, key, detail)
+
+    def _keep(self, cause: str, shard: str, key: str, detail: str) -> None:
+        said = f"{f'key {key[:_SHOWN]!r} of ' if key else ''}shard {shard}{': ' + detail[:_SHOWN] if detail else ''}"
+        self._examples[cause] = [*self._examples.get(cause, []), said][-_EXAMPLES:]
+
+    def added(self) -> list[int]:
+        """What reading left out, a number for each of CAUSES: for ranks to add up."""
+        return [self._added[cause] for cause in CAUSES]
+
+    def check(self, added: Sequence[int] | None = None, *, share: float = 1.0) -> None:
+        """RuntimeError when a cause has passed its limit.
+
+        Args:
+            added: the ranks' `added`, summed; None: this process's own.
+            share: the fraction of all samples that `added` is of. Below 1, chance is allowed for: four standard
+                deviations of the number that the limit tolerates.
+        """
+        if over := self.over(added, share=share):
+            raise self.error(over, added, self.examples(over))
+
+    def over(self, added: Sequence[int] | None = None, *, share: float = 1.0) -> str | None:
+        """The first cause that has passed its limit; arguments as of `check`."""
+        for cause, count in zip(CAUSES, added if added is not None else self.added()):
+            limit, total = self._limit(cause)
+            allowed = limit * total
+            if self.one_shard and cause in SHARD_CAUSES and 0 < limit and cause not in self.limits:
+                allowed = max(1.0, allowed)
+            left = (allowed - self._found[cause]) * share * self.epochs
+            if left < 0 or count > (left if share == 1 else min(left / share, left + 4 * math.sqrt(left))):
+                return cause
+        return None
+
+    def examples(self, cause: str) -> list[str]:
+        """The last few faults by a cause that this process met."""
+        return self._examples.get(cause, [])
+
+    def error(self, cause: str, added: Sequence[int] | None, examples: Sequence[str]) -> RuntimeError:
+        """What says that a cause has passed its limit."""
+        read = (added if added is not None else self.added())[list(CAUSES).index(cause)]
+        limit, total = self._limit(cause)
+        what = "shards" if cause in SHARD_CAUSES else "samples"
+        epochs = f" an epoch, in {self.epochs} epochs" if self.epochs > 1 else ""
+        last = f" The last was {examples[-1]}." if examples else ""
+        return RuntimeError(
+            f"{self._found[cause] + read} of {total} {what}{epochs} are bad by {cause} ({CAUSES[cause]}), more than "
+            f"max_bad_fraction = {limit:g}.{last} {self.advice}"
+        )
+
+    def _limit(self, cause: str) -> tuple[float, int]:
         limit = self.limits.get(cause, self.limits.get("default", 0.05))
-        total, what = (self.shards, "shards") if cause in SHARD_CAUSES else (self.samples, "samples")
-        if self.counts[cause] > limit * total:
-            raise RuntimeError(
-                f"{self.counts[cause]} of {total} {what} are bad by {cause} ({CAUSES[cause]}), more than "
-                "max_bad_fraction = "
-                f"{limit:g}. The last was {f'key {key[:_SHOWN]!r} of ' if key else ''}shard "
-                f"{shard}{': ' + detail[:_SHOWN] if detail else ''}. "
-                f"{self.advice}"
-            )
+        return limit, self.shards if cause in SHARD_CAUSES else self.samples
 
-    def state_dict(self) -> list[str]:
-        """Every fault met so far, as strings; small because it is bounded by the limits."""
-        return sorted(self._seen)
+    def state_dict(self) -> dict[str, Any]:
+        """What reading left out, as numbers and a few examples; what indexing left out is found again."""
+        return {
+            "counts": dict(self._added),
+            "examples": {cause: list(one) for cause, one in self._examples.items()},
+        }
 
-    def load_state_dict(self, state: list[str]) -> None:
-        """Continue counting from a saved list."""
-        self._seen = {where: where.rsplit("\x1f", 1)[1] for where in state}
-        self.counts = Counter(self._seen.values())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue counting from a saved state."""
+        counts, examples = state["counts"], state["examples"]
+        self._added = Counter({cause: int(counts[cause]) for cause in CAUSES if cause in counts})
+        for cause in CAUSES:
+            known = [*map(str, examples.get(cause, [])), *self._examples.get(cause, [])]
+            if known:
+                self._examples[cause] = known[-_EXAMPLES:]
+
+
+def joined_faults(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several ranks' states as one rank's."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for state in states:
+        counts.update({cause: int(n) for cause, n in state["counts"].items()})
+        for cause, known in state["examples"].items():
+            examples[cause] = [*examples.get(cause, []), *known][-_EXAMPLES:]
+    return {"counts": dict(counts), "examples": examples}

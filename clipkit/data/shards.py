@@ -27,6 +27,7 @@ import torch
 
 from clipkit.data.ahead import Ahead
 from clipkit.data.batches import Batches
+from clipkit.data.decode import check_resizing
 from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
@@ -37,6 +38,8 @@ from clipkit.data.workers import LOOK_EVERY_S, Workers
 _FIRST_WARNING_S = 30.0
 # Shards of a set whose content a checkpoint knows.
 _KNOWN_BY_CONTENT = 64
+# Of what a position stands for, beside order and shards: raised where the same draws give another picture or caption.
+VERSION = 2
 
 
 class Stream:
@@ -47,6 +50,7 @@ class Stream:
             sources.
         batches_per_epoch: whole global batches in one epoch.
         batch_size, world_size, rank: as given.
+        faults: what was left out. A rank holds its own share against the limits, unless `faults.agreed`.
     """
 
     def __init__(
@@ -68,15 +72,17 @@ class Stream:
         self._restarts = 0
         self._samples = sum(len(one) for one in batches.sets)
         self._index_faults = [fault for one in batches.sets for fault in one.faults]
-        self._faults = FaultCounter(
+        self.faults = FaultCounter(
             spec["max_bad_fraction"],
             samples=self._samples + len(self._index_faults),
             shards=sum(len(one.shards) for one in batches.sets),
+            one_shard=spec["on_bad_shard"] == "skip",
         )
         for shard, cause, key in self._index_faults:
             whole = cause in SHARD_CAUSES
-            self._faults.add(cause, shard=shard, key="" if whole else key, detail=key if whole else "")
-        self._indexed = dict(self._faults.counts)
+            self.faults.find(cause, shard=shard, key="" if whole else key, detail=key if whole else "")
+        self.faults.check()
+        self._indexed = dict(self.faults.counts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         watch, ahead = _Watch(self), self._fetching()
@@ -96,8 +102,10 @@ class Stream:
                 if "error" in batch:
                     raise batch["error"]
                 for cause, shard, key, detail in batch.pop("faults"):
-                    self._faults.add(cause, shard=shard, key=key, detail=detail)
-                self._position += self.global_batch_size
+                    self.faults.add(cause, shard=shard, key=key, detail=detail)
+                self._forward_to(self._position + self.global_batch_size)
+                if not self.faults.agreed:
+                    self.faults.check(share=1 / self.world_size)
                 yield batch
         finally:
             watch.stop()
@@ -106,6 +114,10 @@ class Stream:
             if isinstance(batches, Workers):
                 batches.close()
             del batches
+
+    def _forward_to(self, position: int) -> None:
+        self._position = position
+        self.faults.epochs = max(1, -(-position // self._samples))
 
     def _loader(self) -> torch.utils.data.DataLoader:
         """From the batch at the present position on."""
@@ -166,16 +178,24 @@ class Stream:
                 "".join(f"{one.probe(shard):016x}" for shard in _some(len(one.shards)))
                 for one in self._batches.sets
             ],
-            "faults": self._faults.state_dict(),
+            "faults": self.faults.state_dict(),
+            "version": VERSION,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch that `state` was taken at; the world size may differ.
 
         Raises:
-            ValueError: the state is of another seed or another shard list, or a shard has another content than then.
-                That is told of 64 shards of a list, spread over it; of one elsewhere, when it is read.
+            ValueError: the state is of another seed or another shard list, a shard has another content than then, or a
+                version of clipkit saved it that made other pictures. Content is told of 64 shards of a list, spread over
+                it; of one elsewhere, when it is read.
         """
+        if state.get("version", 1) != VERSION:
+            raise ValueError(
+                f"the data position was saved by a version of clipkit that made other pictures (data version "
+                f"{state.get('version', 1)}, here {VERSION}: crops, their filter, EXIF orientations): the run would "
+                "learn from two kinds. Finish it with the version that began it, or start a new run"
+            )
         if state["seed"] != self._batches.seed:
             raise ValueError(
                 f"the data position was saved with seed {state['seed']}, this run has seed "
@@ -190,8 +210,8 @@ class Stream:
         for one, probes in zip(self._batches.sets, state.get("content", [])):
             found = [int(probes[at : at + 16], 16) for at in range(0, len(probes), 16)]
             one.expect({shard: probe for shard, probe in zip(_some(len(one.shards)), found) if probe})
-        self._position = int(state["position"])
-        self._faults.load_state_dict(list(state["faults"]))
+        self._forward_to(int(state["position"]))
+        self.faults.load_state_dict(state["faults"])
 
     def fingerprint(self) -> str:
         """What the order is a function of, beside the seed; the same on every rank."""
@@ -212,14 +232,13 @@ class Stream:
         return f"{self._samples:,} samples in {shards:,} shards"
 
     def report(self) -> dict[str, Any]:
-        """{"samples_seen": by all ranks, "skipped": {cause: distinct faults}, "epochs": ...}, and where it is not 0
+        """{"samples_seen": by all ranks, "skipped": {cause: faults}, "epochs": ...}, and where it is not 0
         "worker_restarts": how often this rank's workers were started again after one had died.
 
         Faults found while indexing are reported by rank 0 alone and those found while decoding by the rank
-        that met them, so the sum over ranks counts each once (a bad sample that two ranks met in different
-        epochs counts twice).
+        that met them, so the sum over ranks counts each once an epoch.
         """
-        skipped = dict(self._faults.counts)
+        skipped = dict(self.faults.counts)
         if self.rank > 0:
             skipped = {cause: n - self._indexed.get(cause, 0) for cause, n in skipped.items()}
         return {
@@ -301,6 +320,8 @@ def create_stream(
     world_size: int = 1,
     num_workers: int = 0,
     epochs: int | None = None,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
 ) -> Stream:
     """The training stream.
 
@@ -313,6 +334,8 @@ def create_stream(
         rank, world_size: this process's share.
         num_workers: processes that decode; 0 decodes in this one.
         epochs: end after so many (the last incomplete global batch is left out); None never ends.
+        resize_mode: shortest, longest or squash, of pictures that are not cropped (crop_scale null).
+        interpolation: bicubic or bilinear.
 
     Returns:
         An iterable of {"image": (B, 3, H, W) uint8, "text": (B, L) int64, "key": list of str, "sample_index":
@@ -333,6 +356,7 @@ def create_stream(
         raise ValueError(
             f"data.canonical_nodes is {full['canonical_nodes']!r}; expected a whole number, 1 or more"
         )
+    check_resizing(resize_mode, interpolation)
     cache_dir = cache_folder(full)
     spool = Spool(
         cache_dir / "shards",
@@ -343,7 +367,8 @@ def create_stream(
     )
     given = sources(full["train"])
     weighted = given[0]["weight"] is not None
-    lists = [expand_shards(source["shards"] or [], what="data.train") for source in given]
+    gaps = full["on_bad_shard"] == "skip"
+    lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
     if not weighted:
         lists, given = [[shard for one in lists for shard in one]], given[:1]
     sets = [
@@ -395,6 +420,8 @@ def create_stream(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        resize_mode=resize_mode,
+        interpolation=interpolation,
     )
     return Stream(
         batches,

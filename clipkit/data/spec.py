@@ -80,11 +80,14 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown(f"data.{key}", full[key], choices)
     _check_pairs(full)
     for name in ("crop_scale", "crop_ratio"):
-        low, high = full["augmentation"][name]
+        limits = full["augmentation"][name]
+        if limits is None and name == "crop_scale":
+            continue
+        low, high = limits
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             raise ValueError(
                 f"data.augmentation.{name} is {[low, high]}; expected [smallest, largest], above 0"
-                f"{' and at most 1' if name == 'crop_scale' else ''}"
+                f"{' and at most 1, or null for no crop' if name == 'crop_scale' else ''}"
             )
     return full
 
@@ -229,15 +232,19 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
 
     full = resolve_data(spec)
     return iter_captions(
-        _joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"]
+        _joined(full["train"], gaps=full["on_bad_shard"] == "skip"),
+        cache_dir=cache_folder(full),
+        on_bad_shard=full["on_bad_shard"],
     )
 
 
-def _joined(train: Any) -> list[str]:
+def _joined(train: Any, *, gaps: bool) -> list[str]:
     from clipkit.data.urls import Expanded, expand_shards
 
     return Expanded(
-        path for source in sources(train) for path in expand_shards(source["shards"] or [], what="data.train")
+        path
+        for source in sources(train)
+        for path in expand_shards(source["shards"] or [], what="data.train", gaps=gaps)
     )
 
 

@@ -50,7 +50,9 @@ def is_stream(name: str) -> bool:
     return bool(_SCHEME.match(name)) and not name.startswith("file:")
 
 
-def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "shards") -> Expanded:
+def expand_shards(
+    shards: str | Path | Iterable[str | Path], *, what: str = "shards", gaps: bool = False
+) -> Expanded:
     """The shard list that names stand for: braces, globs, folders (their *.tar), paths and URLs, in the order
     given.
 
@@ -59,6 +61,7 @@ def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "sha
             local files, sorted. A file that has such a name itself is that file. What was expanded before is
             returned as it is.
         what: the setting's name, for messages.
+        gaps: keep the names of a brace pattern whose files are not there, where others of it are.
 
     Raises:
         ValueError: a name that matches nothing, a file that is not there or not a regular file, a repeated
@@ -73,16 +76,17 @@ def expand_shards(shards: str | Path | Iterable[str | Path], *, what: str = "sha
         raise ValueError(f"{what} is empty: give a path, glob, brace pattern or URL of .tar shards")
     found = Expanded()
     for name in names:
-        found += _expand(str(name), what)
+        found += _expand(str(name), what, gaps)
     if len(set(found)) < len(found):
         repeated = min(name for name, count in Counter(found).items() if count > 1)
         raise ValueError(f"{what} names {repeated} more than once; every shard may stand once in a source")
     return found
 
 
-def _expand(name: str, what: str) -> list[str]:
-    out = []
-    for one in _braces(name, what):
+def _expand(name: str, what: str, gaps: bool) -> list[str]:
+    out, missing = [], []
+    names = _braces(name, what)
+    for one in names:
         if is_stream(one):
             permit(one, what)
             out.append(one)
@@ -102,8 +106,16 @@ def _expand(name: str, what: str) -> list[str]:
             matches = [path]
         for match in matches:
             permit(_plain(match), what)
-            _check_file(match, what)
             out.append(_plain(match))
+            if len(names) > 1 and not os.path.lexists(match):
+                missing.append(match)
+                continue
+            _check_file(match, what)
+    if missing and (not gaps or len(missing) == len(names)):
+        raise ValueError(
+            f"{what}: {len(missing)} of the {len(names)} shards of {name[:200]!r} are not there, the first {missing[0]!r}. "
+            f"{_nearby(missing[0])} on_bad_shard=skip trains on the others"
+        )
     return out
 
 

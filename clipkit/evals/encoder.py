@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
 from clipkit.evals.items import ImageSource, check_faults, located
 
@@ -85,7 +86,8 @@ class Encoder:
 
     Args:
         model: has `encode_image(image (B, 3, H, W) uint8) -> (B, D)` and `encode_text(tokens) -> (B, D)`,
-            unit norm, and `image_tower.image_size`; a text-only model needs the second alone.
+            unit norm, and `image_tower` with `image_size` and perhaps `resize_mode` and `interpolation`; a text-only
+            model needs the second alone.
         tokenizer: list of str -> tokens with `.to(device)`.
         group: ranks that share the encoding, or None for this process alone.
     """
@@ -140,10 +142,11 @@ class Encoder:
         if not hasattr(self.model, "encode_image"):
             raise ValueError(f"{type(self.model).__name__} encodes text only; {source.identity} holds images")
         rank, world = self.world
-        image_size = self.model.image_tower.image_size
+        tower = self.model.image_tower
+        how = resizing_of(tower)
 
         def encode() -> Iterator[tuple[int, Tensor | None, dict[str, Any]]]:
-            read = source.batches(image_size, self.batch_size, rank=rank, world_size=world)
+            read = source.batches(tower.image_size, self.batch_size, rank=rank, world_size=world, **how)
             for number, batch in read:
                 image = batch.pop("image")
                 features = (

@@ -1,8 +1,8 @@
 """Evaluation images one by one: decoded, or left out and counted as a fault.
 
 Every source yields its images once, in a fixed order, each batch with its place, so that ranks share the work
-and the whole can be put together again. Images outside shards are decoded and resized by PIL (bicubic to the
-shorter side, centre crop): the pixels open_clip's evaluation transform makes, before its normalisation.
+and the whole can be put together again. Images outside shards are decoded and resized by PIL: of an
+upright RGB picture the pixels that open_clip's evaluation transform makes, before its normalisation.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit.data.decode import MAX_PIXELS, middle, open_image, read_image
+from clipkit.data.decode import centre, read_image, resized_shape, seen
 from clipkit.data.faults import DataError, FaultCounter
+from clipkit.data.formats import MAX_PIXELS, decode_pillow, open_image
 from clipkit.foreign import BrokenFile
 from clipkit.registry import suggest
 
@@ -28,33 +29,28 @@ MAX_BAD_FRACTION = 0.05
 WHOLE = re.compile(r"\s*[+-]?\d{1,9}\s*", re.ASCII)
 
 
-def load_image(data: bytes | Path, image_size: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """(3, image_size, image_size) uint8 RGB: shorter side to `image_size` by bicubic, then the centre.
-
-    Of a picture more than 16 times as long as wide, only the middle is resized.
+def load_image(
+    data: bytes | Path,
+    image_size: int,
+    *,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """(3, image_size, image_size) uint8 RGB, upright, resized by Pillow; see `clipkit.data.decode.decode_eval`.
 
     Raises:
         DataError: it does not decode, its header claims more than `max_pixels`, or `data` is no regular file.
     """
     raw = data if isinstance(data, bytes) else read_image(data)
-    with open_image(raw, max_pixels=max_pixels) as opened:
-        try:
-            top, left, height, width = middle(opened.height, opened.width)
-            whole = (height, width) == (opened.height, opened.width)
-            image = opened if whole else opened.crop((left, top, left + width, top + height))
-            # 16-bit greyscale would clip to white.
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
-            image = image.convert("RGB")
-        except Exception as error:  # Pillow raises nearly anything for what is no image
-            raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
-    short = min(image.size)
-    width, height = (int(image_size * side / short) for side in image.size)
+    open_image(raw, max_pixels=max_pixels).close()
+    pixels = decode_pillow(raw)
+    top, left, height, width = seen(*pixels.shape[:2], resize_mode)
+    image = Image.fromarray(pixels[top : top + height, left : left + width])
+    height, width = resized_shape(height, width, image_size, resize_mode)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    return centre(torch.from_numpy(np.array(image)).permute(2, 0, 1), image_size)
 
 
 def check_faults(faults: Sequence[DataError], identity: str, *, items: int, shards: int = 1) -> None:
@@ -67,6 +63,7 @@ def check_faults(faults: Sequence[DataError], identity: str, *, items: int, shar
     )
     for fault in faults:
         counter.add(fault.cause, shard=fault.shard, key=fault.key, detail=fault.detail)
+    counter.check()
 
 
 def class_id(value: Any) -> int | None | DataError:
@@ -102,7 +99,14 @@ class ImageSource:
         return self
 
     def batches(
-        self, image_size: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+        self,
+        image_size: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta, faults}, each with its
         place among those of all ranks. `faults` are the items left out, as DataErrors; B may be 0.
@@ -146,13 +150,24 @@ class Items(ImageSource):
     def read(self, key: str) -> bytes:
         raise NotImplementedError
 
-    def batches(self, image_size, batch_size, *, rank=0, world_size=1):
+    def batches(
+        self,
+        image_size,
+        batch_size,
+        *,
+        rank=0,
+        world_size=1,
+        resize_mode="shortest",
+        interpolation="bicubic",
+    ):
         self.count = len(self.items) + len(self.lost)
         for number in range(rank, -(-len(self.items) // batch_size), world_size):
             rows, faults = [], list(self.lost) if number == 0 else []
             for key, label, captions in self.items[number * batch_size : (number + 1) * batch_size]:
                 try:
-                    image = load_image(self.read(key), image_size)
+                    image = load_image(
+                        self.read(key), image_size, resize_mode=resize_mode, interpolation=interpolation
+                    )
                 except DataError as error:
                     faults.append(DataError(error.cause, error.detail, shard=self.identity, key=key))
                     continue

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clipkit.data.decode import RESIZING
 from clipkit.loading import load_model
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.model import DualEncoder
@@ -54,6 +55,7 @@ class OpenCLIP(nn.Module):
         model: open_clip's, in evaluation mode.
         mean, std: of its preprocessing, RGB, on 0..1.
         image_size: pixels a side.
+        resize_mode, interpolation: of its preprocessing.
     """
 
     # open_clip's classes share no typed interface.
@@ -61,10 +63,21 @@ class OpenCLIP(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, *, mean: Tensor, std: Tensor, image_size: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        image_size: int,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
+    ):
         super().__init__()
         self.model = model
-        self.image_tower = SimpleNamespace(image_size=image_size)
+        self.image_tower = SimpleNamespace(
+            image_size=image_size, resize_mode=resize_mode, interpolation=interpolation
+        )
         self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
 
@@ -102,8 +115,16 @@ def load_open_clip(
         mean=torch.tensor(mean),
         std=torch.tensor(std),
         image_size=size[0] if isinstance(size, tuple) else size,
+        **_resizing(visual),
     )
     return wrapped.to(device).eval(), open_clip.get_tokenizer(architecture)
+
+
+def _resizing(visual: Any) -> dict[str, str]:
+    """How open_clip itself would resize for this tower; what is random there in training is bicubic in evaluation."""
+    given = getattr(visual, "preprocess_cfg", None) or {}
+    found = {key: given.get(key) or choices[0] for key, choices in RESIZING.items()}
+    return {key: value if value in RESIZING[key] else RESIZING[key][0] for key, value in found.items()}
 
 
 class SentenceEncoder(nn.Module):

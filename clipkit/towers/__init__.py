@@ -2,7 +2,8 @@
 
 `create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it
 is: `name` is the registry name, the rest are that tower's settings. Two settings belong to every tower:
-`freeze` (0, a number of blocks, or all) and `activation_checkpointing`. timm, open_clip and transformers are
+`freeze` (0, a number of blocks, or all) and `activation_checkpointing`; two more to every image tower, `resize_mode` and
+`interpolation`: how its pictures are made. timm, open_clip and transformers are
 imported by the towers that need them, when one is created.
 """
 
@@ -12,11 +13,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from clipkit.registry import Registry, check_keys
+from clipkit.registry import Registry, check_keys, unknown
 
 # These register the built-in names.
 from clipkit.towers import hugging_face, image, text  # noqa: F401
-from clipkit.towers.base import ImageTower, TextTower, Tower
+from clipkit.towers.base import RESIZING, ImageTower, TextTower, Tower
 from clipkit.towers.registry import image_towers, register_image_tower, register_text_tower, text_towers
 
 
@@ -84,7 +85,12 @@ def _check(
     parameters = inspect.signature(factory).parameters
     given = set(given) - {"context_length"}
     valid = [key for key in parameters if key not in given]
-    check_keys(settings, [*valid, "freeze", "activation_checkpointing"], f"the {registry.what} {name!r}")
+    resizing = RESIZING if registry is image_towers else {}
+    shared = ["freeze", "activation_checkpointing", *resizing]
+    check_keys(settings, [*valid, *shared], f"the {registry.what} {name!r}")
+    for key, choices in resizing.items():
+        if settings.get(key, choices[0]) not in choices:
+            raise unknown(key, settings[key], choices)
     missing = [
         key
         for key in valid
@@ -96,7 +102,7 @@ def _check(
         )
     check = getattr(factory, "check", None)
     if check:
-        check(**settings)
+        check(**{key: value for key, value in settings.items() if key not in resizing})
     return name, factory, settings, valid
 
 
@@ -104,10 +110,13 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     name, factory, settings, valid = _check(registry, spec, given)
     freeze = settings.pop("freeze", 0)
     recompute = settings.pop("activation_checkpointing", False)
+    resizing = {key: settings.pop(key) for key in RESIZING if key in settings and key not in valid}
     parameters = inspect.signature(factory).parameters
     tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)
     defaults = {key: parameters[key].default for key in valid}
     tower.settings = {"name": name, **defaults, **settings}
+    for key, value in resizing.items():
+        setattr(tower, key, value)
     tower.freeze(0 if freeze is None else freeze)
     if recompute:
         tower.set_activation_checkpointing()

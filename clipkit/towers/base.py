@@ -134,6 +134,11 @@ def _still_statistics(block: nn.Module):
             norm.running_mean, norm.running_var, norm.num_batches_tracked = buffers
 
 
+# How a picture becomes the square that an image tower sees, by open_clip's names; the first of each is the default.
+# shortest: the shorter side to image_size, then the centre; longest: the longer side, black beside it; squash: both.
+RESIZING = {"resize_mode": ("shortest", "longest", "squash"), "interpolation": ("bicubic", "bilinear")}
+
+
 class ImageTower(Tower):
     """An image encoder: forward(image (B, 3, H, W) float, normalised by `mean` and `std`) -> (B, width).
 
@@ -142,12 +147,15 @@ class ImageTower(Tower):
         image_size: side of the square image it expects, in pixels.
         mean, std: channel statistics of its input for values in [0, 1], three floats each.
         projects: True when the output already has the embedding's width, so that no projection follows.
+        resize_mode, interpolation: how a picture becomes that square where it is not cropped at random; see RESIZING.
     """
 
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     projects: bool = False
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
 
     def forward(self, image: Tensor) -> Tensor:
         raise NotImplementedError

@@ -12,6 +12,7 @@ import torch
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.losses import WeightedSum
+from clipkit.towers import ImageTower
 
 Batch = dict[str, Any]
 
@@ -21,7 +22,7 @@ def open_streams(
     loss: WeightedSum,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    image_size: int,
+    image_tower: ImageTower,
     batch_size: int,
     seed: int,
 ) -> tuple[Stream, SentenceStream | None]:
@@ -30,7 +31,7 @@ def open_streams(
     Args:
         data: the data settings; `sentences` is {"triplets": file, "pairs": file, "batch_size": over all ranks}.
         loss: its terms say what they read.
-        image_size: pixels a side.
+        image_tower: says how large its pictures are, and how they are made.
         batch_size: pairs a step, over all ranks.
 
     Raises:
@@ -42,7 +43,9 @@ def open_streams(
     share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
     stream = create_stream(
         data,
-        image_size=image_size,
+        image_size=image_tower.image_size,
+        resize_mode=image_tower.resize_mode,
+        interpolation=image_tower.interpolation,
         num_workers=data["num_workers"],
         batch_size=split(batch_size, world_size(), "batch_size"),
         **share,

@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from clipkit.data.faults import FaultCounter
 from clipkit.distributed import barrier, full_tensor, gather_objects, is_distributed, rank
 from clipkit.model import DualEncoder
 from clipkit.registry import unknown
@@ -27,9 +28,14 @@ T = TypeVar("T")
 
 
 class StopRequest:
-    """Turns SIGTERM, Ctrl-C and the end of `max_minutes` into a flag that the loop reads between steps.
+    """Turns SIGTERM, Ctrl-C and the end of `max_minutes` into a flag that the loop reads between steps, and faults of all
+    ranks' data into an error.
 
     A second Ctrl-C interrupts at once. A second SIGTERM does not: a scheduler and torchrun each send one.
+
+    Args:
+        max_minutes: from now, or None.
+        faults: the data stream's; from here on its limits are held against the sums over the ranks.
 
     Attributes:
         reason: what asked for the stop, or None; after `agree`, the same on every rank.
@@ -38,10 +44,12 @@ class StopRequest:
     # The last signal any of them received: a sweep also stops for one that came too late for its job.
     received: int | None = None
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    def __init__(self, max_minutes: float | None = None, *, faults: FaultCounter | None = None) -> None:
         self.reason: str | None = None
         self._code = 0
-        self._minutes = max_minutes
+        self._minutes, self._faults = max_minutes, faults
+        if faults is not None:
+            faults.agreed = True
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         # Signals can only be caught in the main thread; a launcher may run jobs in others.
         if threading.current_thread() is threading.main_thread():
@@ -54,13 +62,23 @@ class StopRequest:
         self._code = StopRequest.received = number
 
     def agree(self, device: torch.device) -> str | None:
-        """The reason any rank has: ranks must stop at the same step. Called by all ranks, once a step."""
+        """The reason any rank has: ranks must stop at the same step. Called by all ranks, once a step.
+
+        Raises:
+            RuntimeError: on every rank, where more of the data is bad than max_bad_fraction tolerates.
+        """
         # A signal's number, or one that no signal has.
         code = self._code or (_TIME_IS_UP if self._deadline and time.monotonic() > self._deadline else 0)
+        own = [int(code == one) for one in _REASONS] + (self._faults.added() if self._faults else [])
         if is_distributed():
-            seen = torch.tensor(code, device=device)
-            distributed.all_reduce(seen, distributed.ReduceOp.MAX)
-            code = int(seen)
+            seen = torch.tensor(own, dtype=torch.int64, device=device)
+            distributed.all_reduce(seen)
+            own = seen.tolist()
+        codes, added = own[: len(_REASONS)], own[len(_REASONS) :]
+        if self._faults is not None and (cause := self._faults.over(added)):
+            met = [one for examples in gather_objects(self._faults.examples(cause)) for one in examples]
+            raise self._faults.error(cause, added, met)
+        code = max(number for number, ranks in zip((0, *_REASONS), (1, *codes), strict=True) if ranks)
         if code:
             self.reason = (
                 f"max_minutes={self._minutes:g}" if code == _TIME_IS_UP else signal.Signals(code).name
@@ -79,6 +97,8 @@ class StopRequest:
 
 
 _TIME_IS_UP = 1000
+# What asks for a stop; of several the largest is told.
+_REASONS = (signal.SIGINT, signal.SIGTERM, _TIME_IS_UP)
 
 
 def choose_device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ from clipkit.checkpoint import (
     split_weights,
 )
 from clipkit.data import Tokenizer
+from clipkit.data.faults import joined_faults
 from clipkit.distributed import Group, gather_objects, rank, world_size
 from clipkit.foreign import BrokenFile
 from clipkit.loading import with_architecture
@@ -235,9 +236,9 @@ class Checkpoints:
             self.stream.load_state_dict(saved["ranks"][rank()]["stream"])
         else:
             # Another number of ranks goes on at the same sample; rank 0 keeps the count of faults met so far.
-            faults = [fault for one in saved["ranks"] for fault in one["stream"]["faults"]]
             position = saved["ranks"][0]["stream"]
-            self.stream.load_state_dict({**position, "faults": faults if rank() == 0 else []})
+            states = [one["stream"]["faults"] for one in saved["ranks"]] if rank() == 0 else []
+            self.stream.load_state_dict({**position, "faults": joined_faults(states)})
 
     def _settle(self) -> None:
         """Wait for the one that is being written in the background; every rank learns how it went."""

@@ -5,16 +5,23 @@ run.
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import runpy
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from clipkit.data import create_stream, iter_eval, train_captions
-from clipkit.data.faults import DataError, FaultCounter
+from clipkit.data.faults import DataError, FaultCounter, joined_faults
+from clipkit.distributed import launch
+
+# Spawned ranks import the worker by name, and inherit sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import limit_cases
 
 make = runpy.run_path(str(Path(__file__).with_name("make_faults.py")))["make"]
 
@@ -171,16 +178,163 @@ def test_a_shard_that_changes_during_the_run_is_an_error(tmp_path, write_tar, sa
         next(iter(stream))
 
 
-def test_a_fault_counts_once_however_often_it_is_met():
-    counter = FaultCounter(1.0, samples=10)
-    for _ in range(3):
-        counter.add("corrupt_image", shard="a.tar", key="k")
-    counter.add("corrupt_image", shard="b.tar", key="k")
-    assert counter.counts == {"corrupt_image": 2}
+@pytest.fixture(scope="module")
+def third_bad(tmp_path_factory, write_tar, sample):
+    """800 samples, 3 in 10 of them corrupt, in 8 shards."""
+    folder = tmp_path_factory.mktemp("third")
+    paths = []
+    for shard in range(8):
+        members = []
+        for i in range(100):
+            image, *rest = sample(f"{shard}{i:03d}", i % 8)
+            members += [(image[0], b"no picture" if i % 10 < 3 else image[1]), *rest]
+        paths.append(str(write_tar(folder / f"{shard}.tar", members)))
+    return paths
+
+
+def steps_until_too_many(shards, tokenizer, world_size):
+    """How many samples all ranks have read when the sum of their counts passes the limit; summed here by hand."""
+    streams = [
+        create_stream(
+            {"train": shards},
+            tokenizer=tokenizer,
+            image_size=8,
+            batch_size=16 // world_size,
+            seed=0,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    for stream in streams:
+        stream.faults.agreed = True
+    for read, _ in enumerate(zip(*streams), 1):
+        added = [sum(column) for column in zip(*(stream.faults.added() for stream in streams))]
+        over = {stream.faults.over(added) for stream in streams}
+        assert len(over) == 1
+        if over != {None}:
+            return 16 * read, max(added)
+
+
+def test_any_number_of_ranks_passes_the_limit_at_the_same_sample(third_bad, byte_tokenizer):
+    found = {world: steps_until_too_many(third_bad, byte_tokenizer, world) for world in (1, 2, 4, 8)}
+    assert len(set(found.values())) == 1, found
+    read, bad = found[1]
+    # The 41st is too many of 800 at 0.05: 137 samples at 0.3, with 16 more of the batch, give or take three
+    # standard deviations of chance.
+    assert 41 <= bad <= 41 + 16 and 90 <= read <= 200
+
+
+@pytest.mark.parametrize(
+    "world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_ranks_stop_together_with_one_message(third_bad, byte_tokenizer, world):
+    read, bad = steps_until_too_many(third_bad, byte_tokenizer, 1)
+    found = launch(limit_cases.run_until_stopped, world, third_bad, 16 // world)
+    assert {position for position, _ in found} == {read}
+    (message,) = {message for _, message in found}
+    assert f"{bad} of 800 samples are bad by corrupt_image" in message and "The last was key '" in message
+
+
+def test_a_rank_by_itself_holds_its_share_and_allows_for_chance(third_bad, byte_tokenizer):
+    def read_by(rank, **spec):
+        stream = create_stream(
+            {"train": third_bad, **spec},
+            tokenizer=byte_tokenizer,
+            image_size=8,
+            batch_size=4,
+            seed=0,
+            rank=rank,
+            world_size=4,
+            epochs=1,
+        )
+        with pytest.raises(RuntimeError, match="bad by corrupt_image"):
+            for _ in stream:
+                pass
+        return stream.report()["samples_seen"]
+
+    # Its 200 samples may hold 10 and 4 times the root of 10: the 23rd is too many, of 60 that are bad.
+    assert all(4 * 40 <= read_by(rank) <= 4 * 140 for rank in range(4))
+    assert read_by(0, max_bad_fraction=0) <= 4 * 20
+
+
+def test_every_epoch_has_room_for_as_many(third_bad, byte_tokenizer):
+    """Bad samples are met again, and are no more of the data for it."""
+    stream = stream_of(third_bad, byte_tokenizer, max_bad_fraction=0.301)
+    stream.epochs = 3
+    for _ in stream:
+        pass
+    assert stream.report()["skipped"] == {"corrupt_image": 3 * 240}
+    with pytest.raises(RuntimeError, match=r"24[0-9] of 800 samples are bad"):
+        for _ in stream_of(third_bad, byte_tokenizer, max_bad_fraction=0.299):
+            pass
+
+
+def test_a_checkpoint_holds_counts_and_few_examples(third_bad, byte_tokenizer):
+    stream = stream_of(third_bad, byte_tokenizer)
+    sizes = []
+    for _ in stream:
+        sizes.append(len(json.dumps(stream.state_dict())))
+    assert sizes[-1] - sizes[100] < 20 and sizes[-1] < 2000
+    assert stream.state_dict()["faults"]["counts"] == {"corrupt_image": 240}
+    assert len(stream.state_dict()["faults"]["examples"]["corrupt_image"]) == 5
+    # Four ranks' states go on as one.
+    counters = [FaultCounter(1.0, samples=10) for _ in range(4)]
+    for number, counter in enumerate(counters):
+        for i in range(number):
+            counter.add("corrupt_image", shard="a.tar", key=f"{number}{i}")
     again = FaultCounter(1.0, samples=10)
-    again.load_state_dict(counter.state_dict())
-    again.add("corrupt_image", shard="a.tar", key="k")
-    assert again.counts == {"corrupt_image": 2}
+    again.load_state_dict(json.loads(json.dumps(joined_faults([one.state_dict() for one in counters]))))
+    assert again.counts == {"corrupt_image": 6} and len(again.examples("corrupt_image")) == 5
+
+
+def test_a_position_of_other_pictures_is_refused(third_bad, byte_tokenizer):
+    stream = stream_of(third_bad, byte_tokenizer)
+    state = stream.state_dict()
+    del state["version"]
+    with pytest.raises(ValueError, match=r"made other pictures \(data version 1, here 2"):
+        stream.load_state_dict(state)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 19, 40])
+def test_one_bad_shard_of_few_is_skipped_where_skipping_is_asked_for(
+    count, tmp_path, write_tar, sample, byte_tokenizer
+):
+    names = [str(write_tar(tmp_path / f"{i:02d}.tar", sample(f"k{i}"))) for i in range(count)]
+    (tmp_path / "zz.tar").write_bytes(b"noise" * 1000)
+    names.append(str(tmp_path / "zz.tar"))
+    spec = {"max_bad_fraction": 0.05}
+    assert stream_of(names, byte_tokenizer, **spec).report()["skipped"] == {"unreadable_shard": 1}
+    with pytest.raises(DataError, match="zz.tar"):
+        stream_of(names, byte_tokenizer, on_bad_shard="error", **spec)
+    for limit in (0, {"unreadable_shard": 0.001}):
+        with pytest.raises(RuntimeError, match=rf"1 of {count + 1} shards are bad by unreadable_shard"):
+            stream_of(names, byte_tokenizer, max_bad_fraction=limit)
+
+
+def test_a_gap_in_a_brace_list_is_a_bad_shard(tmp_path, write_tar, sample, byte_tokenizer):
+    for i in (0, 1, 3):
+        write_tar(tmp_path / f"{i:02d}.tar", sample(f"k{i}"))
+    braces = f"{tmp_path}/{{00..03}}.tar"
+    stream = stream_of(braces, byte_tokenizer)
+    assert stream.report()["skipped"] == {"unreadable_shard": 1} and stream.samples_per_epoch == 3
+    assert sorted(train_captions({"train": braces, "on_bad_shard": "skip"})) == [
+        "picture k0",
+        "picture k1",
+        "picture k3",
+    ]
+    for read in (
+        lambda: stream_of(braces, byte_tokenizer, on_bad_shard="error"),
+        lambda: list(train_captions({"train": braces})),
+        lambda: list(iter_eval(braces, image_size=8, batch_size=1)),
+    ):
+        with pytest.raises(
+            ValueError, match="1 of the 4 shards of .*02.tar.*on_bad_shard=skip trains on the others"
+        ):
+            read()
+    for nowhere in (f"{tmp_path}/{{10..12}}.tar", f"{tmp_path}/10.tar"):
+        with pytest.raises(ValueError, match="10.tar"):
+            stream_of(nowhere, byte_tokenizer)
 
 
 def test_a_fault_keeps_its_fields_between_processes():
