@@ -83,9 +83,10 @@ def pair_lse(
             col_log_weight=col_log_weight,
             exclude_positives=exclude_positives,
         )
-    return ops.pair_lse_op(
+    row_lse, col_lse, *_ = ops.pair_lse_op(
         x, y, scale, row_ids, col_ids, col_log_weight, row_offset, exclude_positives, impl, chunk
     )
+    return row_lse, col_lse
 
 
 def pair_softplus(
