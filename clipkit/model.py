@@ -35,11 +35,12 @@ _IMAGE_PASSES = {
     "image_features_view1": ("image_view1", "data: two augmented views of each image"),
     "image_features_view2": ("image_view2", "data: two augmented views of each image"),
 }
-# Entries handed from the batch to the losses as they are; pair_ids alone may be absent.
+# Entries handed from the batch to the losses as they are; those without a source may be absent.
 _PASSED_ON = {
     "nli_labels": "data.sentences: labelled NLI pairs",
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": None,
+    "text_index": None,
 }
 _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
@@ -195,7 +196,8 @@ class DualEncoder(nn.Module):
 
         Args:
             batch: image (B, 3, H, W) uint8, text (B, L) int64, and premise, entailment, contradiction (M, L),
-                pair_premise, pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
+                pair_premise, pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index, text_index (B,)
+                as needed.
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:

@@ -74,6 +74,7 @@ def test_default_inputs_are_clips(batch):
 def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
     batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
+    batch["text_index"] = torch.tensor([7, 5, 3, 1])
     features = dual(batch, FEATURES)
     assert set(features) == set(FEATURES)
     rows = {"image": 4, "text": 4, "premise": 3, "entailment": 3, "contradiction": 3, "pair": 2}
