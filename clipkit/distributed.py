@@ -15,6 +15,7 @@ the identity and costs nothing. Only torch is needed; the collectives work on gl
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | None
@@ -162,6 +162,40 @@ def logsumexp_over_ranks(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     return x if group is None else _LogSumExpOverRanks.apply(x, group)
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """`value` itself, and an error for whoever differentiates it again."""
+
+    @staticmethod
+    def forward(ctx, value, *depends_on):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "clipkit's losses over several ranks have first derivatives only, and a gradient of a gradient was "
+            "asked for (create_graph=True): what a rank's gradient owes to the other ranks' features would be "
+            "missing. Compute such a term on one process, with group=None"
+        )
+
+
+def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses to be differentiated.
+
+    torch's once_differentiable hangs its refusal on tensors made for it, so that torch.autograd.grad, which
+    looks for the way to its inputs, passes by and leaves the term out; here it lies on that way.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, grad: torch.Tensor) -> Any:
+        with torch.no_grad():
+            value, *others = backward(ctx, grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            value = _NoSecondDerivative.apply(value, grad, *ctx.saved_tensors)
+        return value, *others
+
+    return refusing
+
+
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -169,7 +203,7 @@ class _AllGatherRows(torch.autograd.Function):
         return _gather(x, group)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
         # Half-precision parts are added up in fp32: W roundings become one.
         wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
@@ -185,7 +219,7 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
         return grad * ctx.ranks, None
 
@@ -205,7 +239,7 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return _own_rows(total, group)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
         x, total = ctx.saved_tensors
         share = torch.where(x == -torch.inf, torch.zeros_like(x), (x - total).exp())

@@ -2,8 +2,8 @@
 
 Shapes and dtypes are checked on every call and cost nothing. Values (unit norm, views that differ) are
 checked on every call on the CPU; on other devices only a module's first call reads them, since reading makes
-the host wait. Under torch.compile values are not checked. A NaN passes: it must reach the loss, where the
-trainer looks for it.
+the host wait. Under torch.compile and torch.func values are not checked. A NaN passes: it must reach the
+loss, where the trainer looks for it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_negatives(loss: str, pairs: int) -> None:
 
 def reads_values(module: nn.Module, device: torch.device) -> bool:
     """Whether this call may look at values: on the CPU always, else at first, compiled never."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if device.type == "cpu":
         return True

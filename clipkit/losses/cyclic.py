@@ -102,10 +102,16 @@ class CyclicGeometry(nn.Module):
 class _Grams(torch.autograd.Function):
     """U^T U, V^T V and U^T V as one (3, D, D). Backward takes four products where autograd would take six."""
 
+    # What torch.func needs of it.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, u, v):
-        ctx.save_for_backward(u, v)
+    def forward(u, v):
         return torch.stack([u.T @ u, v.T @ v, u.T @ v])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

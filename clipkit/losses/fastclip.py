@@ -27,6 +27,7 @@ from clipkit.losses.checks import (
     check_pairs,
     check_rows,
     check_scalar,
+    constant,
     paired_logits,
     reads_values,
 )
@@ -173,7 +174,7 @@ class FastCLIP(nn.Module):
         row_lse, col_lse = pair_lse(image_features, texts, scale, row_offset=offset, impl=self.impl)
         col_lse = logsumexp_over_ranks(col_lse, group)
         positive = paired_logits(image_features, text_features, scale)
-        log_g = torch.stack([row_lse, col_lse]) - positive - math.log(total - 1)
+        log_g = torch.stack([row_lse, col_lse]) - positive - constant(total - 1, positive).log()
 
         index = torch.stack([sample_index, sample_index if text_index is None else text_index], 1)
         index = index.to(log_g.device, torch.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -92,4 +91,5 @@ class Uniformity(nn.Module):
         offset = rank(group) * len(x)
         row_lse, _ = pair_lse(x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl)
         # No potential exceeds 1, so the plain sum over rows and ranks cannot overflow.
-        return all_reduce_sum((row_lse - 2 * self.t).exp().sum(), group).log() - math.log(total * (total - 1))
+        mean = all_reduce_sum((row_lse - 2 * self.t).exp().sum(), group) / (total * (total - 1))
+        return mean.log()
