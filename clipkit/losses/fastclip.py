@@ -9,27 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import (
-    Group,
-    all_gather_rows,
-    all_reduce_sum,
-    logsumexp_over_ranks,
-    rank,
-    resolve_group,
-)
+from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
     check_negatives,
+    check_not_empty,
     check_number,
     check_pairs,
-    check_rows,
     check_scalar,
     constant,
+    integers,
+    kernel_precision,
+    meet,
     paired_logits,
     reads_values,
+    scalar,
 )
 from clipkit.losses.registry import register_loss
 
@@ -132,6 +129,21 @@ class FastCLIP(nn.Module):
             self.register_buffer(name, torch.full((size or 0,), -torch.inf, dtype=torch.float32))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+    def check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        sample_index: Tensor,
+        text_index: Tensor | None = None,
+    ) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+        check_ids("sample_index", sample_index, len(image_features))
+        if text_index is not None:
+            check_ids("text_index", text_index, len(image_features))
+
     def forward(
         self,
         image_features: Tensor,
@@ -140,6 +152,7 @@ class FastCLIP(nn.Module):
         sample_index: Tensor,
         *,
         text_index: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); in training mode it also updates their u.
 
@@ -150,47 +163,55 @@ class FastCLIP(nn.Module):
             sample_index: (B,) integers >= 0, each sample's stable number in the data set.
             text_index: (B,) integers >= 0, each text's own stable number, where several texts belong to an
                 image and take turns; sample_index then numbers the images alone. None: sample_index.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 a single pair in the group, an index out of range.
         """
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
-        check_ids("sample_index", sample_index, len(image_features))
-        if text_index is not None:
-            check_ids("text_index", text_index, len(image_features))
-        group = resolve_group(self.group)
-        rows = len(image_features)
-        check_rows(image_features, group)
-        texts = all_gather_rows(text_features, group, check=False)
+        ranks = meet(
+            self,
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            sample_index=sample_index,
+            text_index=text_index,
+        )
+        check_not_empty(image_features)
+        precision = kernel_precision(image_features)
+        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
+        logit_scale = scalar(logit_scale, image_features)
+        texts = ranks.gather(text_features)
         total = len(texts)
         check_negatives("fastclip", total)
-        offset = rank(group) * rows
+        offset = ranks.own(len(image_features)).start
         scale = logit_scale
         if self.temperature_gradient == "released_code":
             # Its value, with twice the gradient.
             scale = 2 * logit_scale - logit_scale.detach()
-        row_lse, col_lse = pair_lse(image_features, texts, scale, row_offset=offset, impl=self.impl)
-        col_lse = logsumexp_over_ranks(col_lse, group)
+        row_lse, col_lse = pair_lse(
+            image_features, texts, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
+        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         positive = paired_logits(image_features, text_features, scale)
         log_g = torch.stack([row_lse, col_lse]) - positive - constant(total - 1, positive).log()
 
-        index = torch.stack([sample_index, sample_index if text_index is None else text_index], 1)
-        index = index.to(log_g.device, torch.int64)
-        all_index = all_gather_rows(index, group, check=False)
+        own = integers(sample_index, image_features)
+        index = torch.stack([own, own if text_index is None else integers(text_index, own)], 1)
+        all_index = ranks.gather(index)
         self._reserve(all_index)
         log_u = self._moving_average(log_g.detach(), index)
         if self.training:
-            self._remember(all_gather_rows(log_u.T.contiguous(), group, check=False), all_index)
+            self._remember(ranks.gather(log_u.T.contiguous()), all_index)
 
-        temperature = 1 / logit_scale.to(log_g.dtype).reshape(())
+        temperature = 1 / logit_scale
         log_total = torch.logaddexp(log_u, torch.full_like(log_u, math.log(self.eps)))
         # dg / (eps + u) = e^{log g - log(eps + u)} d log g; its value is taken out again, only its gradient
         # stays.
         ascent = (log_g.detach() - log_total).exp() * log_g
         loss = temperature * log_total.sum() / 2 + temperature.detach() * (ascent - ascent.detach()).sum() / 2
-        return all_reduce_sum(loss / total, group) + self.rho * temperature
+        return all_reduce_sum(loss / total, ranks.group) + self.rho * temperature
 
     def _moving_average(self, log_g: Tensor, index: Tensor) -> Tensor:
         """(2, B): log of the updated u of own rows, from log g (2, B) and their numbers (B, 2)."""
