@@ -15,20 +15,24 @@ the identity and costs nothing. Only torch is needed; the collectives work on gl
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
+
+# Raises on the device, without a wait; private in torch's stub alone.
+_assert_async = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | None
@@ -103,18 +107,158 @@ def gather_objects(obj: Any, group: Group | str = "auto") -> list[Any]:
 def check_same_rows(rows: int, group: Group, device: torch.device, what: str = "features") -> None:
     """ValueError, on every rank alike, unless each rank of the group brings the same number of rows.
 
-    One small all-gather; on CUDA the host waits for it, about a launch latency per step. Without it an uneven
-    last batch would hang in the next collective or read memory that was never written.
+    One small all-gather. Without it an uneven last batch would hang in the next collective or read memory
+    that was never written.
+    """
+    problem = agree(group, None, {what: (rows,)}, device)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def agree(
+    group: Group,
+    problem: str | None,
+    brought: Mapping[str, tuple[Any, ...]],
+    device: torch.device,
+    *,
+    read: bool = True,
+) -> str | None:
+    """What is wrong on some rank, told on every rank alike; None where all ranks may go on.
+
+    One all-gather of a number a rank, before anything else is exchanged: a rank that raised by itself would
+    leave the others waiting. Only where something is wrong are messages exchanged.
+
+    Args:
+        problem: what this rank found wrong with what it was given, or None.
+        brought: what has to be the same on all ranks: name to (rows, *other dimensions, dtype).
+        device: where the number travels; one the group's backend serves.
+        read: whether the host looks. Where it does not, the device asserts it later without a wait (on CUDA
+            that ends the process).
     """
     if group is None:
+        return problem
+    # The last bit: whether this rank reads, and so could take part in the exchange of messages.
+    code = 0 if problem is not None else 2 * (zlib.crc32(repr(brought).encode()) + 1)
+    codes = _gather(torch.full((1,), code + read, device=device, dtype=torch.int64), group)
+    if not read:
+        same = ((codes >> 1) == (codes[0] >> 1)).all() & (codes[0] > 1)
+        _assert_async(same, "the ranks of a group brought inputs that do not fit together")
+        return None
+    if str(dist.get_backend(group)) == "fake":
+        # Nothing came from elsewhere, and clipkit.planner's tensors have no values.
+        return problem
+    found = codes.tolist()
+    if problem is None and all(other >> 1 == code >> 1 for other in found):
+        return None
+    if not all(other & 1 for other in found):
+        return problem or "another rank brought other inputs than this one, or some that it refused"
+    return _disagreement(gather_objects((problem, dict(brought)), group))
+
+
+def assert_same_rows(rows: Sequence[int], group: Group, device: torch.device) -> None:
+    """`agree` about numbers of rows inside torch.compile, without a look by the host: RuntimeError on every
+    rank where they differ."""
+    if group is None or not rows:
         return
-    counts = _gather(torch.tensor([rows], device=device), group).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"every rank of a group must bring the same number of {what} rows, but ranks "
-            f"0..{len(counts) - 1} brought {counts}: drop the uneven last batch (drop_last=True) or give "
-            "each rank an equal share"
-        )
+    counts = torch.cat([torch.full((1,), number, device=device, dtype=torch.int64) for number in rows])
+    everyone = _gather(counts[None], group)
+    _assert_async(
+        (everyone == everyone[:1]).all(), "every rank of a group must bring the same number of rows"
+    )
+
+
+def _disagreement(reports: list[tuple[str | None, dict[str, tuple[Any, ...]]]]) -> str:
+    ranks = range(len(reports))
+    problem = next((problem for problem, _ in reports if problem is not None), None)
+    if problem is not None:
+        found = [str(r) for r in ranks if reports[r][0] == problem]
+        if len(found) == len(reports):
+            return problem
+        return f"{problem} (on rank {', '.join(found)} of ranks 0..{len(reports) - 1})"
+    names = [name for r in ranks for name in reports[r][1]]
+    for name in dict.fromkeys(names):
+        each = [brought.get(name) for _, brought in reports]
+        if len(set(each)) == 1:
+            continue
+        rows = [value[0] for value in each if value]
+        if len({value and value[1:] for value in each}) == 1:
+            return (
+                f"every rank of a group must bring the same number of {name} rows, but ranks "
+                f"0..{len(each) - 1} brought {rows}: drop the uneven last batch (drop_last=True) or give "
+                "each rank an equal share"
+            )
+        told = "; ".join(f"rank {r}: {_told(each[r])}" for r in ranks)
+        return f"every rank of a group must bring {name} of the same shape and type, but brought {told}"
+    return "the ranks of a group brought inputs that do not fit together"
+
+
+def _told(value: tuple[Any, ...] | None) -> str:
+    """(rows, *other dimensions, dtype) as words."""
+    return "none" if value is None else f"{value[-1]} of shape ({', '.join(map(str, value[:-1]))})"
+
+
+class Ranks:
+    """The ranks that a loss meets: their number, this one's place, and each tensor gathered once.
+
+    A loss makes one with `clipkit.losses.checks.meet`; a weighted sum gives all of its terms the same one, so
+    that no feature travels twice.
+
+    Attributes:
+        group: a ProcessGroup, or None for this process alone.
+        rank: this process's place in it.
+        size: W.
+    """
+
+    def __init__(self, group: Group = None):
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self._widened: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Own rows and everyone's; own rows and what makes everyone's of them.
+        self._gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._derived: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(W B, ...): every rank's rows of x (B, ...), in rank order, with a gradient.
+
+        All ranks have agreed that they bring the same number of rows.
+        """
+        if self.group is None:
+            return x
+        for own, everyone in self._gathered:
+            if own is x:
+                return everyone
+        for own, make in self._derived:
+            if own is x:
+                everyone = make()
+                break
+        else:
+            narrow = next((narrow.dtype for narrow, wide in self._widened if wide is x), x.dtype)
+            everyone = _AllGatherRows.apply(x, self.group, narrow)
+        self._gathered.append((x, everyone))
+        return everyone
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """x, or half-precision x in fp32: one tensor for all that a loss does with it, so that its gradient
+        is added up before it is rounded. It is gathered as it was."""
+        if not _is_half(x):
+            return x
+        for narrow, wide in self._widened:
+            if narrow is x:
+                return wide
+        self._widened.append((x, x.float()))
+        return self._widened[-1][1]
+
+    def own(self, rows: int) -> slice:
+        """Where this rank's `rows` rows lie among everyone's."""
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
+    def deriving(self, made: Sequence[tuple[torch.Tensor, Callable[[], torch.Tensor]]]) -> Ranks:
+        """The same ranks, which make everyone's rows of some tensors by a function in place of a gather."""
+        other = Ranks(self.group)
+        other._widened, other._gathered = self._widened, self._gathered
+        other._derived = [*self._derived, *made]
+        return other
 
 
 def all_gather_rows(x: torch.Tensor, group: Group = None, *, check: bool = True) -> torch.Tensor:
@@ -137,7 +281,7 @@ def all_gather_rows(x: torch.Tensor, group: Group = None, *, check: bool = True)
         return x
     if check:
         check_same_rows(len(x), group, x.device)
-    return _AllGatherRows.apply(x, group)
+    return _AllGatherRows.apply(x, group, x.dtype)
 
 
 def all_reduce_sum(x: torch.Tensor, group: Group = None) -> torch.Tensor:
@@ -162,18 +306,52 @@ def logsumexp_over_ranks(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     return x if group is None else _LogSumExpOverRanks.apply(x, group)
 
 
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gather(x, group)
+class _NoSecondDerivative(torch.autograd.Function):
+    """`value` itself, and an error for whoever differentiates it again."""
 
     @staticmethod
-    @once_differentiable
+    def forward(ctx, value, *depends_on):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "clipkit's losses over several ranks have first derivatives only, and a gradient of a gradient was "
+            "asked for (create_graph=True): what a rank's gradient owes to the other ranks' features would be "
+            "missing. Compute such a term on one process, with group=None"
+        )
+
+
+def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses to be differentiated.
+
+    torch's once_differentiable hangs its refusal on tensors made for it, so that torch.autograd.grad, which
+    looks for the way to its inputs, passes by and leaves the term out; here it lies on that way.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, grad: torch.Tensor) -> Any:
+        with torch.no_grad():
+            value, *others = backward(ctx, grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            value = _NoSecondDerivative.apply(value, grad, *ctx.saved_tensors)
+        return value, *others
+
+    return refusing
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dtype):
+        ctx.group = group
+        return _gather(x.to(dtype), group).to(x.dtype)
+
+    @staticmethod
+    @_first_derivative_only
     def backward(ctx, grad):
         # Half-precision parts are added up in fp32: W roundings become one.
-        wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-        return _reduce_scatter(wide, ctx.group).to(grad.dtype), None
+        wide = grad.float() if _is_half(grad) else grad
+        return _reduce_scatter(wide, ctx.group).to(grad.dtype), None, None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -185,7 +363,7 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
         return grad * ctx.ranks, None
 
@@ -205,11 +383,15 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return _own_rows(total, group)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx, grad):
         x, total = ctx.saved_tensors
         share = torch.where(x == -torch.inf, torch.zeros_like(x), (x - total).exp())
         return _gather(grad, ctx.group) * share, None
+
+
+def _is_half(x: torch.Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:

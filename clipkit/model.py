@@ -42,12 +42,13 @@ _IMAGE_PASSES = {
     "image_features_view2": ("image_view2", "data: two augmented views of each image"),
 }
 # What a loss may use where it is there, and is not missed where it is not.
-_OPTIONAL = ("hard_negative_features", "pair_ids")
+_OPTIONAL = ("hard_negative_features", "pair_ids", "text_index")
 # Entries handed from the batch to the losses.
 _PASSED_ON = {
     "nli_labels": "data.sentences: labelled NLI pairs",
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": "data.pair_ids",
+    "text_index": "a batch of yours: the number of each text",
 }
 # One for each picture: repeated for each of its captions.
 _OF_PICTURES = ("image_features", "sample_index", "pair_ids")
@@ -214,7 +215,7 @@ class DualEncoder(nn.Module):
         Args:
             batch: image (B, 3, H, W) uint8, text (B, L) or with m captions a picture (B, m, L) int64, and
                 hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
-                pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
+                pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index, text_index (B,) as needed.
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:

@@ -76,6 +76,7 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
     batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
     batch["hard_negative"] = texts(8, 10, seed=6).unflatten(0, (4, 2))
+    batch["text_index"] = torch.tensor([7, 5, 3, 1])
     features = dual(batch, FEATURES)
     assert set(features) == set(FEATURES)
     rows = {"image": 4, "text": 4, "premise": 3, "entailment": 3, "contradiction": 3, "pair": 2}

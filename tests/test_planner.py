@@ -165,7 +165,7 @@ def test_the_chunked_workspace_is_what_a_real_run_holds():
     x, y = (F.normalize(torch.randn(n, 32), dim=1) for n in (96, 160))
     scale, pairs = torch.tensor(10.0), chunked.Pairs()
     with Meter() as meter:
-        row, col = chunked.lse_forward(x, y, scale, None, pairs, 64)
+        _, _, row, col = chunked.lse_forward(x, y, scale, None, pairs, 64)
     assert meter.peak - meter.alive == pytest.approx(
         chunked_workspace(96, 160, 32, backward=False, chunk=64), rel=0.3
     )

@@ -13,12 +13,14 @@ masks are those of pass 1, since the generators are set back for each micro-batc
 
     terms = cached_backward(model, loss, batch, micro_batch_size=256)
     optimizer.step()
+
+`splitting.py` says what a batch may be, `calls.py` how models and losses are called.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +29,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.grad_cache.batch_norm import UpdateOnce, WholeBatch
+from clipkit.grad_cache.calls import (
+    OF_THE_BATCH,
+    Features,
+    features_of,
+    like,
+    loss_call,
+    model_call,
+    unwrapped,
+    wanted,
+)
+from clipkit.grad_cache.splitting import move, split_batch, tensors_of
 from clipkit.registry import unknown
-
-Features = dict[str, Any]
 
 
 def cached_backward(
     model: nn.Module,
-    loss: Callable[[Features], dict[str, torch.Tensor] | torch.Tensor],
-    batch: dict[str, Any],
+    loss: Callable[..., dict[str, torch.Tensor] | torch.Tensor],
+    batch: Mapping[str, Any] | Sequence[Any],
     *,
     micro_batch_size: int,
     inputs: Sequence[str] | None = None,
+    forward: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None,
     backward_scale: float | torch.Tensor = 1.0,
     autocast: contextlib.AbstractContextManager | None = None,
     device: torch.device | str | None = None,
@@ -61,18 +73,23 @@ def cached_backward(
       micro-batches ends.
 
     Args:
-        model: called as `model(batch, inputs)`, or `model(batch)` when `inputs` is None and the loss names
-            none; returns a dict of features. A 0-dim tensor (logit_scale) belongs to the whole batch, any
-            other has one row per item.
-        loss: takes that dict with the rows of the whole batch; returns a dict with "loss" (), or a () tensor.
-            Its own parameters get their gradient from its single backward. Wrap it in DDP too when it has
-            parameters.
-        batch: tensors with at least one dimension and lists are split along their own rows, so that sentences
-            (M, L) may come in another number than images (B, 3, H, W); anything else goes to every
-            micro-batch as it is.
+        model: called as its forward asks: `model(batch, inputs)`, `model(**batch)` where every entry of the
+            batch is an argument of it (transformers), `model(*batch)` for a tuple or list (open_clip), or
+            `model(batch)`. Returns a mapping of features: logit_scale, logit_bias and any other 0-dim tensor
+            belong to the whole batch, any other tensor has one row per item. transformers' image_embeds and
+            text_embeds are taken as image_features and text_features, with the model's own logit_scale.
+        loss: `loss(**features)` where its arguments are features by name (InfoNCE, open_clip's ClipLoss), else
+            `loss(features)` with the rows of the whole batch (create_loss, a function of yours); returns a dict
+            with "loss" (), or a () tensor. Its own parameters get their gradient from its single backward. Wrap
+            it in DDP too when it has parameters.
+        batch: a mapping (nested or not), or a tuple or list, of what `split_batch` splits: tensors and lists of
+            strings along their own rows, so that sentences (M, L) may come in another number than images
+            (B, 3, H, W); anything else goes to every micro-batch as it is.
         micro_batch_size: the most rows of any entry that the model sees at once. Sizes differ by at most one
             row; an entry with fewer rows than there are micro-batches gives some of them an empty slice.
         inputs: the features to ask the model for; None takes the loss's `inputs` where it has them.
+        forward: `forward(model, part)` gives the features in place of the calls above; the model it gets may be
+            the one inside DDP.
         backward_scale: multiplies the gradient, not the returned values (a GradScaler's scale, or 1 / steps).
         autocast: such as `torch.autocast("cuda", torch.bfloat16)`, entered around each forward of the model;
             the loss runs outside it, on features in the dtype that the model gives them.
@@ -86,7 +103,8 @@ def cached_backward(
     number of rows.
 
     Raises:
-        ValueError: a micro_batch_size below 1, a batch without rows, a loss without "loss".
+        ValueError: a micro_batch_size below 1, a batch without rows or of a kind that could be read in two
+            ways, a model or loss that fits none of the calls above, a loss without "loss".
         RuntimeError: pass 2 gave other features than pass 1: the model draws randomness from somewhere else
             than torch's generators, or changes as it runs.
     """
@@ -94,8 +112,10 @@ def cached_backward(
         raise unknown("batch_norm", batch_norm, ("micro", "whole"))
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: give at least 1 row")
-    names = _wanted(loss, batch) if inputs is None else tuple(inputs)
-    step = _MicroBatches(model, split_batch(batch, micro_batch_size), names, autocast, device)
+    names = wanted(loss, batch) if inputs is None else tuple(inputs)
+    declared = getattr(unwrapped(loss), "inputs", None) is not None
+    way = _Way(forward or model_call(model, names, batch), names if declared else None)
+    step = _MicroBatches(model, split_batch(batch, micro_batch_size), way, autocast, device)
     if len(step.parts) == 1:
         return _loss_backward(loss, step.forward(model, 0), backward_scale)
     _take_buffers_of_rank_0(model)
@@ -105,7 +125,7 @@ def cached_backward(
         if whole_norm:
             with step.generators.kept():
                 cached = whole_norm.forwards(step.rerun, len(cached))
-        whole = _concatenate(cached)
+        whole = _concatenate(cached, step.rows)
         terms = _loss_backward(loss, whole, backward_scale)
         with step.generators.kept():
             if whole_norm:
@@ -115,50 +135,32 @@ def cached_backward(
     return terms
 
 
-def split_batch(batch: dict[str, Any], micro_batch_size: int) -> list[dict[str, Any]]:
-    """The batch in parts of at most `micro_batch_size` rows, each entry split along its own rows, in order.
+class _Way:
+    """A micro-batch's features, from whichever call of the model; all of them, or those a loss names."""
 
-    Larger pieces come last: of 9 rows in 2 pieces, 4 then 5; of 2 rows in 3 pieces, 0, 1, 1. An entry that
-    shares no rows with the batch (a 0-dim tensor, a string, a number) is in every piece.
-    """
-    rows = {name: len(value) for name, value in batch.items() if _has_rows(value)}
-    if not rows or max(rows.values()) == 0:
-        raise ValueError(f"the batch has no rows to split: entries {sorted(batch)}, rows {rows}")
-    pieces = -(-max(rows.values()) // micro_batch_size)
-    return [
-        {
-            name: value[rows[name] * k // pieces : rows[name] * (k + 1) // pieces] if name in rows else value
-            for name, value in batch.items()
-        }
-        for k in range(pieces)
-    ]
+    def __init__(self, call: Callable[[Any, Any], Any], names: Sequence[str] | None):
+        self.call, self.names = call, names
+
+    def __call__(self, module: nn.Module, part: Any) -> Features:
+        return features_of(self.call(module, part), module, self.names)
 
 
-def _wanted(loss: Any, batch: dict[str, Any]) -> tuple[str, ...] | None:
-    """The features that the loss names; its optional ones where the batch has an entry of that name."""
-    loss = loss.module if isinstance(loss, DistributedDataParallel) else loss
-    if getattr(loss, "inputs", None) is None:
-        return None
-    return (*loss.inputs, *(name for name in getattr(loss, "optional_inputs", ()) if name in batch))
-
-
-def _has_rows(value: Any) -> bool:
-    return value.dim() > 0 if isinstance(value, torch.Tensor) else isinstance(value, (list, tuple))
+def _shared(name: str, value: torch.Tensor) -> bool:
+    """Whether a feature belongs to the whole batch, and is not a row per item."""
+    if name in OF_THE_BATCH and value.numel() != 1:
+        raise ValueError(
+            f"{name} must be one number, shape (), but the model gave shape {tuple(value.shape)}"
+        )
+    return value.dim() == 0 or name in OF_THE_BATCH
 
 
 def _loss_backward(loss, features: Features, backward_scale) -> dict[str, torch.Tensor]:
-    terms = loss(features)
-    terms = {"loss": terms} if isinstance(terms, torch.Tensor) else terms
-    if "loss" not in terms or terms["loss"].dim() != 0:
-        shapes = {name: tuple(value.shape) for name, value in terms.items()}
-        raise ValueError(
-            f'the loss must return a () tensor or a dict with a () tensor under "loss"; it returned {shapes}'
-        )
+    terms = loss_call(loss, features)
     (terms["loss"] * backward_scale).backward()
     return {name: value.detach() for name, value in terms.items()}
 
 
-def _concatenate(cached: list[Features]) -> Features:
+def _concatenate(cached: list[Features], rows: int) -> Features:
     """Features of the whole batch; floating-point ones are leaves that collect the loss's gradient."""
     for k, features in enumerate(cached):
         if features.keys() != cached[0].keys():
@@ -171,30 +173,38 @@ def _concatenate(cached: list[Features]) -> Features:
         if not isinstance(value, torch.Tensor):
             whole[name] = value
             continue
-        if value.dim() == 0:
+        if _shared(name, value):
             whole[name] = value.detach().clone()
         else:
+            if value.is_floating_point() and value.shape == (1,) and len(cached[0][name]) == 1 and rows > 1:
+                raise ValueError(
+                    f"the model gave {name} of shape (1,) for micro-batches of {rows} rows: give shape () if it "
+                    "belongs to the whole batch"
+                )
             whole[name] = torch.cat([features[name] for features in cached])
             # Views, so that features are held once.
-            for features, rows in zip(cached, whole[name].split([len(f[name]) for f in cached]), strict=True):
-                features[name] = rows
+            for features, own in zip(cached, whole[name].split([len(f[name]) for f in cached]), strict=True):
+                features[name] = own
         whole[name].requires_grad_(whole[name].is_floating_point())
-    return whole
+    return like(cached[-1], whole)
 
 
 def _gradients_of(
     features: Features, whole: Features, cached: list[Features], k: int, *, shared: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Micro-batch k's features and their cached gradients; those of 0-dim features only if `shared`."""
+    """Micro-batch k's features and their cached gradients; those of the whole batch only if `shared`."""
     tensors, gradients = [], []
     for name, leaf in whole.items():
         if not isinstance(leaf, torch.Tensor) or leaf.grad is None or not features[name].requires_grad:
             continue
-        if leaf.dim() == 0 and not shared:
+        if _shared(name, leaf):
+            if shared:
+                tensors.append(features[name])
+                gradients.append(leaf.grad)
             continue
-        start = sum(len(part[name]) for part in cached[:k]) if leaf.dim() else 0
+        start = sum(len(part[name]) for part in cached[:k])
         tensors.append(features[name])
-        gradients.append(leaf.grad[start : start + len(features[name])] if leaf.dim() else leaf.grad)
+        gradients.append(leaf.grad[start : start + len(features[name])])
     return tensors, gradients
 
 
@@ -214,8 +224,10 @@ def _whole_batch_norm(choice: str, model: nn.Module, norms: UpdateOnce) -> Whole
 class _MicroBatches:
     """The micro-batches of one step, run through the model again under the random numbers of pass 1."""
 
-    def __init__(self, model, parts, names, autocast, device):
-        self.model, self.parts, self.names, self.device = model, parts, names, device
+    def __init__(self, model, parts, way, autocast, device):
+        self.model, self.parts, self.way, self.device = model, parts, way, device
+        # The fewest rows of the longest entry in a part.
+        self.rows = min(max((len(t) for t in tensors_of(part) if t.dim()), default=0) for part in parts)
         # Without a graph there is nothing for DDP to prepare.
         self.plain = model.module if isinstance(model, DistributedDataParallel) else model
         self.autocast = contextlib.nullcontext() if autocast is None else autocast
@@ -225,11 +237,11 @@ class _MicroBatches:
     def forward(self, module: nn.Module, k: int) -> Features:
         part = self.parts[k]
         if self.device is not None:
-            part = {name: _move(value, self.device) for name, value in part.items()}
+            part = move(part, self.device)
         # Some torch releases would meet pass 1's bf16 copy of a weight, which has no graph, again in pass 2.
         torch.clear_autocast_cache()
         with self.autocast:
-            return module(part) if self.names is None else module(part, self.names)
+            return self.way(module, part)
 
     def rerun(self, k: int, module: nn.Module | None = None) -> Features:
         self.generators.restore(self.starts[k])
@@ -258,10 +270,6 @@ class _MicroBatches:
         drift.check()
 
 
-def _move(value: Any, device: torch.device | str) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
 def _reduced_precision(model: nn.Module, autocast: contextlib.AbstractContextManager) -> bool:
     """Whether the model runs in bf16 or fp16, by an autocast given or around the call, or by its weights."""
     if not isinstance(autocast, contextlib.nullcontext):
@@ -275,9 +283,9 @@ def _reduced_precision(model: nn.Module, autocast: contextlib.AbstractContextMan
 class _Generators:
     """torch's default generators: the CPU's, and those of the model's and the batch's devices."""
 
-    def __init__(self, model: nn.Module, batch: dict[str, Any], device: torch.device | str | None):
+    def __init__(self, model: nn.Module, batch: Any, device: torch.device | str | None):
         found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        found |= {value.device for value in batch.values() if isinstance(value, torch.Tensor)}
+        found |= {tensor.device for tensor in tensors_of(batch)}
         found |= {torch.device(device)} if device is not None else set()
         self.devices = sorted((d for d in found if d.type not in ("cpu", "meta")), key=str)
 

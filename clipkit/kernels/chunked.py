@@ -7,11 +7,16 @@ for each of the two; here every exponential is taken against one fixed shift nea
 
 so that the sums of rows and of columns are plain sums of the same numbers, and nothing is shifted at all
 while the scale is below about 60 (top = 100 in float32). A row or column that comes out too small to be exact
-(all its logits about 130 nats under the largest possible one) is computed again with its own maximum. Logits
+(all its logits about 130 nats under the largest possible one) is summed again against its own maximum. Logits
 are in bits, l = log2(e) * logit, since exp2 is several times faster than exp on a CPU.
 
 The backward pass recomputes each block, turns it into coefficients G in place and multiplies: dX += G Y and
 dY += G^T X. The gradient of the scale is <X, dX> / scale (Euler's theorem), without a sum over the block.
+
+Everything is in the features' own precision: MPS has no float64, and a logit of 1e4 leaves a float32
+logarithm three digits after the point. So a sum is handed to the backward pass not as its logarithm but as
+(exponent, factor), sum = factor * 2^exponent. The exponent is an integer near the largest logits, which makes
+l - exponent exact where it matters; probabilities are as exact at scale 1e4 as at 10.
 """
 
 from __future__ import annotations
@@ -22,10 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipkit.kernels.reference import compute_dtype, excluded_pairs
+from clipkit.kernels.reference import compute_dtype
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+# LN2 in two parts; the first has nine bits, so that its product with an exponent is exact.
+_LN2_HIGH = 355 / 512
+_LN2_LOW = -2.12194440054690583e-4
 DEFAULT_CHUNK = 1024
 NEG_INF = float("-inf")
 
@@ -72,7 +80,7 @@ def _row_norm_bound(x: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
 
 
 def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m: int) -> Tensor:
-    """The fixed shift, in bits: no exponential passes 2^top / max(N, M), and no larger than that takes.
+    """The fixed shift, in whole bits: no exponential passes 2^top / max(N, M), and no larger than that takes.
 
     norms: () the product of the largest row norms of both sides.
     """
@@ -81,7 +89,7 @@ def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m
         present = torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits)
         bound = bound + present.nan_to_num().amax()
     room = _bits(scale.dtype)[0] - math.log2(max(n, m, 1))
-    return torch.where(bound > 0, (bound - room).clamp(min=0), bound)
+    return torch.where(bound > 0, (bound - room).clamp(min=0).ceil(), bound.ceil())
 
 
 def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: int) -> Tensor:
@@ -90,10 +98,19 @@ def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: 
 
 
 class _Blocks:
-    """Walks the blocks of logits in bits, reusing one buffer; `col_bits` (M,) is added to every row."""
+    """Walks the blocks of logits in bits, reusing one buffer: l + col_bits (M,) of every row - shift ()."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor, chunk: int):
-        self.x, self.y, self.col_bits = x, y, col_bits
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        chunk: int,
+        *,
+        col_bits: Tensor | None = None,
+        shift: Tensor | None = None,
+    ):
+        self.x, self.y, self.col_bits, self.shift = x, y, col_bits, shift
         self.dtype = compute_dtype(x)
         self.bits_scale = scale.to(self.dtype) * LOG2E
         self.rows, self.cols = _slices(x.shape[0], chunk), _slices(y.shape[0], chunk)
@@ -116,7 +133,10 @@ class _Blocks:
                 y_rows = self.y[cols].to(self.dtype)
                 block = buffer[: scaled.shape[0] * y_rows.shape[0]].view(scaled.shape[0], y_rows.shape[0])
                 torch.mm(scaled, y_rows.T, out=block)
-                block.add_(self.col_bits[cols])
+                if self.col_bits is not None:
+                    block.add_(self.col_bits[cols])
+                if self.shift is not None:
+                    block.sub_(self.shift)
                 yield rows, cols, x_rows, y_rows, block
 
 
@@ -124,58 +144,70 @@ def _too_small(sums: Tensor, terms: int) -> Tensor:
     return sums < terms * 2.0 ** _bits(sums.dtype)[1]
 
 
-def _exact_rows(
-    index: Tensor, x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, pairs: Pairs, chunk: int
-):
-    """Row log-sum-exp in bits of the rows `index` alone, with a running maximum."""
-    dtype = compute_dtype(x)
-    result = torch.full((index.numel(),), NEG_INF, dtype=dtype, device=x.device)
-    for part in _slices(index.numel(), chunk):
-        rows = index[part]
-        scaled = x[rows].to(dtype) * (scale.to(dtype) * LOG2E)
-        for cols in _slices(y.shape[0], chunk):
-            block = scaled @ y[cols].to(dtype).T
-            if col_bits is not None:
-                block = block + col_bits[cols]
-            mask = excluded_pairs(
-                rows,
-                torch.arange(cols.start, cols.stop, device=x.device),
-                row_offset=pairs.row_offset,
-                row_ids=None if pairs.row_ids is None else pairs.row_ids[rows],
-                col_ids=None if pairs.col_ids is None else pairs.col_ids[cols],
-                exclude_positives=pairs.exclude_positives,
-            )
-            if mask is not None:
-                block.masked_fill_(mask, NEG_INF)
-            result[part] = torch.logaddexp2(result[part], torch.logsumexp(block * LN2, 1) * LOG2E)
-    return result
+class _RunningSums:
+    """Sums of 2^l against the largest l so far, for the rows or the columns of the blocks that come by."""
+
+    def __init__(self, like: Tensor):
+        self.top, self.sum = torch.full_like(like, NEG_INF), torch.zeros_like(like)
+
+    def add(self, block: Tensor, where: slice, dim: int, buffer: Tensor) -> None:
+        top = torch.maximum(self.top[where], block.amax(dim))
+        # An empty sum has top = -inf; subtracting it would make NaN of the honest 0.
+        level = torch.where(top == NEG_INF, torch.zeros_like(top), top)
+        part = torch.sub(block, level.unsqueeze(dim), out=buffer).exp2_().sum(dim)
+        self.sum[where] = self.sum[where] * torch.exp2(self.top[where] - level) + part
+        self.top[where] = top
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """(exponent, factor), an integer exponent and sum = factor * 2^exponent."""
+        exponent = torch.where(self.top == NEG_INF, torch.zeros_like(self.top), self.top.ceil())
+        return exponent, self.sum * torch.exp2(self.top - exponent)
+
+
+def _mend(blocks: _Blocks, pairs: Pairs, row_sum: Tensor, col_sum: Tensor) -> None:
+    """Replace the (exponent, factor) of the rows and columns that the fixed shift lost, in one more pass."""
+    lost = _too_small(row_sum[1], len(blocks.y)), _too_small(col_sum[1], len(blocks.x))
+    if not bool(lost[0].any() | lost[1].any()):
+        return
+    by_row, by_col = _RunningSums(row_sum[1]), _RunningSums(col_sum[1])
+    second = blocks.buffer()
+    for rows, cols, _, _, block in blocks:
+        pairs.fill_excluded(block, rows, cols, NEG_INF)
+        buffer = second[: block.numel()].view_as(block)
+        by_row.add(block, rows, 1, buffer)
+        by_col.add(block, cols, 0, buffer)
+    for sums, running, which in ((row_sum, by_row, lost[0]), (col_sum, by_col, lost[1])):
+        exponent, factor = running.split()
+        # An empty sum keeps the shift that all others have.
+        which = which & (factor != 0)
+        sums[0] = torch.where(which, exponent, sums[0])
+        sums[1] = torch.where(which, factor, sums[1])
+
+
+def _log(total: Tensor) -> Tensor:
+    """Natural logarithm of (exponent, factor), -inf for an empty sum."""
+    exponent, factor = total
+    return (factor.log() + exponent * _LN2_LOW) + exponent * _LN2_HIGH
 
 
 def lse_forward(
     x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """(row_lse (N,), col_lse (M,)) in nats."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row_lse (N,), col_lse (M,)) in nats, and the sums as `lse_backward` takes them: (2, N) and (2, M)."""
     dtype, n, m = compute_dtype(x), x.shape[0], y.shape[0]
     scale = scale.to(dtype)
     col_bits = None if col_log_weight is None else col_log_weight.to(dtype) * LOG2E
     shift = _shift(x, y, scale, col_bits, chunk)
-    shifted = -shift if col_bits is None else col_bits - shift
-    row_sum = torch.zeros(n, dtype=dtype, device=x.device)
-    col_sum = torch.zeros(m, dtype=dtype, device=x.device)
-    for rows, cols, _, _, block in _Blocks(x, y, scale, shifted.expand(m), chunk):
+    row_sum = torch.zeros(2, n, dtype=dtype, device=x.device)
+    col_sum = torch.zeros(2, m, dtype=dtype, device=x.device)
+    row_sum[0], col_sum[0] = shift, shift
+    for rows, cols, _, _, block in _Blocks(x, y, scale, chunk, col_bits=col_bits, shift=shift):
         block.exp2_()
         pairs.fill_excluded(block, rows, cols, 0.0)
-        row_sum[rows] += block.sum(1)
-        col_sum[cols] += block.sum(0)
-    row_lse = (shift.double() + row_sum.double().log2()).to(dtype)
-    col_lse = (shift.double() + col_sum.double().log2()).to(dtype)
-    lost_rows, lost_cols = _too_small(row_sum, m).nonzero()[:, 0], _too_small(col_sum, n).nonzero()[:, 0]
-    if lost_rows.numel():
-        row_lse[lost_rows] = _exact_rows(lost_rows, x, y, scale, col_bits, pairs, chunk)
-    if lost_cols.numel():
-        exact = _exact_rows(lost_cols, y, x, scale, None, pairs.transposed(), chunk)
-        col_lse[lost_cols] = exact if col_bits is None else exact + col_bits[lost_cols]
-    return row_lse.mul_(LN2), col_lse.mul_(LN2)
+        row_sum[1, rows] += block.sum(1)
+        col_sum[1, cols] += block.sum(0)
+    _mend(_Blocks(x, y, scale, chunk, col_bits=col_bits), pairs, row_sum, col_sum)
+    return _log(row_sum), _log(col_sum), row_sum, col_sum
 
 
 def gradient_size(*grads: Tensor) -> Tensor:
@@ -185,9 +217,9 @@ def gradient_size(*grads: Tensor) -> Tensor:
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
-def _weights(grad: Tensor, lse_bits: Tensor, shift: Tensor) -> Tensor:
-    """grad / 2^(lse - shift), and 0 for an empty sum."""
-    return torch.where(lse_bits == NEG_INF, torch.zeros_like(grad), grad * torch.exp2(shift - lse_bits))
+def _weights(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad / factor, and 0 for an empty sum."""
+    return torch.where(factor == 0, torch.zeros_like(grad), grad / factor)
 
 
 class _Gradients:
@@ -213,13 +245,13 @@ class _Gradients:
         """(dx, dy, dscale): multiplies by the scale and by `factor`, which `add`'s coefficients left out."""
         features, grad = (blocks.x, self.x) if self.x is not None else (blocks.y, self.y)
         assert grad is not None, "a backward runs for one side at least"
-        d_scale = scale.new_zeros((), dtype=torch.float64)
+        d_scale = grad.new_zeros(len(features))
         for part in _slices(features.shape[0], blocks.chunk):
-            d_scale += (features[part].to(blocks.dtype) * grad[part]).sum(dtype=torch.float64)
+            d_scale[part] = (features[part].to(blocks.dtype) * grad[part]).sum(1)
         for total in (self.x, self.y):
             if total is not None:
                 total.mul_(scale * factor)
-        return self.x, self.y, d_scale * factor
+        return self.x, self.y, d_scale.sum() * factor
 
 
 def lse_backward(
@@ -229,8 +261,8 @@ def lse_backward(
     y: Tensor,
     scale: Tensor,
     col_log_weight: Tensor | None,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_sum: Tensor,
+    col_sum: Tensor,
     pairs: Pairs,
     chunk: int,
     *,
@@ -240,27 +272,18 @@ def lse_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Gradients of sum(grad_row * row_lse) + sum(grad_col * col_lse): (dx, dy, dscale, dcol_log_weight).
 
+    row_sum (2, N), col_sum (2, M): as `lse_forward` returned them.
     dx, dy in the compute dtype. At least one of need_x and need_y is computed, for dscale comes from it.
     """
-    dtype, m = compute_dtype(x), y.shape[0]
+    dtype = compute_dtype(x)
     scale = scale.to(dtype)
     col_bits = None if col_log_weight is None else col_log_weight.to(dtype) * LOG2E
-    row_bits, col_sum_bits = row_lse.double() * LOG2E, col_lse.double() * LOG2E
     shift = _shift(x, y, scale, col_bits, chunk)
     factor = gradient_size(grad_row, grad_col).to(dtype)
-    grad_row, grad_col = grad_row.to(dtype) / factor, grad_col.to(dtype) / factor
-    floor = shift + _bits(dtype)[1] + math.log2(max(x.shape[0], m, 1))
-    lost = ((row_bits < floor) & (row_bits != NEG_INF)).any() | (
-        (col_sum_bits < floor) & (col_sum_bits != NEG_INF)
-    ).any()
-    one_shift = not bool(lost)
-    if one_shift:
-        by_row = _weights(grad_row.double(), row_bits, shift).to(dtype)[:, None]
-        by_col = _weights(grad_col.double(), col_sum_bits, shift).to(dtype)[None, :]
-        added = -shift if col_bits is None else col_bits - shift
-    else:
-        added = torch.zeros_like(shift) if col_bits is None else col_bits
-    blocks = _Blocks(x, y, scale, added.expand(m), chunk)
+    by_row = _weights(grad_row.to(dtype) / factor, row_sum[1])[:, None]
+    by_col = _weights(grad_col.to(dtype) / factor, col_sum[1])[None, :]
+    one_shift = not bool((row_sum[0] != shift).any() | (col_sum[0] != shift).any())
+    blocks = _Blocks(x, y, scale, chunk, col_bits=col_bits, shift=shift if one_shift else None)
     grads = _Gradients(blocks, need_x or not need_y, need_y, need_weight)
     second = blocks.buffer()
     for rows, cols, x_rows, y_rows, block in blocks:
@@ -269,30 +292,21 @@ def lse_backward(
             torch.add(by_row[rows], by_col[:, cols], out=other)
             block.exp2_().mul_(other)
         else:
-            _two_exponentials(
-                block, other, row_bits[rows], col_sum_bits[cols], grad_row[rows], grad_col[cols]
-            )
+            torch.sub(block, col_sum[0, cols], out=other)
+            other.exp2_().mul_(by_col[:, cols])
+            block.sub_(row_sum[0, rows, None]).exp2_().mul_(by_row[rows]).add_(other)
+        # An excluded pair may lie far above the rest of its row: whatever came of it, inf or NaN, goes here.
         pairs.fill_excluded(block, rows, cols, 0.0)
         grads.add(rows, cols, x_rows, y_rows, block)
     d_x, d_y, d_scale = grads.finish(blocks, scale, factor)
     return d_x, d_y, d_scale, None if grads.cols is None else grads.cols * factor
 
 
-def _two_exponentials(block: Tensor, other: Tensor, row_bits, col_bits, grad_row, grad_col) -> None:
-    """block <- grad_row 2^(block - row_bits) + grad_col 2^(block - col_bits), empty sums left out."""
-    finite = lambda bits: torch.where(bits == NEG_INF, torch.zeros_like(bits), bits).to(block.dtype)
-    torch.sub(block, finite(col_bits)[None, :], out=other)
-    # An excluded pair may lie far above the rest of its row: capped, since inf * 0 would outlive the
-    # exclusion.
-    other.clamp_(max=64.0).exp2_().mul_(grad_col[None, :])
-    block.sub_(finite(row_bits)[:, None]).clamp_(max=64.0).exp2_().mul_(grad_row[:, None]).add_(other)
-
-
 def softplus_forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, chunk: int) -> Tensor:
     """Row sums of softplus, (N,)."""
     dtype, m = compute_dtype(x), y.shape[0]
     row_sum = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
-    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), chunk)
+    blocks = _Blocks(x, y, scale, chunk, col_bits=(bias.to(dtype) * LOG2E).expand(m))
     second = blocks.buffer()
     for rows, cols, _, _, block in blocks:
         # softplus(z) = max(z, 0) + log1p(exp(-|z|)), exact at every z
@@ -321,11 +335,11 @@ def softplus_backward(
     scale = scale.to(dtype)
     factor = gradient_size(grad_row).to(dtype)
     by_row = (grad_row.to(dtype) / factor)[:, None]
-    blocks = _Blocks(x, y, scale, (bias.to(dtype) * LOG2E).expand(m), chunk)
+    blocks = _Blocks(x, y, scale, chunk, col_bits=(bias.to(dtype) * LOG2E).expand(m))
     grads = _Gradients(blocks, need_x or not need_y, need_y, need_bias)
     for rows, cols, x_rows, y_rows, block in blocks:
         block.mul_(LN2).sigmoid_().mul_(by_row[rows])
         pairs.fill_excluded(block, rows, cols, 0.0)
         grads.add(rows, cols, x_rows, y_rows, block)
     d_x, d_y, d_scale = grads.finish(blocks, scale, factor)
-    return d_x, d_y, d_scale, None if grads.cols is None else (grads.cols * factor).sum(dtype=torch.float64)
+    return d_x, d_y, d_scale, None if grads.cols is None else (grads.cols * factor).sum()

@@ -357,7 +357,7 @@ def lse_forward(
 ) -> tuple[Tensor, Tensor]:
     """(row_lse (N,), col_lse (M,)) in nats, as `chunked.lse_forward`."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
-        return _no_tiles(x, y, scale, col_log_weight, pairs)
+        return _no_tiles(x, y, scale, col_log_weight, pairs)[:2]
     problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_sums", high)
     row_sum, col_sum = problem.sums()
     row_bits = (problem.shift.double() + row_sum.double().log2()).float()
@@ -390,6 +390,7 @@ def lse_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """(dx, dy, dscale, dcol_log_weight), as `chunked.lse_backward`; dx and dy in the features' dtype."""
     if 0 in (x.shape[0], y.shape[0], x.shape[1]):
+        _, _, row_sum, col_sum = _no_tiles(x, y, scale, col_log_weight, pairs)
         return chunked.lse_backward(
             grad_row,
             grad_col,
@@ -397,8 +398,8 @@ def lse_backward(
             y,
             scale,
             col_log_weight,
-            row_lse,
-            col_lse,
+            row_sum,
+            col_sum,
             pairs,
             chunked.DEFAULT_CHUNK,
             need_x=need_x,

@@ -46,18 +46,21 @@ def pair_lse_op(
     exclude_positives: bool,
     impl: str,
     chunk: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row_lse, col_lse, row_sum, col_sum); the sums are what chunked's backward pass takes, else empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
         if impl == "chunked":
             return chunked.lse_forward(x, y, scale, col_log_weight, pairs, chunk)
-        return _fused().lse_forward(x, y, scale, col_log_weight, pairs, high=impl == "triton_high")
+        high = impl == "triton_high"
+        return *_fused().lse_forward(x, y, scale, col_log_weight, pairs, high=high), _empty(x), _empty(x)
 
 
 @pair_lse_op.register_fake
 def _(x, y, scale, row_ids, col_ids, col_log_weight, row_offset, exclude_positives, impl, chunk):
     dtype = compute_dtype(x)
-    return x.new_empty((x.shape[0],), dtype=dtype), x.new_empty((y.shape[0],), dtype=dtype)
+    sums = [x.new_empty((2, len(side)), dtype=dtype) if impl == "chunked" else _empty(x) for side in (x, y)]
+    return x.new_empty((x.shape[0],), dtype=dtype), x.new_empty((y.shape[0],), dtype=dtype), *sums
 
 
 @torch.library.custom_op("clipkit::pair_lse_backward", mutates_args=())
@@ -72,6 +75,8 @@ def pair_lse_backward_op(
     col_log_weight: Tensor | None,
     row_lse: Tensor,
     col_lse: Tensor,
+    row_sum: Tensor,
+    col_sum: Tensor,
     row_offset: int,
     exclude_positives: bool,
     impl: str,
@@ -83,15 +88,17 @@ def pair_lse_backward_op(
     """(dx, dy, dscale, dcol_log_weight), each in its input's dtype; one that is not needed is empty."""
     pairs = Pairs(row_offset, row_ids, col_ids, exclude_positives)
     with torch.autocast(x.device.type, enabled=False):
-        given = (grad_row, grad_col, x, y, scale, col_log_weight, row_lse, col_lse, pairs)
+        given = (grad_row, grad_col, x, y, scale, col_log_weight)
         if impl == "chunked":
             d_x, d_y, d_scale, d_weight = chunked.lse_backward(
-                *given, chunk, need_x=need_x, need_y=need_y, need_weight=need_weight
+                *given, row_sum, col_sum, pairs, chunk, need_x=need_x, need_y=need_y, need_weight=need_weight
             )
         else:
+            high = impl == "triton_high"
             d_x, d_y, d_scale, d_weight = _fused().lse_backward(
-                *given, high=impl == "triton_high", need_x=need_x, need_y=need_y, need_weight=need_weight
-            )
+                *given, row_lse, col_lse, pairs, high=high,
+                need_x=need_x, need_y=need_y, need_weight=need_weight,
+            )  # fmt: skip
     return (
         _asked(d_x, x, x, need_x),
         _asked(d_y, y, x, need_y),
@@ -112,6 +119,8 @@ def _(
     col_log_weight,
     row_lse,
     col_lse,
+    row_sum,
+    col_sum,
     row_offset,
     exclude_positives,
     impl,
@@ -133,8 +142,8 @@ def _lse_setup(ctx, inputs, output):
     ctx.save_for_backward(x, y, scale, row_ids, col_ids, col_log_weight, *output)
 
 
-def _lse_backward(ctx, grad_row, grad_col):
-    x, y, scale, row_ids, col_ids, col_log_weight, row_lse, col_lse = ctx.saved_tensors
+def _lse_backward(ctx, grad_row, grad_col, *of_sums):
+    x, y, scale, row_ids, col_ids, col_log_weight, *sums = ctx.saved_tensors
     need_x, need_y, need_scale, _, _, need_weight = ctx.needs_input_grad[:6]
     d_x, d_y, d_scale, d_weight = pair_lse_backward_op(
         grad_row.contiguous(),
@@ -145,8 +154,7 @@ def _lse_backward(ctx, grad_row, grad_col):
         row_ids,
         col_ids,
         col_log_weight,
-        row_lse,
-        col_lse,
+        *sums,
         *ctx.settings,
         need_x,
         need_y,

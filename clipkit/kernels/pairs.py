@@ -54,7 +54,7 @@ def pair_lse(
         exclude_positives: False keeps the pairs (i, row_offset + i) in.
         impl: "dense" (whole matrix; twice differentiable), "chunked" (bounded memory, any device), "triton"
             (CUDA sm_80 or later) or "auto": triton where it runs, else dense for small and chunked for large
-            blocks.
+            blocks; dense under torch.func.
         chunk_size: rows and columns of a chunked block.
         precision: of triton's products alone. "half" rounds operands to float16, scaled so that their norm
             does not matter; "high" splits each in two (float32's accuracy for 3 times the operations); "auto"
@@ -83,9 +83,10 @@ def pair_lse(
             col_log_weight=col_log_weight,
             exclude_positives=exclude_positives,
         )
-    return ops.pair_lse_op(
+    row_lse, col_lse, *_ = ops.pair_lse_op(
         x, y, scale, row_ids, col_ids, col_log_weight, row_offset, exclude_positives, impl, chunk
     )
+    return row_lse, col_lse
 
 
 def pair_softplus(
@@ -191,6 +192,13 @@ def _choose(impl: str, precision: str, x: Tensor, y: Tensor) -> str:
         raise unknown("impl", impl, IMPLEMENTATIONS)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    if torch._C._are_functorch_transforms_active():
+        # The operators have no rules for torch.func; the whole matrix is plain torch.
+        if impl not in ("auto", "dense"):
+            raise ValueError(
+                f'impl="{impl}" knows no torch.func transform (grad, vmap, ...): use impl="dense"'
+            )
+        return "dense"
     if impl == "auto":
         if _triton_runs(x):
             impl = "triton"

@@ -2,18 +2,22 @@
 
 Shapes and dtypes are checked on every call and cost nothing. Values (unit norm, views that differ) are
 checked on every call on the CPU; on other devices only a module's first call reads them, since reading makes
-the host wait. Under torch.compile values are not checked. A NaN passes: it must reach the loss, where the
-trainer looks for it.
+the host wait. Under torch.compile and torch.func values are not checked. A NaN passes: it must reach the
+loss, where the trainer looks for it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, check_same_rows
+from clipkit.distributed import Group, Ranks, agree, assert_same_rows, check_same_rows, resolve_group
 from clipkit.kernels.pairs import IMPLEMENTATIONS
 from clipkit.kernels.reference import compute_dtype
 from clipkit.registry import unknown
@@ -44,26 +48,147 @@ def check_matrix(name: str, features: Tensor, like: tuple[str, Tensor] | None = 
         )
 
 
-def check_scalar(name: str, value: Tensor) -> None:
-    """ValueError unless `value` is a tensor with one element."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
-        raise ValueError(f"{name} must be a tensor of shape (), but {shape}")
+def check_scalar(name: str, value: Tensor | float) -> None:
+    """ValueError unless `value` is a number or a tensor with one element."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return
+        raise ValueError(f"{name} must be a tensor of shape (), but has shape {tuple(value.shape)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number or a tensor of shape (), but is {value!r}")
 
 
-def check_ids(name: str, ids: Tensor, rows: int) -> None:
-    """ValueError unless `ids` is an integer (rows,) tensor."""
-    if ids.ndim != 1 or len(ids) != rows or ids.is_floating_point():
+def scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """What `check_scalar` passed as a () tensor in the compute dtype of `like`, beside it."""
+    if not isinstance(value, Tensor):
+        return constant(float(value), like)
+    return value.to(like.device, compute_dtype(like)).reshape(())
+
+
+def check_ids(name: str, ids: Tensor | Sequence[int], rows: int) -> None:
+    """ValueError unless `ids` is a list of `rows` integers or an integer (rows,) tensor."""
+    if not isinstance(ids, Tensor):
+        if not isinstance(ids, (list, tuple)) or not all(type(number) is int for number in ids):
+            raise ValueError(f"{name} must be integers of shape ({rows},), but is {_short(ids)}")
+        if len(ids) != rows:
+            raise ValueError(f"{name} must be integers of shape ({rows},), but is a list of {len(ids)}")
+        return
+    if ids.ndim != 1 or len(ids) != rows or ids.is_floating_point() or ids.is_complex():
         raise ValueError(
             f"{name} must be integers of shape ({rows},), but is {ids.dtype} of shape {tuple(ids.shape)}"
         )
 
 
+def integers(ids: Tensor | Sequence[int], like: Tensor) -> Tensor:
+    """What `check_ids` passed as an int64 tensor beside `like`."""
+    return torch.as_tensor(ids, dtype=torch.int64, device=like.device)
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) <= 60 else told[:57] + "..."
+
+
 def check_rows(features: Tensor, group: Group) -> None:
-    """ValueError, on every rank alike, unless all ranks bring the same number of rows above 0."""
+    """ValueError, on every rank alike, unless all ranks bring the same number of rows above 0.
+
+    For a loss of your own without a `check`; `meet` asks it together with all else.
+    """
     check_same_rows(len(features), group, features.device)
+    check_not_empty(features)
+
+
+def check_not_empty(features: Tensor) -> None:
+    """ValueError for a batch without rows."""
     if len(features) == 0:
         raise ValueError("the batch is empty: features have 0 rows")
+
+
+def meet(module: Any, ranks: Ranks | None = None, **inputs: Any) -> Ranks:
+    """The ranks that this call of a loss compares against, once they all have checked what they were given.
+
+    `module.check(**inputs)` raises for what it refuses. One small all-gather carries whether it did, and
+    the inputs' shapes and types, to every rank, so that all raise the same error and none waits for one that
+    raised. The host reads the result where that costs nothing (on the CPU), in a module's first call and
+    when its shapes change; in between, and under torch.compile, the device asserts it.
+
+    Args:
+        module: a loss with `group` and `check`. Its `uneven_rows`, where it has one, allows ranks to bring
+            different numbers of rows.
+        ranks: what a weighted sum hands its terms, which has met already: it comes back at once.
+        inputs: what forward was given, by name.
+
+    Raises:
+        ValueError: what `check` refuses, on any rank, or inputs that differ over ranks.
+    """
+    if ranks is not None:
+        return ranks
+    ranks = Ranks(resolve_group(module.group))
+    if ranks.group is None or torch.compiler.is_compiling():
+        module.check(**inputs)
+    uneven = getattr(module, "uneven_rows", False)
+    problem = agreed(module, ranks.group, lambda: module.check(**inputs), inputs, inputs if uneven else ())
+    if problem is not None:
+        raise ValueError(problem)
+    return ranks
+
+
+def agreed(
+    module: Any,
+    group: Group,
+    check: Callable[[], None],
+    inputs: Mapping[str, Any],
+    uneven: Iterable[str],
+) -> str | None:
+    """`meet` for one group: what is wrong on some rank of it, or None.
+
+    Args:
+        module: remembers what its ranks agreed on.
+        check: raises for what this rank refuses.
+        inputs: name to tensor.
+        uneven: the inputs of which ranks may bring different numbers of rows.
+    """
+    if group is None:
+        return None
+    device = _device(inputs, group)
+    if torch.compiler.is_compiling():
+        rows = [len(v) for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and k not in uneven]
+        assert_same_rows(rows, group, device)
+        return None
+    problem = None
+    try:
+        check()
+    except Exception as error:
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    brought = {key: _described(value, key in uneven) for key, value in inputs.items() if value is not None}
+    read = device.type == "cpu" or problem is not None or getattr(module, "_agreed_on", None) != brought
+    module._agreed_on = brought
+    return agree(group, problem, brought, device, read=read)
+
+
+def _described(value: Any, uneven: bool) -> tuple[Any, ...]:
+    """What has to be equal on all ranks: (rows, *other dimensions, dtype)."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and value.is_floating_point():
+            return ("one", "number")
+        shape = tuple(value.shape)
+        return ("any" if uneven else shape[0] if shape else "no", *shape[1:], str(value.dtype))
+    if isinstance(value, (list, tuple)):
+        return (len(value), str(torch.int64))
+    return ("one", "number")
+
+
+def takes_ranks(loss: Any) -> bool:
+    """Whether a loss can be given the ranks that a sum of losses has met: it has a `check` and takes `ranks`."""
+    return hasattr(loss, "check") and "ranks" in inspect.signature(loss.forward).parameters
+
+
+def _device(inputs: Mapping[str, Any], group: Group) -> torch.device:
+    """Where the ranks' numbers travel: beside the inputs, unless the backend serves another device alone."""
+    if "nccl" in str(dist.get_backend(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    found = (value.device for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return next(found, torch.device("cpu"))
 
 
 def check_impl(impl: str) -> str:
@@ -81,7 +206,7 @@ def check_negatives(loss: str, pairs: int) -> None:
 
 def reads_values(module: nn.Module, device: torch.device) -> bool:
     """Whether this call may look at values: on the CPU always, else at first, compiled never."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if device.type == "cpu":
         return True
@@ -92,21 +217,23 @@ def reads_values(module: nn.Module, device: torch.device) -> bool:
 
 
 def check_unit_norm(**features: Tensor) -> None:
-    """ValueError unless every row of each (B, D) tensor has norm 1 within 2 %. NaN rows pass."""
+    """ValueError unless every row of each (B, D) tensor has norm 1 within 2 %. A batch with a NaN passes."""
     for name, value in features.items():
         norms = torch.linalg.vector_norm(value.detach(), dim=1, dtype=compute_dtype(value))
-        if bool(((norms - 1).abs() > NORM_TOLERANCE).any()):
+        if not len(norms):
+            continue
+        low, high = (float(end) for end in norms.aminmax())
+        if low < 1 - NORM_TOLERANCE or high > 1 + NORM_TOLERANCE:
             raise ValueError(
-                f"{name} must have unit norm, but its rows have norms from {norms.min():.4g} to "
-                f"{norms.max():.4g}: normalise them in fp32, torch.nn.functional.normalize(features.float(), "
-                "dim=-1)"
+                f"{name} must have unit norm, but its rows have norms from {low:.4g} to {high:.4g}: normalise "
+                "them in fp32, torch.nn.functional.normalize(features.float(), dim=-1)"
             )
 
 
 def check_pairs(module: nn.Module, image_features: Tensor, text_features: Tensor) -> None:
     """ValueError unless both are (B, D) of one shape and device and, where values may be read, of unit norm."""
-    check_matrix("text_features", text_features, like=("image_features", image_features))
     check_matrix("image_features", image_features)
+    check_matrix("text_features", text_features, like=("image_features", image_features))
     if reads_values(module, image_features.device):
         check_unit_norm(image_features=image_features, text_features=text_features)
 
@@ -141,6 +268,11 @@ def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     return (x.to(dtype) * y.to(dtype)).sum(1) * (
         scale.to(dtype).reshape(()) if isinstance(scale, Tensor) else scale
     )
+
+
+def kernel_precision(features: Tensor) -> str:
+    """The kernels' precision for features as they were given; `Ranks.wide` hands them on in fp32."""
+    return "half" if features.dtype in (torch.float16, torch.bfloat16) else "auto"
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
-from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
     check_negatives,
+    check_not_empty,
     check_number,
     check_pairs,
-    check_rows,
     constant,
+    meet,
     paired_logits,
 )
 from clipkit.losses.registry import register_loss
@@ -64,31 +64,33 @@ class CLOOB(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def check(self, image_features: Tensor, text_features: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, *, ranks: Ranks | None = None) -> Tensor:
         """The loss of the group's pairs, (); it may be negative.
 
         Args:
             image_features: (B, D), unit norm.
             text_features: (B, D), unit norm; row i belongs to image i.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group.
         """
-        check_pairs(self, image_features, text_features)
-        group = resolve_group(self.group)
-        check_rows(image_features, group)
-        dtype = compute_dtype(image_features)
-        x, y = image_features.to(dtype), text_features.to(dtype)
-        images = all_gather_rows(x, group, check=False)
-        texts = all_gather_rows(y, group, check=False)
+        ranks = meet(self, ranks, image_features=image_features, text_features=text_features)
+        check_not_empty(image_features)
+        x, y = ranks.wide(image_features), ranks.wide(text_features)
+        images, texts = ranks.gather(x), ranks.gather(y)
         check_negatives("cloob", len(texts))
         image_by_image, image_by_text = self._retrieve(x, images), self._retrieve(y, images)
         text_by_image, text_by_text = self._retrieve(x, texts), self._retrieve(y, texts)
-        loss = self._infoloob(image_by_image, image_by_text, group) + self._infoloob(
-            text_by_text, text_by_image, group
+        loss = self._infoloob(image_by_image, image_by_text, ranks) + self._infoloob(
+            text_by_text, text_by_image, ranks
         )
-        return all_reduce_sum(loss / len(texts), group)
+        return all_reduce_sum(loss / len(texts), ranks.group)
 
     def _retrieve(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, D): the softmax average of `memory` (N, D) that each query recalls, unit norm."""
@@ -98,11 +100,11 @@ class CLOOB(nn.Module):
             )[0]
         return nn.functional.normalize(recalled, dim=-1)
 
-    def _infoloob(self, anchors: Tensor, candidates: Tensor, group: Group) -> Tensor:
+    def _infoloob(self, anchors: Tensor, candidates: Tensor, ranks: Ranks) -> Tensor:
         """Sum over own anchors (B, D) of InfoLOOB among every rank's candidates."""
         scale = constant(self.inverse_temperature, anchors)
-        columns = all_gather_rows(candidates, group, check=False)
+        columns = ranks.gather(candidates)
         negatives, _ = pair_lse(
-            anchors, columns, scale, row_offset=rank(group) * len(anchors), impl=self.impl
+            anchors, columns, scale, row_offset=ranks.own(len(anchors)).start, impl=self.impl
         )
         return (negatives - paired_logits(anchors, candidates, scale)).sum()

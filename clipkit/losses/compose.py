@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group
-from clipkit.losses.checks import check_number
+from clipkit.distributed import Group, Ranks, resolve_group
+from clipkit.losses.checks import agreed, check_number, takes_ranks
 from clipkit.losses.registry import losses
 from clipkit.registry import check_keys, suggest
 
@@ -56,39 +56,103 @@ class WeightedSum(nn.Module):
         for name in terms:
             if name == "loss":
                 raise ValueError("a term cannot be called 'loss': that key holds the weighted sum")
-        self.terms = nn.ModuleDict(dict(terms))
+        self.terms: Any = nn.ModuleDict(dict(terms))
         self.weights = {
             name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms
         }
         self._reads = {name: _reads(term) for name, term in terms.items()}
+        self._shares = [name for name, term in terms.items() if takes_ranks(term)]
         self.inputs = _union(needed for needed, _ in self._reads.values())
         optional = _union(optional for _, optional in self._reads.values())
         self.optional_inputs = tuple(name for name in optional if name not in self.inputs)
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self,
+        features: Mapping[str, Any] | None = None,
+        *,
+        output_dict: bool = False,
+        **named: Any,
+    ) -> dict[str, Tensor]:
         """{"loss": (), "<term>": () unweighted, ...}.
+
+        The terms meet the group's ranks together: their inputs are checked and each feature is gathered once.
 
         Args:
             features: name to tensor; what no term names is ignored.
+            output_dict: for loops that add up what they get, as open_clip's, which calls
+                `loss(**model_out, output_dict=True)`: {"<term>": () weighted, ...}, whose sum is the loss.
+            named: features as keywords, in place of `features`.
 
         Raises:
-            ValueError: a term's input is missing; the message says which setting supplies it.
+            ValueError: a term's input is missing (the message says which setting supplies it), or refused by
+                it, on any rank.
         """
-        values = {name: self._term(name, features) for name in self.terms}
-        total = reduce(torch.add, [self.weights[name] * value for name, value in values.items()])
-        return {"loss": total, **values}
+        if features is None:
+            features = named
+        elif named:
+            raise ValueError(f"give the features as one mapping or as keywords, not both: {', '.join(named)}")
+        shared = self._meet(features)
+        values = {
+            name: term(**self._given(name, features), **shared.get(name, {}))
+            for name, term in self.terms.items()
+        }
+        weighted = {name: self.weights[name] * value for name, value in values.items()}
+        return weighted if output_dict else {"loss": reduce(torch.add, weighted.values()), **values}
 
-    def _term(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
-        term, (needed, optional) = self.terms[name], self._reads[name]
-        given = {}
+    def _meet(self, features: Mapping[str, Any]) -> dict[str, dict[str, Ranks]]:
+        """For each term that shares them, the ranks of its group, which have agreed on the inputs."""
+        by_group: list[tuple[Any, list[str]]] = []
+        for name in self._shares:
+            group = resolve_group(self.terms[name].group)
+            names = next((names for other, names in by_group if other is group), None)
+            if names is None:
+                by_group.append((group, [name]))
+            else:
+                names.append(name)
+        checked, problem = False, None
+        for group, names in by_group:
+            if group is None or torch.compiler.is_compiling():
+                continue
+            problem = agreed(
+                self, group, lambda: self._check(features, problem), *self._brought(names, features)
+            )
+            checked = True
+        if problem is not None:
+            raise ValueError(problem)
+        if not checked:
+            self._check(features, None)
+            for group, names in by_group:
+                agreed(self, group, lambda: None, *self._brought(names, features))
+        return {
+            name: {"ranks": ranks} for group, names in by_group for ranks in [Ranks(group)] for name in names
+        }
+
+    def _check(self, features: Mapping[str, Any], problem: str | None) -> None:
+        """ValueError for `problem`, or for what a term misses or refuses."""
+        if problem is not None:
+            raise ValueError(problem)
+        for name, term in self.terms.items():
+            given = self._given(name, features)
+            if name in self._shares:
+                term.check(**given)
+
+    def _brought(self, names: Sequence[str], features: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+        """The features that these terms read, and those of which ranks may bring different numbers of rows."""
+        brought, even = {}, set()
+        for name in names:
+            read = [key for key in sum(self._reads[name], ()) if features.get(key) is not None]
+            brought.update({key: features[key] for key in read})
+            if not getattr(self.terms[name], "uneven_rows", False):
+                even.update(read)
+        return brought, set(brought) - even
+
+    def _given(self, name: str, features: Mapping[str, Any]) -> dict[str, Any]:
+        """The features of one term, by the names it has for them."""
+        needed, optional = self._reads[name]
         for key in needed:
             if features.get(key) is None:
-                raise ValueError(_missing(name, term, key, features))
-            given[key] = features[key]
-        for key in optional:
-            if features.get(key) is not None:
-                given[key] = features[key]
-        return term(**given)
+                raise ValueError(_missing(name, self.terms[name], key, features))
+        return {key: features[key] for key in (*needed, *optional) if features.get(key) is not None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_reduce_sum, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
+    check_not_empty,
     check_number,
     check_pairs,
-    check_rows,
     constant,
+    meet,
 )
 from clipkit.losses.registry import register_loss
 
@@ -50,6 +51,7 @@ class CyclicGeometry(nn.Module):
     inputs = ("image_features", "text_features")
     # Several captions a picture are no worse pairs for it than others.
     without_negatives = True
+    uneven_rows = True
 
     def __init__(
         self,
@@ -70,28 +72,35 @@ class CyclicGeometry(nn.Module):
         self.normalize = check_choice("normalize", normalize, ("paper", "mean"))
         self.group = group
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def check(self, image_features: Tensor, text_features: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, *, ranks: Ranks | None = None) -> Tensor:
         """The penalty over the group's pairs, ().
 
         Args:
             image_features: (B, D), unit norm.
             text_features: (B, D), unit norm; row i belongs to image i.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm.
         """
-        check_pairs(self, image_features, text_features)
-        group = resolve_group(self.group)
-        if group is None:
-            check_rows(image_features, group)
+        ranks = meet(self, ranks, image_features=image_features, text_features=text_features)
+        if ranks.group is None:
+            check_not_empty(image_features)
         dtype = compute_dtype(image_features)
         with torch.autocast(image_features.device.type, enabled=False):
-            x, y = image_features.to(dtype), text_features.to(dtype)
+            x, y = ranks.wide(image_features).to(dtype), ranks.wide(text_features).to(dtype)
             # Near convergence the sums are small differences of large Gram entries; U and V take the
             # difference first.
             u, v = x + y, x - y
-            gram = all_reduce_sum(_Grams.apply(u, v), group)
-            pairs = all_reduce_sum(constant(float(len(x)), x), group)
+            gram, pairs = _Grams.apply(u, v), constant(float(len(x)), x)
+            if ranks.group is not None:
+                # One sum over ranks for both.
+                total = all_reduce_sum(torch.cat([gram.flatten(), pairs[None]]), ranks.group)
+                gram, pairs = total[:-1].view_as(gram), total[-1]
             a, b, c = gram
             straight, crossed = (a * b).sum() / 2, (c * c.T).sum() / 2
             loss = self.in_modal * (straight + crossed) + self.cross_modal * (straight - crossed)
@@ -104,10 +113,16 @@ class CyclicGeometry(nn.Module):
 class _Grams(torch.autograd.Function):
     """U^T U, V^T V and U^T V as one (3, D, D). Backward takes four products where autograd would take six."""
 
+    # What torch.func needs of it.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, u, v):
-        ctx.save_for_backward(u, v)
+    def forward(u, v):
         return torch.stack([u.T @ u, v.T @ v, u.T @ v])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

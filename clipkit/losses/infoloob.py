@@ -6,22 +6,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from clipkit.distributed import (
-    Group,
-    all_gather_rows,
-    all_reduce_sum,
-    logsumexp_over_ranks,
-    rank,
-    resolve_group,
-)
+from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
     check_negatives,
+    check_not_empty,
     check_pairs,
-    check_rows,
     check_scalar,
+    kernel_precision,
+    meet,
     paired_logits,
+    scalar,
 )
 from clipkit.losses.registry import register_loss
 
@@ -54,27 +50,47 @@ class InfoLOOB(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def check(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        ranks: Ranks | None = None,
+    ) -> Tensor:
         """The loss of the group's pairs, (); it may be negative.
 
         Args:
             image_features: (B, D), unit norm.
             text_features: (B, D), unit norm; row i belongs to image i.
             logit_scale: (), the multiplier.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group, which has no negative.
         """
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
-        group = resolve_group(self.group)
-        rows = len(image_features)
-        check_rows(image_features, group)
-        texts = all_gather_rows(text_features, group, check=False)
+        ranks = meet(
+            self,
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+        )
+        check_not_empty(image_features)
+        precision = kernel_precision(image_features)
+        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
+        logit_scale, own = scalar(logit_scale, image_features), ranks.own(len(image_features))
+        texts = ranks.gather(text_features)
         check_negatives("infoloob", len(texts))
-        offset = rank(group) * rows
-        row_lse, col_lse = pair_lse(image_features, texts, logit_scale, row_offset=offset, impl=self.impl)
-        col_lse = logsumexp_over_ranks(col_lse, group)
+        row_lse, col_lse = pair_lse(
+            image_features, texts, logit_scale, row_offset=own.start, impl=self.impl, precision=precision
+        )
+        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         loss = (row_lse + col_lse) / 2 - paired_logits(image_features, text_features, logit_scale)
-        return all_reduce_sum(loss.sum() / len(texts), group)
+        return all_reduce_sum(loss.sum() / len(texts), ranks.group)

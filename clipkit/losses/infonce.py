@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from clipkit.distributed import (
-    Group,
-    all_gather_rows,
-    all_reduce_sum,
-    logsumexp_over_ranks,
-    rank,
-    resolve_group,
-)
+from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
+    check_not_empty,
     check_number,
     check_pairs,
-    check_rows,
     check_scalar,
+    integers,
+    kernel_precision,
+    meet,
     paired_logits,
+    scalar,
     softplus,
 )
 from clipkit.losses.duplicates import shared_sums
@@ -85,13 +82,27 @@ class InfoNCE(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
+    def check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        pair_ids: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+        if pair_ids is not None:
+            check_ids("pair_ids", pair_ids, len(image_features))
+
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         *,
-        pair_ids: Tensor | None = None,
+        pair_ids: Tensor | Sequence[int] | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's ClipLoss's.
 
@@ -100,38 +111,46 @@ class InfoNCE(nn.Module):
             text_features: (B, D), unit norm; row i belongs to image i.
             logit_scale: (), the multiplier (the inverse of the temperature), not its log.
             pair_ids: (B,) integers, the same id for rows with the same content, or None.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B.
         """
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
-        group = resolve_group(self.group)
-        rows = len(image_features)
-        check_rows(image_features, group)
-        texts = all_gather_rows(text_features, group, check=False)
+        ranks = meet(
+            self,
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            pair_ids=pair_ids,
+        )
+        check_not_empty(image_features)
+        precision = kernel_precision(image_features)
+        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
+        logit_scale, own = scalar(logit_scale, image_features), ranks.own(len(image_features))
+        texts = ranks.gather(text_features)
         ids = all_ids = None
         if pair_ids is not None:
-            check_ids("pair_ids", pair_ids, rows)
-            ids, all_ids = pair_ids, all_gather_rows(pair_ids, group, check=False)
+            ids = integers(pair_ids, image_features)
+            all_ids = ranks.gather(ids)
         masked = ids is not None and self.same_ids == "mask"
         row_lse, col_lse = pair_lse(
             image_features,
             texts,
             logit_scale,
-            row_offset=rank(group) * rows,
+            row_offset=own.start,
             row_ids=ids if masked else None,
             col_ids=all_ids if masked else None,
             impl=self.impl,
+            precision=precision,
         )
-        col_lse = logsumexp_over_ranks(col_lse, group)
+        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         positive = paired_logits(image_features, text_features, logit_scale)
         loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
         if self.label_smoothing > 0 or (ids is not None and not masked):
-            own = slice(rank(group) * rows, rank(group) * rows + rows)
             target = self._mean_target(texts, all_ids, own)
             loss = loss + positive - paired_logits(image_features, target, logit_scale)
-        return all_reduce_sum(loss.sum() / len(texts), group)
+        return all_reduce_sum(loss.sum() / len(texts), ranks.group)
 
     def _mean_target(self, texts: Tensor, all_ids: Tensor | None, own: slice) -> Tensor:
         """(B, D): the mean text under each own row's target; logits are linear, so no N x N matrix is needed.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group
+from clipkit.distributed import Group, Ranks
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_number
+from clipkit.losses.checks import check_number, meet, takes_ranks
 from clipkit.losses.compose import build
 from clipkit.losses.registry import losses, register_loss
 
@@ -68,37 +68,68 @@ class Matryoshka(nn.Module):
             )
         self.dim_weights = tuple(check_number("dim_weights", weight, 0.0) for weight in weights)
         sized = "embed_dim" in inspect.signature(losses.get(loss)).parameters
-        self.losses = nn.ModuleList(
+        self.losses: Any = nn.ModuleList(
             build(loss, {**(settings or {}), **({"embed_dim": dim} if sized else {})}, group=group)
             for dim in self.dims
         )
         self.inputs = self.losses[0].inputs
         self.optional_inputs = getattr(self.losses[0], "optional_inputs", ())
         self.supplied_by = getattr(self.losses[0], "supplied_by", {})
+        self.uneven_rows = getattr(self.losses[0], "uneven_rows", False)
+        self.group = getattr(self.losses[0], "group", None)
+        self._shares = takes_ranks(self.losses[0])
 
-    def forward(self, **features: Tensor) -> Tensor:
+    def check(self, **features: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        for dim, loss in zip(self.dims, self.losses):
+            parts = {name: _prefix(name, value, dim) for name, value in features.items()}
+            if self._shares:
+                loss.check(**parts)
+
+    def forward(self, *, ranks: Ranks | None = None, **features: Tensor) -> Tensor:
         """The sum over prefixes of the group's loss, ().
 
         Args:
             features: the inner loss's inputs, as keywords.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: features narrower than a prefix, or what the inner loss refuses.
         """
-        values = [
-            weight * loss(**{name: _prefix(name, value, dim) for name, value in features.items()})
-            for dim, weight, loss in zip(self.dims, self.dim_weights, self.losses)
-        ]
+        ranks = meet(self, ranks, **features)
+        features = {
+            name: ranks.wide(value) if "features" in name else value for name, value in features.items()
+        }
+        values = []
+        for dim, weight, loss in zip(self.dims, self.dim_weights, self.losses):
+            parts = {name: _prefix(name, value, dim) for name, value in features.items()}
+            shared = {}
+            if self._shares:
+                # The whole features are gathered, once for all prefixes.
+                made = [
+                    (parts[name], partial(_gathered_prefix, ranks, name, value, dim))
+                    for name, value in features.items()
+                    if parts[name] is not value
+                ]
+                shared["ranks"] = ranks.deriving(made)
+            values.append(weight * loss(**parts, **shared))
         return reduce(torch.add, values)
 
 
+def _gathered_prefix(ranks: Ranks, name: str, value: Tensor, dim: int) -> Tensor:
+    return _prefix(name, ranks.gather(value), dim)
+
+
 def _prefix(name: str, value: Tensor, dim: int) -> Tensor:
-    """(B, D) features cut to (B, dim), unit norm; anything else unchanged."""
+    """(..., D) features cut to (..., dim), unit norm; anything else unchanged."""
     if "features" not in name:
         return value
-    if value.ndim != 2 or value.shape[1] < dim:
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be floating point of shape (B, D), but is {given}")
+    if value.shape[-1] < dim:
         raise ValueError(
             f"matryoshka's prefix of {dim} does not fit {name} of shape {tuple(value.shape)}: choose dims up "
             "to D"
         )
-    return nn.functional.normalize(value[:, :dim].to(compute_dtype(value)), dim=-1)
+    return nn.functional.normalize(value[..., :dim].to(compute_dtype(value)), dim=-1)

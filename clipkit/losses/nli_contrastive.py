@@ -7,16 +7,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
+    check_not_empty,
     check_number,
-    check_rows,
     check_unit_norm,
     constant,
+    kernel_precision,
     logaddexp,
+    meet,
     paired_logits,
     reads_values,
     softplus,
@@ -67,8 +69,28 @@ class NLIContrastive(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
-    def forward(
+    def check(
         self, premise_features: Tensor, entailment_features: Tensor, contradiction_features: Tensor
+    ) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        like = ("premise_features", premise_features)
+        check_matrix("premise_features", premise_features)
+        check_matrix("entailment_features", entailment_features, like=like)
+        check_matrix("contradiction_features", contradiction_features, like=like)
+        if reads_values(self, premise_features.device):
+            check_unit_norm(
+                premise_features=premise_features,
+                entailment_features=entailment_features,
+                contradiction_features=contradiction_features,
+            )
+
+    def forward(
+        self,
+        premise_features: Tensor,
+        entailment_features: Tensor,
+        contradiction_features: Tensor,
+        *,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's triplets, ().
 
@@ -76,30 +98,32 @@ class NLIContrastive(nn.Module):
             premise_features: (M, D), unit norm.
             entailment_features: (M, D), unit norm; row i follows from premise i.
             contradiction_features: (M, D), unit norm; row i contradicts premise i.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (M, D), features off unit norm, ranks with different M.
         """
-        check_matrix("premise_features", premise_features)
-        check_matrix("entailment_features", entailment_features, like=("premise_features", premise_features))
-        check_matrix(
-            "contradiction_features", contradiction_features, like=("premise_features", premise_features)
+        ranks = meet(
+            self,
+            ranks,
+            premise_features=premise_features,
+            entailment_features=entailment_features,
+            contradiction_features=contradiction_features,
         )
-        if reads_values(self, premise_features.device):
-            check_unit_norm(
-                premise_features=premise_features,
-                entailment_features=entailment_features,
-                contradiction_features=contradiction_features,
-            )
-        group = resolve_group(self.group)
-        rows = len(premise_features)
-        check_rows(premise_features, group)
-        entailed = all_gather_rows(entailment_features, group, check=False)
-        contradicted = all_gather_rows(contradiction_features, group, check=False)
-        offset = rank(group) * rows
+        check_not_empty(premise_features)
+        precision = kernel_precision(premise_features)
+        premise_features = ranks.wide(premise_features)
+        entailment_features = ranks.wide(entailment_features)
+        contradiction_features = ranks.wide(contradiction_features)
+        entailed, contradicted = ranks.gather(entailment_features), ranks.gather(contradiction_features)
+        offset = ranks.own(len(premise_features)).start
         scale = constant(1 / self.temperature, premise_features)
-        negatives, _ = pair_lse(premise_features, entailed, scale, row_offset=offset, impl=self.impl)
-        others, _ = pair_lse(premise_features, contradicted, scale, row_offset=offset, impl=self.impl)
+        negatives, _ = pair_lse(
+            premise_features, entailed, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
+        others, _ = pair_lse(
+            premise_features, contradicted, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
         negatives = logaddexp(negatives, others)
         if self.hard_negative_weight > 0:
             own = paired_logits(premise_features, contradiction_features, scale) + math.log(
@@ -107,4 +131,4 @@ class NLIContrastive(nn.Module):
             )
             negatives = logaddexp(negatives, own)
         loss = softplus(negatives - paired_logits(premise_features, entailment_features, scale))
-        return all_reduce_sum(loss.sum() / len(entailed), group)
+        return all_reduce_sum(loss.sum() / len(entailed), ranks.group)

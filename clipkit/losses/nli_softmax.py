@@ -7,9 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_reduce_sum, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_ids, check_matrix, check_number, check_rows, constant, reads_values
+from clipkit.losses.checks import (
+    check_ids,
+    check_matrix,
+    check_not_empty,
+    check_number,
+    constant,
+    integers,
+    meet,
+    reads_values,
+)
 from clipkit.losses.registry import register_loss
 
 _PAIRS = (
@@ -41,6 +50,7 @@ class NLISoftmax(nn.Module):
     __call__: Callable[..., Tensor]
     inputs = ("pair_premise_features", "pair_hypothesis_features", "nli_labels")
     supplied_by = dict.fromkeys(inputs, _PAIRS)
+    uneven_rows = True
 
     def __init__(
         self, *, embed_dim: int, num_labels: int = 3, bias: bool = False, group: Group | str = "auto"
@@ -51,19 +61,10 @@ class NLISoftmax(nn.Module):
         self.group = group
         self.classifier = nn.Linear(3 * self.embed_dim, self.num_labels, bias=bool(bias))
 
-    def forward(
+    def check(
         self, pair_premise_features: Tensor, pair_hypothesis_features: Tensor, nli_labels: Tensor
-    ) -> Tensor:
-        """The loss of the group's pairs, ().
-
-        Args:
-            pair_premise_features: (P, D), u.
-            pair_hypothesis_features: (P, D), v.
-            nli_labels: (P,) integers in [0, num_labels).
-
-        Raises:
-            ValueError: shapes that differ, a width other than embed_dim, labels out of range.
-        """
+    ) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
         u, v = pair_premise_features, pair_hypothesis_features
         check_matrix("pair_premise_features", u)
         check_matrix("pair_hypothesis_features", v, like=("pair_premise_features", u))
@@ -72,18 +73,43 @@ class NLISoftmax(nn.Module):
             raise ValueError(
                 f"nli_softmax was built for embed_dim={self.embed_dim}, but features are {u.shape[1]} wide"
             )
-        if (
-            len(u)
-            and reads_values(self, u.device)
-            and not 0 <= int(nli_labels.min()) <= int(nli_labels.max()) < self.num_labels
-        ):
-            raise ValueError(
-                f"nli_labels must lie in 0..{self.num_labels - 1}, but go from {nli_labels.min()} to "
-                f"{nli_labels.max()}: drop pairs without a gold label (-1) from the data"
-            )
-        group = resolve_group(self.group)
-        if group is None:
-            check_rows(u, group)
+        if len(u) and reads_values(self, u.device):
+            labels = integers(nli_labels, u)
+            if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels:
+                raise ValueError(
+                    f"nli_labels must lie in 0..{self.num_labels - 1}, but go from {labels.min()} to "
+                    f"{labels.max()}: drop pairs without a gold label (-1) from the data"
+                )
+
+    def forward(
+        self,
+        pair_premise_features: Tensor,
+        pair_hypothesis_features: Tensor,
+        nli_labels: Tensor,
+        *,
+        ranks: Ranks | None = None,
+    ) -> Tensor:
+        """The loss of the group's pairs, ().
+
+        Args:
+            pair_premise_features: (P, D), u.
+            pair_hypothesis_features: (P, D), v.
+            nli_labels: (P,) integers in [0, num_labels).
+            ranks: what a weighted sum gives all of its terms; leave it out.
+
+        Raises:
+            ValueError: shapes that differ, a width other than embed_dim, labels out of range.
+        """
+        ranks = meet(
+            self,
+            ranks,
+            pair_premise_features=pair_premise_features,
+            pair_hypothesis_features=pair_hypothesis_features,
+            nli_labels=nli_labels,
+        )
+        if ranks.group is None:
+            check_not_empty(pair_premise_features)
+        u, v = pair_premise_features, pair_hypothesis_features
         dtype = torch.promote_types(compute_dtype(u), self.classifier.weight.dtype)
         with torch.autocast(u.device.type, enabled=False):
             u, v = u.to(dtype), v.to(dtype)
@@ -91,6 +117,6 @@ class NLISoftmax(nn.Module):
             logits = nn.functional.linear(
                 torch.cat([u, v, (u - v).abs()], dim=1), self.classifier.weight.to(dtype), bias
             )
-            loss = nn.functional.cross_entropy(logits, nli_labels.long(), reduction="sum")
-        pairs = all_reduce_sum(constant(float(len(u)), u), group)
-        return all_reduce_sum(loss / pairs, group)
+            loss = nn.functional.cross_entropy(logits, integers(nli_labels, u), reduction="sum")
+        loss, pairs = all_reduce_sum(torch.stack([loss, constant(float(len(u)), u).to(dtype)]), ranks.group)
+        return loss / pairs

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
+    check_not_empty,
     check_pairs,
-    check_rows,
     check_scalar,
+    integers,
+    kernel_precision,
+    meet,
     paired_logits,
+    scalar,
     softplus,
 )
 from clipkit.losses.duplicates import shared_sums
@@ -58,14 +62,34 @@ class Sigmoid(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
+    def check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        pair_ids: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_pairs(self, image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+        if logit_bias is None:
+            raise ValueError(
+                f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
+            )
+        check_scalar("logit_bias", logit_bias)
+        if pair_ids is not None:
+            check_ids("pair_ids", pair_ids, len(image_features))
+
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
         *,
-        pair_ids: Tensor | None = None,
+        pair_ids: Tensor | Sequence[int] | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's SigLipLoss's.
 
@@ -75,45 +99,49 @@ class Sigmoid(nn.Module):
             logit_scale: (), the multiplier.
             logit_bias: (), added to every logit.
             pair_ids: (B,) integers, the same id for rows with the same content, or None.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 no bias.
         """
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
-        if logit_bias is None:
-            raise ValueError(
-                f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
-            )
-        check_scalar("logit_bias", logit_bias)
-        group = resolve_group(self.group)
-        rows = len(image_features)
-        check_rows(image_features, group)
-        texts = all_gather_rows(text_features, group, check=False)
+        ranks = meet(
+            self,
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            pair_ids=pair_ids,
+        )
+        check_not_empty(image_features)
+        precision = kernel_precision(image_features)
+        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
+        logit_scale, bias = scalar(logit_scale, image_features), scalar(logit_bias, image_features)
+        own = ranks.own(len(image_features))
+        texts = ranks.gather(text_features)
         ids = all_ids = None
         if pair_ids is not None:
-            check_ids("pair_ids", pair_ids, rows)
-            ids, all_ids = pair_ids, all_gather_rows(pair_ids, group, check=False)
+            ids = integers(pair_ids, image_features)
+            all_ids = ranks.gather(ids)
         masked = ids is not None and self.same_ids == "mask"
-        offset = rank(group) * rows
         loss = pair_softplus(
             image_features,
             texts,
             logit_scale,
-            logit_bias,
-            row_offset=offset,
+            bias,
+            row_offset=own.start,
             row_ids=ids if masked else None,
             col_ids=all_ids if masked else None,
             impl=self.impl,
+            precision=precision,
         )
         positive = paired_logits(image_features, text_features, logit_scale)
-        bias = logit_bias.to(positive.dtype).reshape(())
         loss = loss + softplus(-(positive + bias))
         if all_ids is not None and not masked:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
-            wide, own = texts.to(positive.dtype), slice(offset, offset + rows)
+            wide = texts.to(positive.dtype)
             shared, counts = shared_sums(wide, all_ids)
             loss = loss - paired_logits(image_features, (shared - wide)[own], logit_scale)
             loss = loss - (counts[own, 0] - 1) * bias
-        return all_reduce_sum(loss.sum() / len(texts), group)
+        return all_reduce_sum(loss.sum() / len(texts), ranks.group)

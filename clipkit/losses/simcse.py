@@ -7,16 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
+    check_not_empty,
     check_number,
-    check_rows,
     check_unit_norm,
     constant,
+    kernel_precision,
+    meet,
     paired_logits,
     reads_values,
     softplus,
@@ -81,46 +83,55 @@ class SimCSE(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, text_features: Tensor, text_features_view2: Tensor) -> Tensor:
-        """The loss of the group's captions, ().
-
-        Args:
-            text_features: (B, D), unit norm: the first dropout view.
-            text_features_view2: (B, D), unit norm: the same captions under other dropout masks.
-
-        Raises:
-            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks
-                with different B, a head of another width.
-        """
-        check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
+    def check(self, text_features: Tensor, text_features_view2: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
         check_matrix("text_features", text_features)
-        group = resolve_group(self.group)
-        check_rows(text_features, group)
+        check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
+        if self.head is not None and text_features.shape[1] != self.head.in_features:
+            raise ValueError(
+                f"simcse's head was built for embed_dim={self.head.in_features}, but features are "
+                f"{text_features.shape[1]} wide"
+            )
         if reads_values(self, text_features.device):
             check_unit_norm(text_features=text_features, text_features_view2=text_features_view2)
-            if torch.equal(text_features, text_features_view2):
+            if len(text_features) and torch.equal(text_features, text_features_view2):
                 raise ValueError(
                     "simcse's two text views are identical, so the loss has nothing to teach: the text "
                     "tower needs dropout above 0 (text_tower.dropout=0.1), training mode, and a second pass "
                     "rather than a copy"
                 )
+
+    def forward(
+        self, text_features: Tensor, text_features_view2: Tensor, *, ranks: Ranks | None = None
+    ) -> Tensor:
+        """The loss of the group's captions, ().
+
+        Args:
+            text_features: (B, D), unit norm: the first dropout view.
+            text_features_view2: (B, D), unit norm: the same captions under other dropout masks.
+            ranks: what a weighted sum gives all of its terms; leave it out.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks
+                with different B, a head of another width.
+        """
+        ranks = meet(self, ranks, text_features=text_features, text_features_view2=text_features_view2)
+        check_not_empty(text_features)
         first, second = self._project(text_features), self._project(text_features_view2)
-        rows = len(first)
-        others = all_gather_rows(second, group, check=False)
+        precision = kernel_precision(first)
+        first, second = ranks.wide(first), ranks.wide(second)
+        others = ranks.gather(second)
         scale = constant(1 / self.temperature, first)
-        row_lse, _ = pair_lse(first, others, scale, row_offset=rank(group) * rows, impl=self.impl)
+        row_lse, _ = pair_lse(
+            first, others, scale, row_offset=ranks.own(len(first)).start, impl=self.impl, precision=precision
+        )
         loss = softplus(row_lse - paired_logits(first, second, scale))
-        return all_reduce_sum(loss.sum() / len(others), group)
+        return all_reduce_sum(loss.sum() / len(others), ranks.group)
 
     def _project(self, features: Tensor) -> Tensor:
         """(B, D) features through the training-only head, unit norm again; themselves without one."""
         if self.head is None:
             return features
         width = features.shape[1]
-        if width != self.head.in_features:
-            raise ValueError(
-                f"simcse's head was built for embed_dim={self.head.in_features}, but features are {width} "
-                "wide"
-            )
         hidden = torch.tanh(self.head(features.to(self.head.weight.dtype) * width**0.5))
         return nn.functional.normalize(hidden.to(compute_dtype(hidden)), dim=-1)

@@ -7,24 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import (
-    Group,
-    all_gather_rows,
-    all_reduce_sum,
-    logsumexp_over_ranks,
-    rank,
-    resolve_group,
-)
+from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
+    check_not_empty,
     check_number,
-    check_rows,
     check_unit_norm,
     constant,
+    kernel_precision,
     logaddexp,
+    meet,
     paired_logits,
     reads_values,
     softplus,
@@ -99,58 +94,72 @@ class SLIP(nn.Module):
                 nn.Linear(hidden, int(output_dim)),
             )
 
-    def forward(self, image_features_view1: Tensor, image_features_view2: Tensor) -> Tensor:
+    def check(self, image_features_view1: Tensor, image_features_view2: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        first, second = image_features_view1, image_features_view2
+        check_matrix("image_features_view1", first)
+        check_matrix("image_features_view2", second, like=("image_features_view1", first))
+        if self.head is not None:
+            # The first layer's, (hidden_dim, embed_dim).
+            width = next(self.head.parameters()).shape[1]
+            if first.shape[1] != width:
+                raise ValueError(
+                    f"slip's head was built for embed_dim={width}, but features are {first.shape[1]} wide"
+                )
+        if reads_values(self, first.device):
+            check_unit_norm(image_features_view1=first, image_features_view2=second)
+            if len(first) and torch.equal(first, second):
+                raise ValueError(
+                    f"slip's two image views are identical, so there is nothing to teach. It needs {_VIEWS}"
+                )
+
+    def forward(
+        self, image_features_view1: Tensor, image_features_view2: Tensor, *, ranks: Ranks | None = None
+    ) -> Tensor:
         """The loss of the group's views, ().
 
         Args:
             image_features_view1: (B, D), unit norm.
             image_features_view2: (B, D), unit norm: the same images under another augmentation.
+            ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, identical views, ranks
                 with different B, a head of another width.
         """
-        check_matrix(
-            "image_features_view2", image_features_view2, like=("image_features_view1", image_features_view1)
+        ranks = meet(
+            self,
+            ranks,
+            image_features_view1=image_features_view1,
+            image_features_view2=image_features_view2,
         )
-        check_matrix("image_features_view1", image_features_view1)
-        group = resolve_group(self.group)
-        check_rows(image_features_view1, group)
-        if reads_values(self, image_features_view1.device):
-            check_unit_norm(
-                image_features_view1=image_features_view1, image_features_view2=image_features_view2
-            )
-            if torch.equal(image_features_view1, image_features_view2):
-                raise ValueError(
-                    f"slip's two image views are identical, so there is nothing to teach. It needs {_VIEWS}"
-                )
+        check_not_empty(image_features_view1)
         first, second = self._project(image_features_view1), self._project(image_features_view2)
-        rows = len(first)
-        all_first = all_gather_rows(first, group, check=False)
-        all_second = all_gather_rows(second, group, check=False)
-        offset = rank(group) * rows
+        precision = kernel_precision(first)
+        first, second = ranks.wide(first), ranks.wide(second)
+        all_first, all_second = ranks.gather(first), ranks.gather(second)
+        offset = ranks.own(len(first)).start
         scale = constant(1 / self.temperature, first)
         # Excluding column offset + i leaves out the partner in the block between views and the row itself
         # within one.
-        to_second, to_first = pair_lse(first, all_second, scale, row_offset=offset, impl=self.impl)
-        within_first, _ = pair_lse(first, all_first, scale, row_offset=offset, impl=self.impl)
-        within_second, _ = pair_lse(second, all_second, scale, row_offset=offset, impl=self.impl)
-        to_first = logsumexp_over_ranks(to_first, group)
+        to_second, to_first = pair_lse(
+            first, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
+        within_first, _ = pair_lse(
+            first, all_first, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
+        within_second, _ = pair_lse(
+            second, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
+        )
+        to_first = logsumexp_over_ranks(to_first, ranks.group)
         positive = paired_logits(first, second, scale)
         loss = softplus(logaddexp(to_second, within_first) - positive)
         loss = loss + softplus(logaddexp(to_first, within_second) - positive)
-        return all_reduce_sum(loss.sum() / (2 * len(all_first)), group)
+        return all_reduce_sum(loss.sum() / (2 * len(all_first)), ranks.group)
 
     def _project(self, features: Tensor) -> Tensor:
         """(B, D) features through the training-only head, unit norm again; themselves without one."""
         if self.head is None:
             return features
-        # The first layer's, (hidden_dim, embed_dim).
-        weight = next(self.head.parameters())
-        if features.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"slip's head was built for embed_dim={weight.shape[1]}, but features are "
-                f"{features.shape[1]} wide"
-            )
-        projected = self.head(features.to(weight.dtype))
+        projected = self.head(features.to(next(self.head.parameters()).dtype))
         return nn.functional.normalize(projected.to(compute_dtype(projected)), dim=-1)

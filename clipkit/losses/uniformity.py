@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, all_gather_rows, all_reduce_sum, rank, resolve_group
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_negatives,
+    check_not_empty,
     check_number,
-    check_rows,
     check_unit_norm,
     constant,
+    kernel_precision,
+    meet,
     reads_values,
 )
 from clipkit.losses.registry import register_loss
@@ -62,16 +63,8 @@ class Uniformity(nn.Module):
         self.group = group
         self.impl = check_impl(impl)
 
-    def forward(self, **features: Tensor) -> Tensor:
-        """The mean over `of` of L, ().
-
-        Args:
-            features: one (B, D) tensor of unit norm for each name in `of`, as a keyword.
-
-        Raises:
-            ValueError: a name that is missing or not in `of`, a shape other than (B, D), rows off unit norm,
-                ranks with different B, or a single row in the group.
-        """
+    def check(self, **features: Tensor) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
         if set(features) != set(self.inputs):
             raise ValueError(
                 f"uniformity of {', '.join(self.inputs)} got {', '.join(features) or 'nothing'}: give "
@@ -81,15 +74,33 @@ class Uniformity(nn.Module):
             check_matrix(name, value)
         if reads_values(self, features[self.inputs[0]].device):
             check_unit_norm(**features)
-        return torch.stack([self._potential(features[name]) for name in self.inputs]).mean()
 
-    def _potential(self, x: Tensor) -> Tensor:
-        group = resolve_group(self.group)
-        check_rows(x, group)
-        columns = all_gather_rows(x, group, check=False)
+    def forward(self, *, ranks: Ranks | None = None, **features: Tensor) -> Tensor:
+        """The mean over `of` of L, ().
+
+        Args:
+            features: one (B, D) tensor of unit norm for each name in `of`, as a keyword.
+            ranks: what a weighted sum gives all of its terms; leave it out.
+
+        Raises:
+            ValueError: a name that is missing or not in `of`, a shape other than (B, D), rows off unit norm,
+                ranks with different B, or a single row in the group.
+        """
+        ranks = meet(self, ranks, **features)
+        for value in features.values():
+            check_not_empty(value)
+        return torch.stack([self._potential(features[name], ranks) for name in self.inputs]).mean()
+
+    def _potential(self, x: Tensor, ranks: Ranks) -> Tensor:
+        precision = kernel_precision(x)
+        x = ranks.wide(x)
+        columns = ranks.gather(x)
         total = len(columns)
         check_negatives("uniformity", total)
-        offset = rank(group) * len(x)
-        row_lse, _ = pair_lse(x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl)
+        offset = ranks.own(len(x)).start
+        row_lse, _ = pair_lse(
+            x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl, precision=precision
+        )
         # No potential exceeds 1, so the plain sum over rows and ranks cannot overflow.
-        return all_reduce_sum((row_lse - 2 * self.t).exp().sum(), group).log() - math.log(total * (total - 1))
+        mean = all_reduce_sum((row_lse - 2 * self.t).exp().sum(), ranks.group) / (total * (total - 1))
+        return mean.log()

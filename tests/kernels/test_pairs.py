@@ -273,7 +273,7 @@ def test_chunked_makes_no_tensor_of_all_pairs():
 
     pairs = chunked.Pairs()
     with torch.no_grad(), _Largest() as seen:
-        row_lse, col_lse = chunked.lse_forward(x, y, torch.tensor(100.0), None, pairs, chunk)
+        _, _, row_sum, col_sum = chunked.lse_forward(x, y, torch.tensor(100.0), None, pairs, chunk)
         ones = torch.ones(n)
         chunked.lse_backward(
             ones,
@@ -282,17 +282,17 @@ def test_chunked_makes_no_tensor_of_all_pairs():
             y,
             torch.tensor(100.0),
             None,
-            row_lse,
-            col_lse,
+            row_sum,
+            col_sum,
             pairs,
             chunk,
             need_x=True,
             need_y=True,
             need_weight=False,
         )
-        row_sum = chunked.softplus_forward(x, y, torch.tensor(10.0), torch.tensor(-10.0), pairs, chunk)
+        row_loss = chunked.softplus_forward(x, y, torch.tensor(10.0), torch.tensor(-10.0), pairs, chunk)
         chunked.softplus_backward(
-            row_sum,
+            row_loss,
             x,
             y,
             torch.tensor(10.0),

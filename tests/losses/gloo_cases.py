@@ -163,13 +163,30 @@ def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str
     return found
 
 
+def half_features(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 images and texts of these rows of the global batch; no dot product of theirs is small."""
+    generator = torch.Generator().manual_seed(11)
+    x, y = torch.rand(2, N, 40, generator=generator, dtype=torch.float64).bfloat16()
+    unit = nn.functional.normalize
+    return tuple(unit(v.double(), dim=-1)[rows].bfloat16().requires_grad_() for v in (x, y))
+
+
+def half_gradient(rows: slice, group="auto", dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What InfoNCE wants of this rank's texts, averaged over ranks as by DDP."""
+    x, y = (v.detach().to(dtype).requires_grad_() for v in half_features(rows))
+    loss = create_loss({"infonce": {"label_smoothing": 0.1, "impl": "chunked"}}, group=group)
+    loss({"image_features": x, "text_features": y, "logit_scale": 20.0})["loss"].backward()
+    # The mean over W ranks of a gradient that one of them has.
+    return y.grad
+
+
 def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
     """Every case over the world, over pairs of ranks, and with uneven rows where allowed."""
     pairs.DEFAULT_CHUNK = 3
     ranks, rank = dist.get_world_size(), dist.get_rank()
     share = N // ranks
     rows = slice(rank * share, (rank + 1) * share)
-    found = {}
+    found = {"half gradient": half_gradient(rows)}
     for case in SPECS:
         for impl in IMPLEMENTATIONS if has_implementations(case) else ("dense",):
             found[case, impl, "world"] = run(case, impl, rows, dist.group.WORLD)

@@ -1,4 +1,5 @@
-"""However the batch is split over ranks, a loss has the gradients of one process, in float64."""
+"""However the batch is split over ranks, a loss has the gradients of one process, in float64; and a bad input on
+one rank is the same error on every rank."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from tests.processes import launch
 
 # Spawned ranks import the cases by name, and inherit sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gloo_agreement
 import gloo_cases
 
 TOLERANCE = 1e-10
@@ -27,9 +29,19 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def both():
     """World size to the ranks' findings; each world is spawned once."""
-    return {world: launch(gloo_cases.run_rank, world) for world in WORLDS}
+    return {world: launch(gloo_agreement.run_both, world) for world in WORLDS}
+
+
+@pytest.fixture(scope="module")
+def ranks(both):
+    return {world: [found["contract"] for found in each] for world, each in both.items()}
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def agreement(request, both):
+    return [found["agreement"] for found in both[request.param]]
 
 
 @functools.cache
@@ -86,3 +98,47 @@ def test_uneven_ranks_have_the_gradient_of_one_process(ranks, case, world):
 def test_uneven_ranks_are_refused_by_name_on_every_rank(ranks, world, counts):
     for found in ranks[world]:
         assert str(counts) in found["refusal"] and "drop_last" in found["refusal"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_half_precision_gradients_of_the_ranks_are_added_up_before_they_are_rounded(ranks, world):
+    exact = gloo_cases.half_gradient(slice(0, gloo_cases.N), None, torch.float64)
+    found = torch.cat([found["half gradient"] for found in ranks[world]]).double() / world
+    assert ranks[world][0]["half gradient"].dtype == torch.bfloat16
+    # One rounding to 8 bits, and the arithmetic's own error in fp32; on one process too.
+    alone = gloo_cases.half_gradient(slice(0, gloo_cases.N), None).double()
+    for gradient in (found, alone):
+        assert ((gradient - exact).abs() <= exact.abs() * 2.0**-8 + 1e-7).all()
+
+
+def test_a_bad_input_on_one_rank_is_the_same_error_on_every_rank(agreement):
+    wrong = {}
+    for case in agreement[0]:
+        told = {found[case] for found in agreement}
+        if case[-1] not in ("good", "nan") and (
+            len(told) > 1 or not next(iter(told)).startswith("ValueError")
+        ):
+            wrong[case] = told
+    assert not wrong and len(agreement[0]) > 150
+
+
+def test_the_error_names_the_rank_or_what_each_brought(agreement):
+    for case, told in agreement[0].items():
+        if case[-1] in ("good", "nan") or "needs at least 2" in told:
+            continue
+        if case == ("fastclip", "sample_index", "out of range"):
+            # All ranks have seen all of them.
+            continue
+        assert any(words in told for words in ("on rank 1 of", "rank 1: ", "but ranks 0..")), (case, told)
+
+
+def test_a_nan_on_one_rank_is_a_nan_on_every_rank(agreement):
+    cases = [case for case in agreement[0] if case[-1] == "nan"]
+    assert len(cases) > 10
+    assert all(found[case] != found[case] for found in agreement for case in cases)
+
+
+def test_after_an_error_a_good_batch_is_as_it_was(agreement):
+    for case in (case for case in agreement[0] if case[-1] == "good"):
+        values = {value for found in agreement for value in found[case]}
+        assert max(values) - min(values) < 1e-9 and min(values) == min(values), case

@@ -155,4 +155,4 @@ def test_refuses_ids_and_scales_of_other_shapes(unit, scale):
     with pytest.raises(ValueError, match="logit_scale"):
         InfoNCE()(unit(4, 3, 1), unit(4, 3, 2), torch.ones(4))
     with pytest.raises(ValueError, match="logit_scale"):
-        InfoNCE()(unit(4, 3, 1), unit(4, 3, 2), 100.0)
+        InfoNCE()(unit(4, 3, 1), unit(4, 3, 2), "7")

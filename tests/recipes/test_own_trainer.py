@@ -122,6 +122,13 @@ def test_hugging_face_trainer_on_two_processes(pairs_curve):
     torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)
 
 
+@pytest.mark.slow
+def test_accelerate_on_two_processes(pairs_curve):
+    needs("accelerate")
+    losses = curve("accelerate_loop.py", ranks=2)
+    torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)
+
+
 def test_sentence_transformers_trainer(example):
     needs("sentence_transformers", "accelerate", "datasets")
     module = example("sentence_transformers_trainer")
