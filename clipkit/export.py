@@ -188,7 +188,7 @@ def save_sentence_transformer(
 
     modules = _sentence_modules()
     tower = model.text_tower
-    mode = {"eot": "lasttoken", "cls": "cls", "mean": "mean"}[tower.pooling]
+    mode = {"eot": "lasttoken", "last": "lasttoken", "cls": "cls", "mean": "mean"}[tower.pooling]
     with tempfile.TemporaryDirectory() as parts:
         _hugging_face_body(tower).save_pretrained(parts)
         hugging_face_tokenizer(tokenizer).save_pretrained(parts)
@@ -287,6 +287,11 @@ def _sentence_modules() -> Any:
 def _hugging_face_body(tower: Any) -> Any:
     """The tower as a transformers model."""
     if tower.settings is not None and tower.settings["name"] == "hf":
+        if not tower.loads_alone:
+            raise ValueError(
+                f"{tower.model_type} has no model of its encoder alone, which sentence-transformers' stock modules could "
+                "load: export all weights as safetensors"
+            )
         return tower.body
     if tower.settings is None or tower.settings["name"] != "transformer" or not tower.causal:
         raise ValueError(

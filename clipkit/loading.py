@@ -99,7 +99,8 @@ def _check_architecture(
     for key, value in _whole_numbers(sizes):
         # A sharded file states no first size.
         limit = len(shapes) if re.search("layer|depth|block", key) else max(elements, 1 << 16)
-        if value > limit or value < -1:
+        # A family's own settings may be negative, such as the label that it leaves out of a sum (-100).
+        if value > limit or (value < -1 and not key.startswith("text_tower.config.")):
             raise BrokenFile(f"{where}: {key}={value} is not what made the weights beside it")
     for key, text in _locations(settings):
         permit(text, key)

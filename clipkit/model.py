@@ -193,7 +193,7 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 "text_features_view2 is a second dropout pass over the captions, but this text tower drops "
                 "nothing, so both views would be identical: set text_tower.dropout (for hf "
-                "text_tower.hidden_dropout) to 0.1, say"
+                "text_tower.hidden_dropout, or attention_dropout where it has no other) to 0.1, say"
             )
         if "logit_bias" in inputs and self.logit_bias is None:
             raise ValueError(
@@ -288,8 +288,8 @@ class MaskedLanguageHead(nn.Module):
             )
         if tower.causal:
             raise ValueError(
-                "mlm_probability needs a text tower that sees both sides of a token: set "
-                "text_tower.causal: false"
+                "mlm_probability needs a text tower that sees both sides of a token: set text_tower.causal: false, or "
+                "for hf choose another model_type than a causal one"
             )
         if mask_id is None or sot_id is None:
             raise ValueError(
@@ -318,7 +318,7 @@ class MaskedLanguageHead(nn.Module):
 
     def forward(self, tower: TextTower, text: Tensor) -> tuple[Tensor, Tensor]:
         """text: (B, L) -> logits (T, V) and labels (T,) of the T drawn tokens."""
-        embedding = tower.token_embedding.weight
+        embedding, text = tower.token_embedding.weight, tower.aligned(text)
         hidden, drawn = self.hide(text, embedding.shape[0])
         states = tower.tokens(hidden)[drawn]
         return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]

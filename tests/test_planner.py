@@ -350,6 +350,22 @@ def test_attention_dropout_is_free_where_kernels_are_fused():
     assert fused == plain < cpu
 
 
+def test_what_drops_is_recomputed_as_it_was_computed():
+    """Through torch's attention, of CLIP's tower and of Hugging Face's, in the pass that checkpointing repeats too."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    bert = {"name": "hf", "model_type": "bert", "config": sizes, "hidden_dropout": 0.0}
+    for tower in (MODEL["text_tower"], bert):
+        still, shaken = (
+            measure(
+                text_tower={**tower, "attention_dropout": rate, "activation_checkpointing": True},
+                fused_attention=True,
+            ).text
+            for rate in (0.0, 0.1)
+        )
+        assert shaken.bytes_at(10) == still.bytes_at(10)
+        assert shaken.recomputed(10) == still.recomputed(10) > 0
+
+
 def test_a_processor_is_measured_in_place_of_a_datasheet():
     found = GPU("cpu", None, 0.5, None, None, 5.0, 1.0, 1, None).measured()
     assert found.bf16_tflops == 0.5

@@ -97,7 +97,7 @@ PRETRAIN: dict[str, Any] = {
     "text_tower.dropout": PROBABILITY,
     "text_tower.attention_dropout": or_null(PROBABILITY),
     "text_tower.hidden_dropout": or_null(PROBABILITY),
-    "text_tower.pooling": OneOf(("eot", "mean", "cls")),
+    "text_tower.pooling": or_null(OneOf(("eot", "last", "mean", "cls"))),
     "text_tower.causal": FLAG,
     "text_tower.quick_gelu": FLAG,
     "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),

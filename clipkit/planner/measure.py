@@ -23,7 +23,7 @@ from clipkit.loading import model_config, with_architecture
 from clipkit.losses import create_loss
 from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
 from clipkit.optim import create_optimizer
-from clipkit.planner.meter import Collective, FusedAttention, Meter, Operator
+from clipkit.planner.meter import Collective, Meter, Operator, fused_attention
 
 # Large enough that activations, not one layer's weights, are what the peak consists of.
 _SIZES = (32, 64)
@@ -134,9 +134,11 @@ class Measured:
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = FakeTensorMode()
         with self._fake:
-            self.model = create_model(
-                model_config(with_architecture(model), pretrained=False), tokenizer=tokenizer
-            ).train()
+            # Weights that are drawn again while any is out of range are within it.
+            with Meter(answer=False):
+                self.model = create_model(
+                    model_config(with_architecture(model), pretrained=False), tokenizer=tokenizer
+                ).train()
             if precision == "pure_bf16":
                 self.model.hold_in_bf16()
             self.loss = create_loss(loss)
@@ -261,7 +263,7 @@ class Measured:
     def _run(self, encode: Any, inputs: Any, rows: int) -> tuple[int, int, list[Operator], list[Operator]]:
         half = self.precision != "fp32"
         share = self.mlm_probability
-        with self._fake, FusedAttention() if self.fused_attention else contextlib.nullcontext():
+        with self._fake, fused_attention() if self.fused_attention else contextlib.nullcontext():
             batch = inputs(rows)
             # Whatever a tower asks of a text's values, such as whether each has its end token, it has.
             with Meter(answer=True, mask_share=share) as meter:

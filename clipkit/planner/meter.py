@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -212,22 +213,23 @@ def triton_workspace(n: int, m: int, dim: int, kind: str, *, capability: tuple[i
     return operands + 2 * cells * (2 if high else 1) + 4 * (n + m) * padded
 
 
-# The place of dropout_p among the arguments. The second calls the first where no mode sees it.
-_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Within it attention drops none of its weights: CUDA's fused kernels draw that inside and keep a seed, the CPU's keep
+    matrices.
 
-
-class FusedAttention(TorchFunctionMode):
-    """Attention without dropout of its weights: CUDA's fused kernels draw it inside and keep a seed, the
-    CPU's keep matrices.
+    The function itself is replaced: no mode sees the passes that activation checkpointing repeats.
     """
+    own = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, place = dict(kwargs or {}), _ATTENTION.get(func)
-        if place is not None and len(args) > place:
-            args = (*args[:place], 0.0, *args[place + 1 :])
-        elif place is not None:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
+    def without(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        return own(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+    F.scaled_dot_product_attention = without
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
 
 
 def _is_masked(index: list[Tensor | None]) -> bool:

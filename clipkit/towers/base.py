@@ -161,8 +161,13 @@ class ImageTower(Tower):
         raise NotImplementedError
 
 
+POOLINGS = ("mean", "cls", "last", "eot")
+
+
 class TextTower(Tower):
     """A text encoder: forward(text (B, L) int64) -> (B, width), pooled from tokens(text) -> (B, L, width).
+
+    Texts are padded on the right; forward also takes them padded on the left, and gives the same.
 
     Attributes:
         width: columns of the output.
@@ -194,35 +199,68 @@ class TextTower(Tower):
 
     def forward(self, text: Tensor) -> Tensor:
         """text: (B, L) int64 with L <= context_length -> pooled (B, width), not projected or normalised."""
+        self._check_text(text)
+        text = self.aligned(text)
         return self.pool(self.tokens(text), text)
 
+    def aligned(self, text: Tensor) -> Tensor:
+        """text: (B, L) -> (B, L), padding that stands before a text moved behind it.
+
+        Raises:
+            ValueError: padding on the left that is also the end token: where the text begins cannot be told. Seen on the
+                CPU alone.
+        """
+        if self.pad_id == self.eot_id:
+            if _read_at_once(text):
+                started = (text[:, :2] == self.pad_id).all(dim=1) & (text != self.pad_id).any(dim=1)
+                if started.any():
+                    raise ValueError(
+                        f"a text starts with the padding id {self.pad_id}, which is its end token too: pad on the right"
+                    )
+            return text
+        before = (text == self.pad_id).long().cumprod(dim=1).sum(dim=1, keepdim=True)
+        place = torch.arange(text.shape[1], device=text.device)
+        return text.gather(1, (place + before) % text.shape[1])
+
     def pool(self, states: Tensor, text: Tensor) -> Tensor:
-        """states: (B, L, width), text: (B, L) -> (B, width) by `pooling`: eot, cls or mean (no padding)."""
+        """states: (B, L, width), text: (B, L), padded on the right -> (B, width) by `pooling`.
+
+        cls is the first token's state, last that of the last one before the padding, eot that of the first end token, mean
+        the mean over all but the padding.
+        """
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":
             ends = text == self.eot_id
-            # Read on the CPU alone: on a device the answer would hold up the step.
-            if text.device.type == "cpu" and not torch.compiler.is_compiling() and not ends.any(dim=-1).all():
+            if _read_at_once(text) and not ends.any(dim=-1).all():
                 raise ValueError(
                     f"a text has no end token {self.eot_id}, whose state is its feature: was it cut "
                     "without one?"
                 )
-            at = ends.int().argmax(dim=-1)
+            # Some vocabularies start a text with the same token, which does not end it.
+            later = ends[:, 1:]
+            only_first = torch.where(ends[:, 0], 0, self._last(text))
+            at = torch.where(later.any(dim=-1), later.int().argmax(dim=-1) + 1, only_first)
             return states[torch.arange(len(text), device=text.device), at]
+        if self.pooling == "last":
+            return states[torch.arange(len(text), device=text.device), self._last(text)]
         keep = self.attention_mask(text).to(states.dtype).unsqueeze(-1)
         return (states * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
+
+    def _last(self, text: Tensor) -> Tensor:
+        """text: (B, L) -> (B,) the place of each text's last token."""
+        return self.attention_mask(text).sum(dim=-1).clamp_min(1) - 1
 
     def attention_mask(self, text: Tensor) -> Tensor:
         """text: (B, L) -> (B, L) bool, False on the padding after the last real token.
 
         Only trailing padding counts: CLIP's padding id 0 is also the token "!", which may stand inside a
-        text. A vocabulary that pads with its end token (GPT-2's) has its text end at the first of them.
+        text. Where padding is the end token (GPT-2), the first of a text's trailing ones ends it.
         """
+        keep = (text != self.pad_id).flip(-1).cummax(dim=-1).values.flip(-1)
         if self.pad_id == self.eot_id:
-            ends = (text == self.eot_id).int()
-            return ends.cumsum(dim=-1) == ends
-        return (text != self.pad_id).flip(-1).cummax(dim=-1).values.flip(-1)
+            keep = torch.cat([torch.ones_like(keep[:, :1]), keep[:, 1:] | keep[:, :-1]], dim=1)
+        return keep
 
     def _check_text(self, text: Tensor) -> None:
         if text.ndim != 2 or text.is_floating_point():
@@ -233,3 +271,8 @@ class TextTower(Tower):
                 f"{self.context_length}: lower the tokenizer's context_length or raise "
                 "text_tower.context_length"
             )
+
+
+def _read_at_once(text: Tensor) -> bool:
+    """Whether a text's values may be looked at: on a device the answer would hold up the step."""
+    return text.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.towers.base import TextTower
+from clipkit.towers.base import POOLINGS, TextTower
 from clipkit.towers.registry import register_text_tower
-
-_POOLINGS = ("eot", "cls", "mean")
 
 
 @register_text_tower("transformer")
@@ -26,7 +24,7 @@ class TransformerTower(TextTower):
         dropout: probability, 0 to below 1, on the embeddings and on both branches of every block; 0.1 in
             SimCSE.
         attention_dropout: probability on the attention weights; None: the same as dropout.
-        pooling: eot (end token), mean, or cls (the start token; needs causal false).
+        pooling: eot (end token), last (before the padding), mean, or cls (the start token; needs causal false).
         causal: a token sees only those before it, as in CLIP; false sees all but the padding.
         quick_gelu: OpenAI's GELU approximation; needed for its published weights.
     """
@@ -118,8 +116,8 @@ def _check(
     for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
         if not 0 <= rate < 1:
             raise ValueError(f"text_tower.{name} is a probability from 0 to below 1, not {rate}")
-    if pooling not in _POOLINGS:
-        raise ValueError(f"text_tower.pooling {pooling!r} is not one of {', '.join(_POOLINGS)}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"text_tower.pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     if pooling == "cls" and causal:
         raise ValueError(
             "text_tower.pooling cls reads the first token, which sees no other while causal is true: "

@@ -172,7 +172,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused():
             "needs 10 positions but",
         ),
         ({"pooling": "max"}, "pooling 'max'"),
-        ({"model_type": "t5", "pooling": "cls", "config": SIZES["t5"]}, "T5"),
+        ({"model_type": "t5", "pooling": "cls", "config": SIZES["t5"]}, "in t5 is a word"),
         ({"model_type": "t5", "attention_dropout": 0.1, "config": SIZES["t5"]}, "one rate"),
         ({"hidden_dropout": 1.5}, "hidden_dropout is a probability"),
         (

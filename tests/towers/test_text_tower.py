@@ -127,6 +127,49 @@ def test_mean_and_cls_pooling_by_hand(text):
     torch.testing.assert_close(first(text), first.tokens(text)[:, 0])
 
 
+@pytest.mark.parametrize("pooling", ["eot", "last", "mean", "cls"])
+def test_padding_may_stand_on_either_side(text, pooling):
+    ours = tower(pooling=pooling, causal=False).eval()
+    ends = (4, 12, 8, 2)
+    left = torch.stack([torch.cat([row[end:], row[:end]]) for row, end in zip(text, ends, strict=True)])
+    assert (left[:, 0] == PAD).any() and (left[:, -1] == EOT).all()
+    torch.testing.assert_close(ours(left), ours(text), atol=0, rtol=0)
+    both = torch.cat([torch.full((4, 2), PAD), text[:, :10]], dim=1)[[0, 2, 3]]
+    torch.testing.assert_close(ours(both), ours(text[[0, 2, 3]]), atol=0, rtol=0)
+
+
+def test_last_pooling_reads_the_state_before_the_padding(text):
+    # The same end, and one that the text was cut before.
+    text[1, 11] = 5
+    ours = tower(pooling="last").eval()
+    states = ours.tokens(text)
+    for row, end in enumerate((3, 11, 7, 1)):
+        torch.testing.assert_close(ours(text)[row], states[row, end], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_that_is_the_end_token_too_ends_a_text_once(start, causal):
+    """GPT-2's tokenizer has one special token: it starts, ends and pads."""
+    ends = 0
+    spec = {**TINY, "causal": causal, "pooling": "eot"}
+    ours = create_text_tower(spec, embed_dim=16, vocab_size=50, pad_id=ends, eot_id=ends).eval()
+    rows = [[7, 8, 9], [4], [5, 6, 7, 8, 9, 10]]
+    rows = [[ends] * start + row for row in rows]
+    text = torch.tensor([row + [ends] * (12 - len(row)) for row in rows])
+    mask = ours.attention_mask(text)
+    assert mask.sum(dim=1).tolist() == [len(row) + 1 for row in rows]
+    for pooling in ("eot", "last", "mean"):
+        ours.pooling = pooling
+        for row, feature in zip(rows, ours(text), strict=True):
+            # The text alone, with one end token and no padding.
+            states = ours.tokens(torch.tensor([[*row, ends]]))[0]
+            wanted = states.mean(0) if pooling == "mean" else states[-1]
+            torch.testing.assert_close(feature, wanted, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="padding id 0, which is its end token too: pad on the right"):
+        ours(torch.tensor([[ends, ends, 7, 8, ends]]))
+
+
 def test_a_text_without_an_end_token_is_refused():
     with pytest.raises(ValueError, match="no end token 49"):
         tower()(torch.ones(2, 12, dtype=torch.long))
