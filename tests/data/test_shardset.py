@@ -156,6 +156,17 @@ def test_a_sizes_file_that_holds_something_else_is_named(shards, byte_tokenizer,
         stream_of(str(shards[0].parent), byte_tokenizer)
 
 
+def test_a_shard_that_is_not_there_is_no_sample_whatever_is_said_of_it(shards, tmp_path):
+    say_sizes(shards)
+    shards[2].unlink()
+    names = [str(path) for path in shards]
+    data = ShardSet(names, cache_dir=tmp_path / "cache", declared=True, on_bad_shard="skip")
+    assert data.counts.tolist() == [3, 4, 0, 6, 3, 4, 5, 6]
+    assert [(shard, cause) for shard, cause, _ in data.faults] == [(names[2], "unreadable_shard")]
+    with pytest.raises(DataError, match=r"00002\.tar: unreadable_shard"):
+        ShardSet(names, cache_dir=tmp_path / "cache", declared=True)
+
+
 def test_faults_of_a_shard_that_was_not_read_at_first_are_counted_once(
     tmp_path, write_tar, sample, byte_tokenizer
 ):
