@@ -6,8 +6,9 @@ N different contents share one with a probability of about N^2 / 2^64: 6e-11 in 
 
     null          nothing; with several captions a picture, its number, so that they are each other's positives
     caption       the caption as `plain_caption` leaves it
-    key           the key, in shards of one folder (pictures of other folders may be numbered alike)
-    key:SEP       what stands before the key's last SEP: with key:# the pairs 17#0 and 17#1
+    key           shard and key: a sample that is drawn twice (data.resample)
+    key:SEP       what stands before the key's last SEP, in shards of one folder (pictures of others may be numbered
+                  alike): with key:# the pairs 17#0 and 17#1. A key without SEP is a content of its own
     json:FIELD    a number or text in KEY.json; null there: nothing is known of this pair
 """
 
@@ -122,8 +123,9 @@ class Pairs:
             return content_id("json", known.content)
         if self.way == "key":
             shard, key = data.where(sample)
-            stem = key.rpartition(self.name)[0] if self.name and self.name in key else key
-            return content_id("key", os.path.dirname(shard), stem)
+            if self.name and self.name in key:
+                return content_id("stem", os.path.dirname(shard), key.rpartition(self.name)[0])
+            return content_id("key", shard, key)
         return content_id("sample", index)
 
 

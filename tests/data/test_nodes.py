@@ -8,11 +8,14 @@ import shutil
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from clipkit.data import create_stream
+from clipkit.data import create_stream, resolve_data
+from clipkit.losses import create_loss
 from clipkit.training.feed import open_streams
 from tests.data.remote_run import tokenize
 from tests.data.shard_server import Server
@@ -20,6 +23,8 @@ from tests.processes import fork, launch
 
 PROGRAM = Path(__file__).with_name("remote_run.py")
 SHARDS = 16
+# What a stream asks of an image tower.
+TOWER: Any = SimpleNamespace(image_size=8, resize_mode="shortest", interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,12 @@ def _open(folders: list[str]) -> str:
     data = {"train": folders[torch.distributed.get_rank()], "num_workers": 0, "sentences": None}
     try:
         open_streams(
-            resolve_data(data), create_loss("infonce"), tokenizer=tokenize, image_tower=TOWER, batch_size=4, seed=0
+            resolve_data(data),
+            create_loss("infonce"),
+            tokenizer=tokenize,
+            image_tower=TOWER,
+            batch_size=4,
+            seed=0,
         )
     except ValueError as error:
         return str(error)

@@ -108,7 +108,7 @@ def test_equal_captions_share_an_id(folder, byte_tokenizer):
     assert batch["pair_ids"].dtype == torch.int64 and batch["pair_ids"].min() >= 0
 
 
-def test_keys_are_told_apart_by_folder(folder, byte_tokenizer):
+def test_keys_are_told_apart_by_shard_and_their_stems_by_folder(folder, byte_tokenizer):
     (batch,) = batches(1, folder, byte_tokenizer, pair_ids="key")
     assert len(set(batch["pair_ids"].tolist())) == 16 and len(set(batch["key"])) == 8
     (batch,) = batches(1, folder, byte_tokenizer, pair_ids="key:#")

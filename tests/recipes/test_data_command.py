@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import stat
 import sys
 import tarfile
@@ -269,54 +268,97 @@ def test_stats_of_real_photographs(test_data):
 
 @pytest.fixture
 def img2dataset(tmp_path):
-    """A program of that name that takes the real one's options and writes one shard from local files."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "img2dataset"
+    """A program that takes the real one's options, reads local files and leaves what the real one (1.47) leaves: a shard,
+    its statistics, a table of what became of each URL. One with "busy" in it answers when asked the second time.
+    """
+    pytest.importorskip("pyarrow")
+    program = tmp_path / "bin" / "img2dataset"
+    program.parent.mkdir()
     program.write_text(
         f"#!{sys.executable}\n"
         + """
-import csv, io, sys, tarfile
+import csv, io, json, os, sys, tarfile
+from pathlib import Path
+import pyarrow, pyarrow.parquet
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert options["--output_format"] == "webdataset" and options["--url_col"] == "url"
-rows = list(csv.DictReader(open(options["--url_list"], newline=""), delimiter="\\t"))
-with tarfile.open(options["--output_folder"] + "/00000.tar", "w") as tar:
+out = Path(options["--output_folder"])
+done = {int(path.name.split("_")[0]) for path in out.glob("*.json")}
+rows = [] if 0 in done else list(csv.DictReader(open(options["--url_list"], newline=""), delimiter="\\t"))
+print("asked for", len(rows), flush=True)
+if not rows:
+    sys.exit()
+fates = []
+with tarfile.open(out / "00000.tar", "w") as tar:
     for i, row in enumerate(rows):
+        path, error = Path(row["url"].removeprefix("http://")), None
         if "gone" in row["url"]:
+            error = "HTTP Error 404: Not Found"
+        elif "busy" in row["url"] and not path.with_suffix(".asked").exists():
+            path.with_suffix(".asked").touch()
+            error = "<urlopen error timed out>"
+        fates.append({**row, "key": str(i), "status": "failed_to_download" if error else "success", "error_message": error})
+        if error:
             continue
-        for ext, data in (("jpg", open(row["url"].removeprefix("http://"), "rb").read()), ("txt", row["caption"].encode())):
+        for ext, data in (("jpg", path.read_bytes()), ("txt", row["caption"].encode())):
             info = tarfile.TarInfo(f"{i:09d}.{ext}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+if os.environ.get("KILLED") == out.name:
+    sys.exit(9)
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist(fates), out / "00000.parquet")
+(out / "00000_stats.json").write_text(json.dumps({"count": len(rows)}))
 """
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return folder
+    return program
 
 
-def test_prepare_cc3m_downloads_checks_and_says_how_many_survived(tmp_path, img2dataset):
-    (tmp_path / "a.jpg").write_bytes(picture(1))
-    (tmp_path / "b.jpg").write_bytes(picture(2))
-    lines = [
-        ('a "quoted" caption', f"http://{tmp_path}/a.jpg"),
-        ("second", f"http://{tmp_path}/b.jpg"),
-        ("third", "http://gone"),
-    ]
+@pytest.fixture
+def cc3m(tmp_path):
+    """Five pairs: two that answer, two when asked again, one that is gone."""
+    lines = []
+    for i, name in enumerate(("a", "b", "busy1", "busy2", "gone")):
+        (tmp_path / f"{name}.jpg").write_bytes(picture(i))
+        lines.append((f'the "{name}" picture', f"http://{tmp_path}/{name}.jpg"))
     (tmp_path / "cc.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in lines))
-    result = run(
-        tmp_path / "cc.tsv",
-        tmp_path / "out",
-        "--check-workers",
-        1,
+    return tmp_path / "cc.tsv"
+
+
+def prepare(cc3m, img2dataset, *options, status=0, **environment):
+    return run(
+        cc3m,
+        cc3m.parent / "out",
+        *("--check-workers", 1, "--img2dataset", img2dataset, *options),
         program="prepare_cc3m.py",
-        PATH=f"{img2dataset}:{os.environ['PATH']}",
+        status=status,
+        **environment,
     )
-    assert "3 pairs in" in result and "2 of 3 pairs (66.7 %) are whole" in result
-    assert json.loads((tmp_path / "out/check.json").read_text())["good"] == 2
-    assert {captions[0] for captions, _ in read(tmp_path / "out").values()} == {
-        'a "quoted" caption',
-        "second",
-    }
+
+
+def captions_in(folder):
+    paths = sorted(folder.glob("*.tar"))
+    return sorted(
+        c for batch in iter_eval(map(str, paths), image_size=8, batch_size=9) for (c,) in batch["captions"]
+    )
+
+
+def test_prepare_cc3m_asks_again_for_what_did_not_answer_and_goes_on_where_it_stopped(
+    tmp_path, cc3m, img2dataset
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "check.json").write_text("{}")  # as earlier versions left it
+    stopped = prepare(cc3m, img2dataset, status=1, KILLED="retry-1")
+    assert "5 pairs in" in stopped and "asking again for 2 pairs" in stopped
+    assert "run this again to go on" in stopped
+    result = prepare(cc3m, img2dataset)
+    assert "asked for 0" in result and "asking again for 2 pairs" in result
+    assert "4 of 5 pairs (80.0 %) are whole" in result
+    assert json.loads((tmp_path / "out/check/report.json").read_text())["good"] == 4
+    expected = [f'the "{name}" picture' for name in ("a", "b", "busy1", "busy2")]
+    assert captions_in(tmp_path / "out") == expected
+    again = prepare(cc3m, img2dataset)
+    assert "asked for 0" in again and "asking again" not in again and "4 of 5" in again
 
 
 def test_prepare_cc3m_says_what_is_wrong(tmp_path):
@@ -324,10 +366,14 @@ def test_prepare_cc3m_says_what_is_wrong(tmp_path):
     result = run(tmp_path / "cc.tsv", tmp_path / "out", program="prepare_cc3m.py", status=2)
     assert "line 2: expected a caption, a tab and a URL" in result
     (tmp_path / "cc.tsv").write_text("caption\thttp://x/1\n")
-    result = run(
-        tmp_path / "cc.tsv", tmp_path / "out", program="prepare_cc3m.py", status=2, PATH=str(tmp_path)
+    result = run(tmp_path / "cc.tsv", tmp_path / "out", program="prepare_cc3m.py", status=2)
+    assert (
+        "environment of its own: run this again with --install" in result
+        and "pip install img2dataset" in result
     )
-    assert "pip install img2dataset" in result
+    options = ("--img2dataset", tmp_path / "nowhere")
+    result = run(tmp_path / "cc.tsv", tmp_path / "out", *options, program="prepare_cc3m.py", status=2)
+    assert "there is no" in result
 
 
 @pytest.fixture
