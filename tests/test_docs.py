@@ -116,8 +116,8 @@ def commands(path: Path) -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """A command's words, without those that stand for more ("loss=...")."""
-    return [word for word in shlex.split(command) if "..." not in word]
+    """A command's words, without those that stand for more ("loss=...") and the file that the output goes to."""
+    return [word for word in shlex.split(re.sub(r" > \S+$", "", command)) if "..." not in word]
 
 
 @cache

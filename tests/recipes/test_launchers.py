@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
 
 from tests.processes import ROOT, command, fork, fork_ranks
-from tests.recipes.runs import SMALL, lines, only_run, run_ranks
+from tests.recipes.runs import SMALL, lines, only_run, run, run_ranks
 
 QUIET = [*SMALL, "eval=none", "logger=none", "steps=4"]
 
@@ -91,3 +92,36 @@ def test_two_nodes_by_torchruns_rendezvous(tmp_path, shapes, torchrun_losses):
     for agent in agents:
         agent.finished()
     assert losses(only_run(tmp_path)) == pytest.approx(torchrun_losses, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ray_trains_the_losses_of_torchrun_and_of_one_process(tmp_path, shapes, torchrun_losses):
+    """Two workers of Ray Train on this machine; a tower without BatchNorm, whose ranks see what one process sees."""
+    pytest.importorskip("ray")
+    plain = [
+        "image_tower=timm",
+        "image_tower.model=test_vit",
+        "image_tower.image_size=null",
+        "text_tower.dropout=0.0",
+    ]
+    run(*QUIET, *plain, shapes, f"output_dir={tmp_path}/one")
+    alone = losses(only_run(tmp_path / "one"))
+    assert len(alone) == 4
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for name, more, expected, tolerance in (("rn", [], torchrun_losses, 1e-6), ("vit", plain, alone, 1e-5)):
+        settings = command(
+            ROOT / "recipes" / "pretrain.py", *QUIET, *more, shapes, "--cfg", "job", "--resolve"
+        )
+        (tmp_path / f"{name}.yaml").write_text(settings.finished())
+        program = ROOT / "recipes" / "own_trainer" / "ray_train.py"
+        # From another folder than the workers'.
+        command(program, f"{name}.yaml", f"on_ray/{name}", env=environment, cwd=tmp_path).finished()
+        folder = tmp_path / "on_ray" / name
+        assert losses(folder) == pytest.approx(expected, rel=tolerance)
+        (session,) = (folder / "sessions.jsonl").read_text().splitlines()
+        assert json.loads(session)["ranks"] == 2

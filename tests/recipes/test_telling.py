@@ -20,7 +20,6 @@ from tests.recipes.runs import SMALL, lines, only_run, run, weights
 from tests.recipes.test_pretrain import numbers
 
 WATCHED = [
-    "count_flops=true",
     "profile.start=1",
     "profile.steps=2",
     "logger=tensorboard",
@@ -29,16 +28,15 @@ WATCHED = [
 
 
 def test_watching_a_run_changes_no_number(tmp_path, shapes):
-    """Counted, traced and shown, with augmentation and dropout; then stopped and gone on with."""
-    settings = [*SMALL, shapes, "loss=[clip,simcse]", "data.augmentation.flip=0.5", "steps=4", "eval_every=2"]
+    """Traced and shown, with augmentation and dropout. That counting draws no number: tests/training/test_speed.py."""
+    settings = [*SMALL, shapes, "loss=[clip,simcse]", "data.augmentation.flip=0.5", "steps=4"]
     run(*settings, "logger=none", f"output_dir={tmp_path}/plain")
     said = run(*settings, *WATCHED, f"output_dir={tmp_path}/watched")
     plain, watched = only_run(tmp_path / "plain"), only_run(tmp_path / "watched")
     assert plain.relative_to(tmp_path / "plain") == watched.relative_to(tmp_path / "watched")
     expected = weights(plain)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(watched).items())
-    counted = [{k: v for k, v in line.items() if k != "train/tflops"} for line in numbers(watched)]
-    assert counted == numbers(plain)
+    assert numbers(watched) == numbers(plain)
 
     assert "pairs/s" in next(line for line in said.splitlines() if line.startswith("step 3/4"))
     trained = [line for line in lines(watched) if "train/loss" in line]
@@ -48,10 +46,7 @@ def test_watching_a_run_changes_no_number(tmp_path, shapes):
         assert line["train/data_fraction"] == pytest.approx(
             line["train/data_seconds"] / line["train/step_seconds"]
         )
-        # No peak of a CPU is known.
-        assert line["train/tflops"] > 0 and "train/mfu" not in line and line["train/infonce"] > 0
-    operations = [line["train/tflops"] * line["train/step_seconds"] for line in trained]
-    assert operations == pytest.approx([operations[0]] * 4)
+        assert "train/tflops" not in line and line["train/infonce"] > 0 and line["train/simcse"] > 0
     assert [path.name for path in (watched / "profile").iterdir()] == ["rank_0.1.pt.trace.json.gz"]
     (session,) = [json.loads(line) for line in (watched / "sessions.jsonl").read_text().splitlines()]
     assert session["step"] == 0 and session["ranks"] == 1
@@ -59,7 +54,7 @@ def test_watching_a_run_changes_no_number(tmp_path, shapes):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(watched / "tensorboard")).Reload()
-    assert [event.step for event in events.Images("samples")] == [2, 4]
+    assert [event.step for event in events.Images("samples")] == [4]
     captions = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode().splitlines()
     assert len(captions) == 3 and all(line.startswith("    a ") for line in captions)
 
