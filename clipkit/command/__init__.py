@@ -2,6 +2,7 @@
 
 compose     conf/ and the overrides, as plain values
 check       overrides that nothing reads, and errors that say what to do
+listing     what there is to choose: `ls`
 programs    one run, or a sweep by hydra's launchers: imports the program when a job starts
 jobs        what the jobs of a sweep leave on record
 processes   a sweep whose jobs are processes of their own (clipkit-sweep, clipkit-study)

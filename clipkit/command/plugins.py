@@ -83,6 +83,13 @@ def search(modules: Iterable[str]) -> None:
                 _packages.append(package)
 
 
+def folders() -> list[Path]:
+    """The folders of YAML of the packages that `search` has been given, in the order hydra searches them."""
+    specs = [importlib.util.find_spec(package) for package in _packages]
+    places = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    return [place / "conf" for place in places if (place / "conf").is_dir()]
+
+
 def load(modules: Iterable[str]) -> None:
     """Import the modules, and those that are installed; ValueError for one that cannot be imported."""
     for name in dict.fromkeys([*installed(), *modules]):

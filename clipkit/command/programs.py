@@ -44,6 +44,7 @@ from clipkit.command.compose import (
 )
 from clipkit.command.experiments import LEFT_OUT
 from clipkit.command.launch import adopt_slurm
+from clipkit.command.listing import ls
 from clipkit.command.unread import unread
 from clipkit.command.values import check_values
 from clipkit.registry import unknown
@@ -72,6 +73,9 @@ def run(program: str) -> None:
             return
         given = get_args_parser().parse_args(sys.argv[1:])
         check_config_dir(given.config_dir)
+        if given.overrides[:1] == ["ls"]:
+            print(ls(program, given.overrides[1:], given.config_dir))
+            return
         plugins.search(plugins.given(given.overrides))
         if given.cfg == "job" and given.resolve:
             # hydra's own would resolve before the paths of generated data are in place.

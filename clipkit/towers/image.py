@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from clipkit.registry import suggest
 from clipkit.towers.base import ImageTower
 from clipkit.towers.registry import register_image_tower
 
-_BLOCKS = ("blocks", "stages", "layers")
-
+# What timm's families call their layers: a list, or attributes of their own (ResNet, RegNet).
+_LISTS = ("blocks", "stages", "layers")
+_ONE_BY_ONE = ("layer", "s")
 
 # Of CLIP's training images, RGB on 0..1.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -71,11 +73,31 @@ class TimmTower(ImageTower):
         self.image_size = image_size or config["input_size"][-1]
         self.mean = tuple(config["mean"] if mean is None else mean)
         self.std = tuple(config["std"] if std is None else std)
-        # Some heads keep a hidden layer before the classifier (MobileNetV3): the wider of the two comes out.
-        self.width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
-        groups = timm.models.group_parameters(self.trunk, self.trunk.group_matcher(coarse=True))
-        self._depth = {f"trunk.{name}": depth for depth, names in groups.items() for name in names}
-        self.num_layers = max(groups)
+        self.width = self._columns(model, pool)
+        groups = _groups(self.trunk)
+        self._blocks = _trunk_blocks(self.trunk, groups)
+        self._depth, self.num_layers = _depths(self.trunk, self._blocks, groups)
+
+    def _columns(self, model: str, pool: str | None) -> int:
+        """Columns of the trunk's output for a picture of `image_size`; ValueError where it makes none of them."""
+        # Of the kind that the weights are: real, without memory (a plan), or without values.
+        like = next(self.trunk.parameters())
+        try:
+            with torch.no_grad():
+                out = self.trunk.eval()(like.new_zeros(1, 3, self.image_size, self.image_size))
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"timm's {model} takes no pictures of image_tower.image_size {self.image_size} pixels: {line}"
+            ) from error
+        finally:
+            self.trunk.train()
+        if out.ndim != 2:
+            raise ValueError(
+                f"timm's {model} with image_tower.pool {pool!r} gives {tuple(out.shape)} for a picture, "
+                "not one row: choose a pool that is a mean or a token, or null"
+            )
+        return out.shape[1]
 
     @staticmethod
     def check(*, model: str, **settings: Any) -> None:
@@ -92,10 +114,7 @@ class TimmTower(ImageTower):
         return self._depth.get(name, self.num_layers + 1)
 
     def blocks(self) -> list[nn.Module]:
-        for attribute in _BLOCKS:
-            if hasattr(self.trunk, attribute):
-                return list(getattr(self.trunk, attribute).children())
-        return _resnet_stages(self.trunk)
+        return list(self._blocks)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.trunk(image)
@@ -219,4 +238,63 @@ class ClipViT(_ClipTower):
 
 
 def _resnet_stages(body: nn.Module) -> list[nn.Module]:
-    return [stage for stage in (getattr(body, f"layer{i}", None) for i in range(1, 5)) if stage is not None]
+    return _numbered(body, "layer")
+
+
+def _numbered(body: nn.Module, prefix: str) -> list[nn.Module]:
+    """The modules prefix1, prefix2, ... of a body."""
+    found = ((place, getattr(body, f"{prefix}{place}", None)) for place in range(1, 10))
+    return [module for _, module in found if isinstance(module, nn.Module)]
+
+
+def _groups(trunk: Any) -> dict[str, int]:
+    """timm's own number of each parameter's stage or block, 0 the stem; empty for families that have none."""
+    from timm.models import group_parameters
+
+    try:
+        matcher = trunk.group_matcher(coarse=True)
+    except (AttributeError, AssertionError):
+        return {}
+    return {name: number for number, names in group_parameters(trunk, matcher).items() for name in names}
+
+
+def _trunk_blocks(trunk: nn.Module, groups: Mapping[str, int]) -> list[nn.Module]:
+    """A timm model's layers: its list of them, its numbered stages, or else the modules that its groups consist of."""
+    for name in _LISTS:
+        layers = getattr(trunk, name, None)
+        if isinstance(layers, (nn.ModuleList, nn.Sequential)):
+            return list(layers.children())
+    for prefix in _ONE_BY_ONE:
+        layers = _numbered(trunk, prefix)
+        if len(layers) > 1:
+            return layers
+    found: dict[nn.Module, int] = {}
+
+    def descend(module: nn.Module, prefix: str) -> None:
+        numbers = {groups.get(name, 0) for name, _ in module.named_parameters(prefix=prefix)}
+        if len(numbers) == 1 and 0 not in numbers and list(module.children()):
+            found[module] = numbers.pop()
+            return
+        for name, child in module.named_children():
+            descend(child, f"{prefix}.{name}" if prefix else name)
+
+    descend(trunk, "")
+    # VGG's groups, for one, are single convolutions in a row of others.
+    return list(found) if {*found.values()} == {*groups.values()} - {0} else []
+
+
+def _depths(
+    trunk: nn.Module, blocks: list[nn.Module], groups: Mapping[str, int]
+) -> tuple[dict[str, int], int]:
+    """Each parameter's depth by name, and the number of layers; timm's groups where no module is a layer."""
+    if not blocks:
+        return {f"trunk.{name}": number for name, number in groups.items()}, max(groups.values(), default=0)
+    inside = {id(one): place for place, block in enumerate(blocks, 1) for one in block.parameters()}
+    depth: dict[str, int] = {}
+    # timm registers what comes first first; what stands between two layers counts to the one before it.
+    passed: set[int] = set()
+    for name, one in trunk.named_parameters():
+        passed |= {inside[id(one)]} if id(one) in inside else set()
+        outside = len(blocks) + 1 if len(passed) == len(blocks) else len(passed)
+        depth[f"trunk.{name}"] = inside.get(id(one), outside)
+    return depth, len(blocks)

@@ -10,17 +10,22 @@ import shutil
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch.nn.functional import cosine_similarity
 
 from clipkit.checkpoint import save_checkpoint
+from clipkit.command.compose import register_resolvers, resolved
+from clipkit.command.values import check_values
 from clipkit.export import save_sentence_transformer
 from clipkit.loading import load_model, model_config, with_architecture
 from clipkit.losses import create_loss
 from clipkit.model import create_model
 from clipkit.optim import parameter_groups
 from clipkit.planner.measure import Measured
-from clipkit.towers import create_text_tower
+from clipkit.towers import check_text_tower, create_text_tower
 from clipkit.towers.hugging_face import without_weights
+from tests.processes import ROOT, launch
+from tests.towers.fsdp_types import trained
 from tests.towers.hf_types import (
     CAUSAL,
     DROPOUT,
@@ -40,6 +45,7 @@ from tests.towers.hf_types import (
 
 transformers = pytest.importorskip("transformers")
 
+CONF = ROOT / "conf"
 # The others are tests/towers/test_hugging_face_tower.py's.
 GATE = ("albert", "clip", "deberta-v2", "gpt2", "modernbert", "qwen3")
 every_type = pytest.mark.parametrize(
@@ -398,3 +404,39 @@ def test_of_a_model_of_several_parts_the_text_encoder_is_taken(name, tmp_path):
         again = create_text_tower(without_weights(spec), embed_dim=8, **IDS).eval()
         again.load_state_dict(ours.state_dict())
         assert torch.equal(again(row[None]), ours(row[None]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+def test_ranks_train_every_type_as_one_process_does(way):
+    wanted = trained(list(SIZES), "alone")
+    for found in launch(trained, 2, list(SIZES), way, timeout_s=600):
+        for name in SIZES:
+            assert found[name]["losses"] == pytest.approx(wanted[name]["losses"], rel=1e-4), name
+            assert wanted[name]["losses"][0] != wanted[name]["losses"][1]
+            for key, one in wanted[name]["weights"].items():
+                torch.testing.assert_close(
+                    found[name]["weights"][key],
+                    one,
+                    atol=2e-5,
+                    rtol=1e-3,
+                    msg=lambda text, at=f"{name} {key}": f"{at}: {text}",
+                )
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "text_tower").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_text_tower_of_conf_is_built_under_the_default_experiment(path):
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("pretrain", overrides=[f"text_tower={path.stem}"])
+    config = resolved(cfg, "pretrain")
+    check_values(config, "pretrain")
+    spec = config["text_tower"]
+    check_text_tower(spec)
+    if spec.get("pretrained"):
+        # A name of the hub, which no test reaches.
+        assert spec["name"] == "hf" and spec["model_type"] is None
+        return
+    with torch.device("meta"):
+        made = create_text_tower(spec, embed_dim=config["embed_dim"], context_length=16, **IDS)
+    assert made.num_layers >= 2
