@@ -30,7 +30,7 @@ class CLOOB(nn.Module):
         L = -1/N sum_i log e^{<U_x_i, U_y_i> / t} / sum_{j != i} e^{<U_x_i, U_y_j> / t}
             -1/N sum_i log e^{<V_x_i, V_y_i> / t} / sum_{j != i} e^{<V_x_j, V_y_i> / t}
 
-    Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2.
+    Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP".
     Retrieval replaces each embedding by an average of similar ones, which enriches shared features
     ("covariance structure") and keeps InfoLOOB from saturating. The temperature is fixed, since InfoLOOB has
     no lower bound in the scale. The paper's code multiplies the loss by t: `weight` 1/30 gives its numbers.

@@ -29,8 +29,8 @@ class InfoLOOB(nn.Module):
         L = 1/(2N) sum_i [ -log e^{s_ii} / sum_{j != i} e^{s_ij}  -  log e^{s_ii} / sum_{j != i} e^{s_ji} ],
         s_ij = scale <x_i, y_j>
 
-    Poole et al. 2019, "On Variational Bounds of Mutual Information", section 2 (the bound); Fuerst et al.
-    2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", section 2 (as a loss). Without
+    Poole et al. 2019, "On Variational Bounds of Mutual Information" (the bound); Fuerst et al. 2022, "CLOOB:
+    Modern Hopfield Networks with InfoLOOB Outperform CLIP" (as a loss). Without
     the positive below, the gradient does not fade as the positive wins. The loss has no lower bound in the
     scale: keep logit_scale fixed or clamped, as CLOOB does (30 on CC3M). Yeh et al. 2022 call the same form
     decoupled contrastive learning.

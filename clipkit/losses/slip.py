@@ -40,7 +40,7 @@ class SLIP(nn.Module):
 
     where p(i) is the other view of i's image. Chen et al. 2020, "A Simple Framework for Contrastive Learning
     of Visual Representations", equation 1, with t = 0.1; Mu et al. 2022, "SLIP: Self-supervision meets
-    Language-Image Pre-training", section 3, adds it to InfoNCE at weight 1. N are the images of the whole
+    Language-Image Pre-training", adds it to InfoNCE at weight 1. N are the images of the whole
     group.
 
     With `head`, both views pass a three-layer perceptron first (as SLIP does, without its batch
