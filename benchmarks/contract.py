@@ -42,6 +42,7 @@ NEEDED = {
     "fastclip": {"num_samples": PAIRS_IN_ALL},
     "matryoshka": {"dims": [4, 8]},
     "nli_softmax": {"embed_dim": 8},
+    "queue": {"embed_dim": 8, "size": 20},
 }
 PACKAGES = ("torch", "open_clip_torch", "sentence-transformers", "lightly", "inf-cl")
 

@@ -28,7 +28,8 @@ def unread(config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]
                 yield f"{entry}: no task of eval= reads it; eval=retrieval scores data.val, eval.TASK.shards= says where a task looks"
         elif part == "data.sentences":
             name = key.split(".")[-1]
-            read = {what for loss, what in _SENTENCES.items() if loss in config["loss"]}
+            losses = {(settings or {}).get("name") or term for term, settings in config["loss"].items()}
+            read = {what for loss, what in _SENTENCES.items() if loss in losses}
             if name in _SENTENCES.values() and name not in read or not read:
                 yield f"{entry}: no loss of this run reads it"
         elif key in _SCORED and not tasks:

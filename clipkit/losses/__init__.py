@@ -15,6 +15,7 @@ from clipkit.losses.contract import (
     check_gradient_contracts,
 )
 from clipkit.losses.cyclic import CyclicGeometry
+from clipkit.losses.distill import Distill
 from clipkit.losses.fastclip import FastCLIP
 from clipkit.losses.infoloob import InfoLOOB
 from clipkit.losses.infonce import InfoNCE
@@ -22,6 +23,7 @@ from clipkit.losses.matryoshka import Matryoshka
 from clipkit.losses.mlm import MaskedLanguageModel
 from clipkit.losses.nli_contrastive import NLIContrastive
 from clipkit.losses.nli_softmax import NLISoftmax
+from clipkit.losses.queue import MemoryQueue
 from clipkit.losses.registry import list_losses, register_loss
 from clipkit.losses.sigmoid import Sigmoid
 from clipkit.losses.simcse import SimCSE
@@ -32,12 +34,14 @@ __all__ = [
     "CLOOB",
     "ContractCase",
     "CyclicGeometry",
+    "Distill",
     "FastCLIP",
     "GradientReport",
     "InfoLOOB",
     "InfoNCE",
     "MaskedLanguageModel",
     "Matryoshka",
+    "MemoryQueue",
     "NLIContrastive",
     "NLISoftmax",
     "SLIP",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipkit.distributed import Group, Ranks, resolve_group
 from clipkit.losses.checks import agreed, check_number, takes_ranks
 from clipkit.losses.registry import losses
-from clipkit.registry import check_keys, suggest
+from clipkit.registry import check_keys, suggest, unknown
 
 _MODEL = "the model's forward: pass it this loss's `inputs`"
 _SUPPLIED_BY = {
@@ -31,6 +31,7 @@ class WeightedSum(nn.Module):
         terms: name to loss module, at least one.
         weights: name to weight, finite and >= 0; 1.0 where absent. A term of weight 0 is computed and
             reported, but adds nothing.
+        renamed: name of a term to {input as the loss names it: feature to take}.
 
     Attributes:
         inputs: the features that the terms need together; give them to the model, which makes just those
@@ -38,13 +39,19 @@ class WeightedSum(nn.Module):
         optional_inputs: features that some term uses where they are present.
 
     Raises:
-        ValueError: no terms, a weight for no term, or a weight that is negative or not finite.
+        ValueError: no terms, a weight for no term, a weight that is negative or not finite, or another name for
+            an input that a term does not have.
     """
 
     # torch types a module's call as Any.
     __call__: Callable[..., dict[str, Tensor]]
 
-    def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        terms: Mapping[str, nn.Module],
+        weights: Mapping[str, float] | None = None,
+        renamed: Mapping[str, Mapping[str, str]] | None = None,
+    ):
         super().__init__()
         if not terms:
             raise ValueError(
@@ -60,7 +67,11 @@ class WeightedSum(nn.Module):
         self.weights = {
             name: check_number(f"the weight of {name}", weights.get(name, 1.0), 0.0) for name in terms
         }
-        self._reads = {name: _reads(term) for name, term in terms.items()}
+        check_keys(renamed or {}, terms, "the renamed inputs")
+        self._renamed: dict[str, dict[str, str]] = {
+            name: dict((renamed or {}).get(name, {})) for name in terms
+        }
+        self._reads = {name: _reads(name, term, self._renamed[name]) for name, term in terms.items()}
         self._shares = [name for name, term in terms.items() if takes_ranks(term)]
         self.inputs = _union(needed for needed, _ in self._reads.values())
         optional = _union(optional for _, optional in self._reads.values())
@@ -148,11 +159,13 @@ class WeightedSum(nn.Module):
 
     def _given(self, name: str, features: Mapping[str, Any]) -> dict[str, Any]:
         """The features of one term, by the names it has for them."""
-        needed, optional = self._reads[name]
+        term, (needed, _) = self.terms[name], self._reads[name]
         for key in needed:
             if features.get(key) is None:
-                raise ValueError(_missing(name, self.terms[name], key, features))
-        return {key: features[key] for key in (*needed, *optional) if features.get(key) is not None}
+                raise ValueError(_missing(name, term, key, features))
+        other, own = self._renamed[name], (*term.inputs, *getattr(term, "optional_inputs", ()))
+        found = {key: features.get(other[key] if key in other else key) for key in own}
+        return {key: value for key, value in found.items() if value is not None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
@@ -166,10 +179,15 @@ def create_loss(
         create_loss("infonce")
         create_loss(["infonce", "cyclic"])
         create_loss({"infonce": {}, "cyclic": {"weight": 0.5, "in_modal": 0.25}})
+        create_loss({
+            "infonce": {},
+            "audio": {"name": "infonce", "inputs": {"image_features": "audio_features"}, "weight": 0.5},
+        })
 
     Args:
-        spec: a loss name, a list of names, or name to settings: `weight` (default 1) and the keyword
-            arguments of the loss's class.
+        spec: a loss name, a list of names, or name to settings: `weight` (default 1), the keyword arguments
+            of the loss's class, `name` where the term is not called as the loss is (to have one twice) and
+            `inputs`, {input as the loss names it: feature to take in its place}.
         group: passed to each loss that takes a group and whose settings give none.
 
     Raises:
@@ -188,7 +206,7 @@ def create_loss(
         raise ValueError(
             f"loss is {spec!r}: give a name, a list of names, or a mapping from names to settings"
         )
-    terms, weights = {}, {}
+    terms, weights, renamed = {}, {}, {}
     for name, settings in spec.items():
         if settings is not None and not isinstance(settings, Mapping):
             raise ValueError(
@@ -196,8 +214,14 @@ def create_loss(
             )
         settings = dict(settings or {})
         weights[name] = settings.pop("weight", 1.0)
-        terms[name] = build(name, settings, group=group)
-    return WeightedSum(terms, weights)
+        renamed[name] = settings.pop("inputs", None) or {}
+        if not isinstance(renamed[name], Mapping):
+            raise ValueError(
+                f"the inputs of loss {name!r} are {renamed[name]!r}: give a mapping from the loss's names to the "
+                "features', such as {'image_features': 'audio_features'}"
+            )
+        terms[name] = build(settings.pop("name", None) or name, settings, group=group)
+    return WeightedSum(terms, weights, renamed)
 
 
 def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto") -> nn.Module:
@@ -208,7 +232,7 @@ def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto"
         for key, value in inspect.signature(factory).parameters.items()
         if value.kind not in (value.VAR_POSITIONAL, value.VAR_KEYWORD)
     }
-    check_keys(settings, [*accepted, "weight"], f"loss {name!r}")
+    check_keys(settings, [*accepted, "weight", "name", "inputs"], f"loss {name!r}")
     needed = [key for key, value in accepted.items() if value.default is value.empty and key not in settings]
     if needed:
         raise ValueError(
@@ -232,9 +256,15 @@ def _missing(name: str, term: nn.Module, key: str, features: Mapping[str, Tensor
     )
 
 
-def _reads(term: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _reads(name: str, term: Any, renamed: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The features that a loss needs, and those it uses where they are present."""
-    return tuple(term.inputs), tuple(getattr(term, "optional_inputs", ()))
+    optional = tuple(getattr(term, "optional_inputs", ()))
+    for key in renamed:
+        if key not in (*term.inputs, *optional):
+            raise unknown(f"input of loss {name!r}", key, (*term.inputs, *optional))
+    return tuple(renamed.get(key, key) for key in term.inputs), tuple(
+        renamed.get(key, key) for key in optional
+    )
 
 
 def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

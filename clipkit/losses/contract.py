@@ -42,8 +42,16 @@ _FEATURES = {
     "pair_premise_features": ("text_tower", "pair_premise"),
     "pair_hypothesis_features": ("text_tower", "pair_hypothesis"),
 }
+# Feature -> the tower and the batch entry (rows, 2, _WIDTH) of each row's hard negatives.
+_NEGATIVES = {
+    "hard_negative_features": ("text_tower", "hard_negative"),
+    "hard_negative_image_features": ("image_tower", "hard_negative_image"),
+}
+# Rows of unit norm that no tower makes, and their width.
+_GIVEN = {"content_features": 3, "dist_image_features": 9, "dist_text_features": 9}
 _PARAMETERS = {"logit_scale": "log_logit_scale", "logit_bias": "logit_bias", "mlm_logits": "mlm_head"}
 _INTEGERS = {"pair_ids": None, "sample_index": None, "nli_labels": 3, "mlm_labels": 11}
+_TOWERS = {**_FEATURES, **_NEGATIVES}
 _WIDTH = 6  # of the towers' inputs
 
 
@@ -208,7 +216,7 @@ def _check(name: str, case: ContractCase, world_size: int) -> None:
         )
     if case.hybrid_group is not None and (case.hybrid_group < 1 or world_size % case.hybrid_group):
         raise ValueError(f"{name}: hybrid_group {case.hybrid_group} does not divide the {world_size} ranks")
-    known = [*_FEATURES, *_PARAMETERS, *_INTEGERS]
+    known = [*_TOWERS, *_GIVEN, *_PARAMETERS, *_INTEGERS, "sample_weight", "dist_logit_scale"]
     for given in case.inputs or ():
         if given not in known:
             raise unknown("input", given, known)
@@ -226,7 +234,7 @@ class _Towers(nn.Module):
 
     def __init__(self, case: ContractCase, inputs: Sequence[str]):
         super().__init__()
-        towers = {_FEATURES[name][0] for name in inputs if name in _FEATURES}
+        towers = {_TOWERS[name][0] for name in inputs if name in _TOWERS}
         towers |= {"text_tower"} if "mlm_logits" in inputs else set()
         for tower in sorted(towers):
             self.add_module(tower, nn.Linear(_WIDTH, case.embed_dim))
@@ -240,13 +248,15 @@ class _Towers(nn.Module):
     def forward(self, batch: Mapping[str, torch.Tensor], inputs: Sequence[str]) -> dict[str, torch.Tensor]:
         features = {}
         for name in inputs:
-            if name in _FEATURES:
-                tower, entry = _FEATURES[name]
+            if name in _TOWERS:
+                tower, entry = _TOWERS[name]
                 features[name] = nn.functional.normalize(self.get_submodule(tower)(batch[entry]), dim=-1)
             elif name == "logit_scale":
                 features[name] = self.log_logit_scale.exp()[0]
             elif name == "logit_bias":
                 features[name] = self.logit_bias[0]
+            elif name == "dist_logit_scale":
+                features[name] = torch.tensor(3.0, dtype=next(iter(batch.values())).dtype)
             elif name == "mlm_logits":
                 features[name] = self.get_submodule("mlm_head")(
                     self.get_submodule("text_tower")(batch["tokens"])
@@ -272,6 +282,12 @@ def _make_batch(case: ContractCase) -> dict[str, torch.Tensor]:
     for name, classes in _INTEGERS.items():
         if classes:
             batch[name] = torch.randint(0, classes, (rows,), generator=generator)
+    for _, entry in _NEGATIVES.values():
+        batch[entry] = torch.randn(rows, 2, _WIDTH, generator=generator).to(case.dtype)
+    for name, width in _GIVEN.items():
+        vectors = torch.randn(rows, width, generator=generator).to(case.dtype)
+        batch[name] = nn.functional.normalize(vectors, dim=-1)
+    batch["sample_weight"] = torch.rand(rows, generator=generator).to(case.dtype)
     return batch
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
+from clipkit.distributed import Group, Ranks, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
+    check_choice,
     check_impl,
     check_negatives,
     check_not_empty,
@@ -19,6 +21,9 @@ from clipkit.losses.checks import (
     paired_logits,
     scalar,
 )
+from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
+from clipkit.losses.options import check_options
+from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 
 
@@ -36,6 +41,7 @@ class InfoLOOB(nn.Module):
     decoupled contrastive learning.
 
     Args:
+        hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
 
@@ -44,16 +50,25 @@ class InfoLOOB(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
+    optional_inputs = ("hard_negative_features", "hard_negative_image_features", "sample_weight")
 
-    def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
+    def __init__(self, *, hard_negatives: str = "group", group: Group | str = "auto", impl: str = "auto"):
         super().__init__()
+        self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.group = group
         self.impl = check_impl(impl)
 
-    def check(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> None:
+    def check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        **options: Any,
+    ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
         check_pairs(self, image_features, text_features)
         check_scalar("logit_scale", logit_scale)
+        check_options(self, image_features, **options)
 
     def forward(
         self,
@@ -61,6 +76,10 @@ class InfoLOOB(nn.Module):
         text_features: Tensor,
         logit_scale: Tensor | float,
         *,
+        hard_negative_features: Tensor | None = None,
+        hard_negative_image_features: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
         ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); it may be negative.
@@ -69,28 +88,41 @@ class InfoLOOB(nn.Module):
             image_features: (B, D), unit norm.
             text_features: (B, D), unit norm; row i belongs to image i.
             logit_scale: (), the multiplier.
+            hard_negative_features: (B, K, D) or (M, D), unit norm: texts that images meet beyond the batch's.
+            hard_negative_image_features: the same for texts.
+            sample_weight: (B,) weights >= 0 of the rows in the mean.
+            reduction: "mean", or "none" for own rows' losses, (B,), times their weights.
             ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group, which has no negative.
         """
+        options: dict[str, Any] = {
+            "hard_negative_features": hard_negative_features,
+            "hard_negative_image_features": hard_negative_image_features,
+            "sample_weight": sample_weight,
+        }
         ranks = meet(
             self,
             ranks,
             image_features=image_features,
             text_features=text_features,
             logit_scale=logit_scale,
+            **{name: value for name, value in options.items() if value is not None},
         )
         check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
-        logit_scale, own = scalar(logit_scale, image_features), ranks.own(len(image_features))
-        texts = ranks.gather(text_features)
+        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
+        x, y = ranks.wide(image_features), ranks.wide(text_features)
+        scale, own = scalar(logit_scale, x), ranks.own(len(x))
+        texts = ranks.gather(y)
         check_negatives("infoloob", len(texts))
-        row_lse, col_lse = pair_lse(
-            image_features, texts, logit_scale, row_offset=own.start, impl=self.impl, precision=precision
-        )
+        row_lse, col_lse = pair_lse(x, texts, scale, row_offset=own.start, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
-        loss = (row_lse + col_lse) / 2 - paired_logits(image_features, text_features, logit_scale)
-        return all_reduce_sum(loss.sum() / len(texts), ranks.group)
+        more_texts, more_images = (
+            None if hard is None else HardNegatives(hard, ranks, self.hard_negatives, **kernel)
+            for hard in (hard_negative_features, hard_negative_image_features)
+        )
+        row_lse, col_lse = joined(row_lse, more_texts, x, scale), joined(col_lse, more_images, y, scale)
+        loss = (row_lse + col_lse) / 2 - paired_logits(x, y, scale)
+        return reduced(loss, ranks, sample_weight, reduction)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
+from clipkit.distributed import Group, Ranks, logsumexp_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
-    check_ids,
     check_impl,
     check_not_empty,
     check_number,
     check_pairs,
     check_scalar,
-    integers,
     kernel_precision,
     meet,
     paired_logits,
     scalar,
     softplus,
 )
-from clipkit.losses.duplicates import shared_sums
+from clipkit.losses.duplicates import NearContent, SameIds, check_false_negatives, same_content
+from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
+from clipkit.losses.options import check_options
+from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
+from clipkit.losses.small import runs_small, small_infonce
 
 
 @register_loss("infonce")
@@ -46,16 +49,26 @@ class InfoNCE(nn.Module):
     and figure 3. N are the pairs of the whole group: own rows stay, the texts are gathered, the columns' sums
     meet by an all-reduce.
 
-    With `label_smoothing` e, the target of a row is (1 - e) on its positives and e spread evenly over all N
+    With `label_smoothing` e, the target of a row is (1 - e) on its positives and e spread evenly over all its
     columns (Szegedy et al. 2016, section 7). With `pair_ids`, rows that share an id carry the same content:
 
     - `same_ids="positive"`: the target is even over all of them (Khosla et al. 2020, eq. 2; Yang et al. 2022,
       UniCL);
     - `same_ids="mask"`: they are left out of the row's sum, and out of its smoothing, as false negatives.
 
+    With `false_negatives`, so do rows whose texts are near: <t_i, t_j> >= `false_negative_threshold`, where t is
+    `content_features` if there are any (of a frozen sentence encoder, say), else the text features as they
+    are; each pair is judged for itself. "mask" and "share" are the two ways above, for ids too.
+
+    Hard negatives are more columns: texts that images meet (Yuksekgonul et al. 2023, NegCLIP), and images that
+    texts meet. They are nobody's positive, and no content is compared with theirs.
+
     Args:
         label_smoothing: e in [0, 1).
         same_ids: "positive" or "mask"; used only where forward receives `pair_ids`.
+        false_negatives: None, "mask" or "share".
+        false_negative_threshold: cosine in (0, 1].
+        hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
         group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows
             alone.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
@@ -66,13 +79,22 @@ class InfoNCE(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
-    optional_inputs = ("pair_ids",)
+    optional_inputs = (
+        "pair_ids",
+        "content_features",
+        "hard_negative_features",
+        "hard_negative_image_features",
+        "sample_weight",
+    )
 
     def __init__(
         self,
         *,
         label_smoothing: float = 0.0,
         same_ids: str = "positive",
+        false_negatives: str | None = None,
+        false_negative_threshold: float = 0.95,
+        hard_negatives: str = "group",
         group: Group | str = "auto",
         impl: str = "auto",
     ):
@@ -81,19 +103,25 @@ class InfoNCE(nn.Module):
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
+        check_false_negatives(false_negatives, impl)
+        self.false_negatives = false_negatives
+        self.false_negative_threshold = check_number(
+            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        )
+        self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
+        self._is_plain = self.label_smoothing == 0 and false_negatives is None
 
     def check(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        pair_ids: Tensor | Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
         check_pairs(self, image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        if pair_ids is not None:
-            check_ids("pair_ids", pair_ids, len(image_features))
+        check_options(self, image_features, **options)
 
     def forward(
         self,
@@ -102,6 +130,11 @@ class InfoNCE(nn.Module):
         logit_scale: Tensor | float,
         *,
         pair_ids: Tensor | Sequence[int] | None = None,
+        content_features: Tensor | None = None,
+        hard_negative_features: Tensor | None = None,
+        hard_negative_image_features: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
         ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's ClipLoss's.
@@ -111,60 +144,83 @@ class InfoNCE(nn.Module):
             text_features: (B, D), unit norm; row i belongs to image i.
             logit_scale: (), the multiplier (the inverse of the temperature), not its log.
             pair_ids: (B,) integers, the same id for rows with the same content, or None.
+            content_features: (B, E), unit norm: what `false_negatives` compares in place of the text features.
+            hard_negative_features: (B, K, D) or (M, D), unit norm: texts that images meet beyond the batch's.
+            hard_negative_image_features: the same for texts.
+            sample_weight: (B,) weights >= 0 of the rows in the mean.
+            reduction: "mean", or "none" for own rows' losses, (B,), times their weights.
             ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B.
         """
+        options: dict[str, Any] = {
+            "pair_ids": pair_ids,
+            "content_features": content_features,
+            "hard_negative_features": hard_negative_features,
+            "hard_negative_image_features": hard_negative_image_features,
+            "sample_weight": sample_weight,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
         ranks = meet(
             self,
             ranks,
             image_features=image_features,
             text_features=text_features,
             logit_scale=logit_scale,
-            pair_ids=pair_ids,
+            **options,
         )
         check_not_empty(image_features)
         precision = kernel_precision(image_features)
-        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
-        logit_scale, own = scalar(logit_scale, image_features), ranks.own(len(image_features))
-        texts = ranks.gather(text_features)
-        ids = all_ids = None
-        if pair_ids is not None:
-            ids = integers(pair_ids, image_features)
-            all_ids = ranks.gather(ids)
-        masked = ids is not None and self.same_ids == "mask"
-        row_lse, col_lse = pair_lse(
-            image_features,
-            texts,
-            logit_scale,
-            row_offset=own.start,
-            row_ids=ids if masked else None,
-            col_ids=all_ids if masked else None,
-            impl=self.impl,
-            precision=precision,
-        )
+        x, y = ranks.wide(image_features), ranks.wide(text_features)
+        scale, own = scalar(logit_scale, x), ranks.own(len(x))
+        if ranks.group is None and reduction == "mean" and not options and self._is_plain:
+            if runs_small(x, y, scale, self.impl):
+                return small_infonce(x, y, scale)
+        texts = ranks.gather(y)
+        kernel: dict[str, Any] = {"impl": self.impl, "precision": precision}
+        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
+        masked = (self.false_negatives or self.same_ids) == "mask"
+        if same is not None and masked:
+            row_lse, col_lse = same.lse(x, texts, scale, own, **kernel)
+        else:
+            row_lse, col_lse = pair_lse(x, texts, scale, row_offset=own.start, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
-        positive = paired_logits(image_features, text_features, logit_scale)
+        more_texts, more_images = (
+            None if hard is None else HardNegatives(hard, ranks, self.hard_negatives, **kernel)
+            for hard in (hard_negative_features, hard_negative_image_features)
+        )
+        row_lse, col_lse = joined(row_lse, more_texts, x, scale), joined(col_lse, more_images, y, scale)
+        positive = paired_logits(x, y, scale)
         loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
-        if self.label_smoothing > 0 or (ids is not None and not masked):
-            target = self._mean_target(texts, all_ids, own)
-            loss = loss + positive - paired_logits(image_features, target, logit_scale)
-        return all_reduce_sum(loss.sum() / len(texts), ranks.group)
+        if self.label_smoothing > 0 or (same is not None and not masked):
+            by_image = self._target(texts, own, same, masked, more_texts)
+            by_text = self._target(ranks.gather(x), own, same, masked, more_images)
+            loss = (
+                loss + positive - (paired_logits(x, by_image, scale) + paired_logits(y, by_text, scale)) / 2
+            )
+        return reduced(loss, ranks, sample_weight, reduction)
 
-    def _mean_target(self, texts: Tensor, all_ids: Tensor | None, own: slice) -> Tensor:
-        """(B, D): the mean text under each own row's target; logits are linear, so no N x N matrix is needed.
-
-        Summed over rows it is the target of both directions: "shares an id" is symmetric. Where masking makes
-        the number of columns differ by row, the mean of the two directions' smoothing is taken.
-        """
-        texts = texts.to(compute_dtype(texts))
-        total = len(texts)
-        if all_ids is None:
-            return (1 - self.label_smoothing) * texts[own] + self.label_smoothing * texts.mean(0)
-        shared, counts = shared_sums(texts, all_ids)
-        if self.same_ids == "positive":
-            return (1 - self.label_smoothing) * (shared / counts)[own] + self.label_smoothing * texts.mean(0)
-        weight = 1 / (total - counts + 1)
-        smooth = weight * (texts.sum(0) + 2 * (texts - shared)) + (weight * texts).sum(0)
-        return (1 - self.label_smoothing) * texts[own] + self.label_smoothing / 2 * smooth[own]
+    def _target(
+        self,
+        everyone: Tensor,
+        own: slice,
+        same: SameIds | NearContent | None,
+        masked: bool,
+        hard: HardNegatives | None,
+    ) -> Tensor:
+        """(B, D): the mean of everyone's rows (N, D), and hard negatives, under the target of each own row.
+        Logits are linear, so it stands for an N x N matrix of targets."""
+        everyone = everyone.to(compute_dtype(everyone))
+        target, total, columns = everyone[own], everyone.sum(0), len(everyone)
+        if same is not None:
+            shared, counts = same.sums(everyone, own)
+            if masked:
+                total, columns = total - shared + everyone[own], columns - counts + 1
+            else:
+                target = shared / counts
+        if self.label_smoothing == 0:
+            return target
+        if hard is not None:
+            total, columns = total + hard.sums(), columns + hard.number
+        return (1 - self.label_smoothing) * target + self.label_smoothing * total / columns

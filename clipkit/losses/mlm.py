@@ -52,12 +52,12 @@ class MaskedLanguageModel(nn.Module):
         check_ids("mlm_labels", mlm_labels, len(mlm_logits))
         if reads_values(self, mlm_logits.device):
             labels = integers(mlm_labels, mlm_logits)
-            labels = labels[labels != self.ignore_index]
             classes = mlm_logits.shape[1]
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            outside = ((labels < 0) | (labels >= classes)) & (labels != self.ignore_index)
+            if bool(outside.any()):
                 raise ValueError(
-                    f"mlm_labels must lie in 0..{classes - 1} or be {self.ignore_index}, but go from "
-                    f"{labels.min()} to {labels.max()}"
+                    f"mlm_labels must lie in 0..{classes - 1} or be {self.ignore_index}, but one is "
+                    f"{int(labels[outside][0])}"
                 )
 
     def forward(self, mlm_logits: Tensor, mlm_labels: Tensor, *, ranks: Ranks | None = None) -> Tensor:

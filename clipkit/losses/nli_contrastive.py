@@ -39,8 +39,10 @@ class NLIContrastive(nn.Module):
         Z_i = sum_j (e^{<h_i, h+_j> / t} + alpha^{1[i = j]} e^{<h_i, h-_j> / t})
 
     Gao et al. 2021, "SimCSE", equation 5 with t = 0.05; alpha weighs a premise's own contradiction, as in the
-    paper's ablation of hard negatives (in its appendix), and alpha = 1 is equation 5. M are the
-    triplets of the whole group.
+    paper's ablation of hard negatives (in its appendix), and alpha = 1 is equation 5. The paper's code has
+    log alpha in its place: its `hard_negative_weight` is added to the logit, and its 0 is alpha = 1. M are the
+    triplets of the whole group. With K contradictions a premise, all K M are candidates of every premise and
+    alpha weighs its own K.
 
     Args:
         temperature: t > 0.
@@ -76,12 +78,19 @@ class NLIContrastive(nn.Module):
         like = ("premise_features", premise_features)
         check_matrix("premise_features", premise_features)
         check_matrix("entailment_features", entailment_features, like=like)
-        check_matrix("contradiction_features", contradiction_features, like=like)
+        contradictions = contradiction_features
+        if isinstance(contradictions, Tensor) and contradictions.ndim == 3 and contradictions.shape[1] > 0:
+            # Each of the K as the only one.
+            for number in range(contradictions.shape[1]):
+                check_matrix("contradiction_features", contradictions[:, number], like=like)
+            contradictions = contradictions.flatten(0, 1)
+        else:
+            check_matrix("contradiction_features", contradictions, like=like)
         if reads_values(self, premise_features.device):
             check_unit_norm(
                 premise_features=premise_features,
                 entailment_features=entailment_features,
-                contradiction_features=contradiction_features,
+                contradiction_features=contradictions,
             )
 
     def forward(
@@ -97,7 +106,7 @@ class NLIContrastive(nn.Module):
         Args:
             premise_features: (M, D), unit norm.
             entailment_features: (M, D), unit norm; row i follows from premise i.
-            contradiction_features: (M, D), unit norm; row i contradicts premise i.
+            contradiction_features: (M, D) or (M, K, D), unit norm; row i contradicts premise i.
             ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
@@ -121,14 +130,19 @@ class NLIContrastive(nn.Module):
         negatives, _ = pair_lse(
             premise_features, entailed, scale, row_offset=offset, impl=self.impl, precision=precision
         )
-        others, _ = pair_lse(
-            premise_features, contradicted, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        negatives = logaddexp(negatives, others)
-        if self.hard_negative_weight > 0:
-            own = paired_logits(premise_features, contradiction_features, scale) + math.log(
-                self.hard_negative_weight
+        # (M, D) is K = 1.
+        for own, everyone in zip(_each(contradiction_features), _each(contradicted)):
+            others, _ = pair_lse(
+                premise_features, everyone, scale, row_offset=offset, impl=self.impl, precision=precision
             )
-            negatives = logaddexp(negatives, own)
+            negatives = logaddexp(negatives, others)
+            if self.hard_negative_weight > 0:
+                weight = math.log(self.hard_negative_weight)
+                negatives = logaddexp(negatives, paired_logits(premise_features, own, scale) + weight)
         loss = softplus(negatives - paired_logits(premise_features, entailment_features, scale))
         return all_reduce_sum(loss.sum() / len(entailed), ranks.group)
+
+
+def _each(features: Tensor) -> tuple[Tensor, ...]:
+    """The K (M, D) matrices of (M, K, D); (M, D) alone."""
+    return features.unbind(1) if features.ndim == 3 else (features,)

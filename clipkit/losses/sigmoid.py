@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum
+from clipkit.distributed import Group, Ranks
 from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
-    check_ids,
     check_impl,
     check_not_empty,
+    check_number,
     check_pairs,
     check_scalar,
-    integers,
     kernel_precision,
     meet,
     paired_logits,
     scalar,
     softplus,
 )
-from clipkit.losses.duplicates import shared_sums
+from clipkit.losses.duplicates import check_false_negatives, same_content
+from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives
+from clipkit.losses.options import check_options
+from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 
 
@@ -37,10 +40,14 @@ class Sigmoid(nn.Module):
     negatives do not swamp the first steps. N are the pairs of the whole group: own images meet all texts.
 
     With `pair_ids`, rows that share an id carry the same content: with `same_ids="positive"` z is 1 between
-    them, with "mask" they are left out as false negatives.
+    them, with "mask" they are left out as false negatives. With `false_negatives` so do rows whose texts are
+    near, as in `infonce`. Hard negatives are more pairs with z = -1, in the sum over the batch's N.
 
     Args:
         same_ids: "positive" or "mask"; used only where forward receives `pair_ids`.
+        false_negatives: None, "mask" or "share".
+        false_negative_threshold: cosine in (0, 1].
+        hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_softplus`.
 
@@ -49,18 +56,39 @@ class Sigmoid(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
-    optional_inputs = ("pair_ids",)
+    optional_inputs = (
+        "pair_ids",
+        "content_features",
+        "hard_negative_features",
+        "hard_negative_image_features",
+        "sample_weight",
+    )
     supplied_by = {
         "logit_bias": (
             "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"
         )
     }
 
-    def __init__(self, *, same_ids: str = "positive", group: Group | str = "auto", impl: str = "auto"):
+    def __init__(
+        self,
+        *,
+        same_ids: str = "positive",
+        false_negatives: str | None = None,
+        false_negative_threshold: float = 0.95,
+        hard_negatives: str = "group",
+        group: Group | str = "auto",
+        impl: str = "auto",
+    ):
         super().__init__()
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
+        check_false_negatives(false_negatives, impl)
+        self.false_negatives = false_negatives
+        self.false_negative_threshold = check_number(
+            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        )
+        self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
 
     def check(
         self,
@@ -68,7 +96,7 @@ class Sigmoid(nn.Module):
         text_features: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float,
-        pair_ids: Tensor | Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
         check_pairs(self, image_features, text_features)
@@ -78,8 +106,7 @@ class Sigmoid(nn.Module):
                 f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
             )
         check_scalar("logit_bias", logit_bias)
-        if pair_ids is not None:
-            check_ids("pair_ids", pair_ids, len(image_features))
+        check_options(self, image_features, **options)
 
     def forward(
         self,
@@ -89,6 +116,11 @@ class Sigmoid(nn.Module):
         logit_bias: Tensor | float,
         *,
         pair_ids: Tensor | Sequence[int] | None = None,
+        content_features: Tensor | None = None,
+        hard_negative_features: Tensor | None = None,
+        hard_negative_image_features: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
         ranks: Ranks | None = None,
     ) -> Tensor:
         """The loss of the group's pairs, (); the order of arguments is open_clip's SigLipLoss's.
@@ -99,12 +131,24 @@ class Sigmoid(nn.Module):
             logit_scale: (), the multiplier.
             logit_bias: (), added to every logit.
             pair_ids: (B,) integers, the same id for rows with the same content, or None.
+            content_features: (B, E), unit norm: what `false_negatives` compares in place of the text features.
+            hard_negative_features: (B, K, D) or (M, D), unit norm: texts that images meet beyond the batch's.
+            hard_negative_image_features: the same for texts.
+            sample_weight: (B,) weights >= 0 of the rows (images with all texts) in the mean.
+            reduction: "mean", or "none" for own rows' losses, (B,), times their weights.
             ranks: what a weighted sum gives all of its terms; leave it out.
 
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 no bias.
         """
+        options: dict[str, Any] = {
+            "pair_ids": pair_ids,
+            "content_features": content_features,
+            "hard_negative_features": hard_negative_features,
+            "hard_negative_image_features": hard_negative_image_features,
+            "sample_weight": sample_weight,
+        }
         ranks = meet(
             self,
             ranks,
@@ -112,36 +156,27 @@ class Sigmoid(nn.Module):
             text_features=text_features,
             logit_scale=logit_scale,
             logit_bias=logit_bias,
-            pair_ids=pair_ids,
+            **{name: value for name, value in options.items() if value is not None},
         )
         check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
-        logit_scale, bias = scalar(logit_scale, image_features), scalar(logit_bias, image_features)
-        own = ranks.own(len(image_features))
-        texts = ranks.gather(text_features)
-        ids = all_ids = None
-        if pair_ids is not None:
-            ids = integers(pair_ids, image_features)
-            all_ids = ranks.gather(ids)
-        masked = ids is not None and self.same_ids == "mask"
-        loss = pair_softplus(
-            image_features,
-            texts,
-            logit_scale,
-            bias,
-            row_offset=own.start,
-            row_ids=ids if masked else None,
-            col_ids=all_ids if masked else None,
-            impl=self.impl,
-            precision=precision,
-        )
-        positive = paired_logits(image_features, text_features, logit_scale)
+        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
+        x, y = ranks.wide(image_features), ranks.wide(text_features)
+        scale, bias, own = scalar(logit_scale, x), scalar(logit_bias, x), ranks.own(len(x))
+        texts = ranks.gather(y)
+        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
+        masked = (self.false_negatives or self.same_ids) == "mask"
+        if same is not None and masked:
+            loss = same.softplus(x, texts, scale, bias, own, **kernel)
+        else:
+            loss = pair_softplus(x, texts, scale, bias, row_offset=own.start, **kernel)
+        positive = paired_logits(x, y, scale)
         loss = loss + softplus(-(positive + bias))
-        if all_ids is not None and not masked:
+        if same is not None and not masked:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
-            wide = texts.to(positive.dtype)
-            shared, counts = shared_sums(wide, all_ids)
-            loss = loss - paired_logits(image_features, (shared - wide)[own], logit_scale)
-            loss = loss - (counts[own, 0] - 1) * bias
-        return all_reduce_sum(loss.sum() / len(texts), ranks.group)
+            shared, counts = same.sums(texts.to(positive.dtype), own)
+            loss = loss - (paired_logits(x, shared, scale) - positive) - (counts[:, 0] - 1) * bias
+        for anchors, hard in ((x, hard_negative_features), (y, hard_negative_image_features)):
+            if hard is not None:
+                more = HardNegatives(hard, ranks, self.hard_negatives, **kernel)
+                loss = loss + more.softplus(anchors, scale, bias)
+        return reduced(loss, ranks, sample_weight, reduction)

@@ -23,6 +23,7 @@ SPECS = {
     for name in list_losses()
 }
 SPECS["a sum"] = gloo_cases.SPECS["a sum"]
+SPECS["infonce"] = {"infonce": {"false_negatives": "mask"}}
 SPECS["a list"] = {"infonce": {}, "cyclic": {}, "uniformity": {}, "sigmoid": {}}
 
 
@@ -71,12 +72,24 @@ IDS = {
 }
 
 
+WEIGHTS = {
+    "too few": _alone(lambda x: x[1:]),
+    "a matrix": _alone(lambda x: x[:, None]),
+    "below 0": _alone(lambda x: x - 10),
+    "a list": _alone(lambda x: x.tolist()),
+    "another type": _alone(lambda x: x.float()),
+    "none": _alone(lambda x: None),
+}
+
+
 def kinds(loss, key: str, value: torch.Tensor) -> dict[str, Callable[[dict, str], None]]:
-    if key in ("logit_scale", "logit_bias"):
+    if key in ("logit_scale", "logit_bias", "dist_logit_scale"):
         return SCALARS
     if not value.is_floating_point():
         # Any int64 is an id; the sum's ids differ by rank as they should.
         return {name: kind for name, kind in IDS.items() if key != "pair_ids" or name != "out of range"}
+    if key == "sample_weight":
+        return WEIGHTS
     unit = {} if "mlm" in key or "pair_" in key or "matryoshka" in loss.terms else NORMS
     return {**FEATURES, **unit}
 
@@ -109,15 +122,16 @@ def run_rank() -> dict[tuple[str, ...], object]:
         features = model(data)
         for case, spec in SPECS.items():
             loss = build(spec)
-            read = (*loss.inputs, *(loss.optional_inputs if "infonce" in spec else ()))
+            read = (
+                *loss.inputs,
+                *(loss.optional_inputs if case in ("infonce", "sigmoid", "infoloob") else ()),
+            )
             given = {key: features[key] for key in read}
             for key in read:
                 for kind, spoil in kinds(loss, key, given[key]).items():
                     bad = dict(given)
                     if rank == BAD_RANK:
                         spoil(bad, key)
-                    if key in loss.optional_inputs and kind == "none":
-                        continue
                     found[case, key, kind] = attempt(loss, bad)
             if case not in gloo_cases.UNEVEN:
                 for kind, rows in (("fewer rows", share - 1), ("no rows", 0)):

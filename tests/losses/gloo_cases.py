@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from clipkit.kernels import pairs
-from clipkit.losses import create_loss, list_losses
+from clipkit.losses import create_loss, distill, duplicates, list_losses
 from clipkit.losses.registry import losses
 
 N, D, IMAGE, TEXT, VOCABULARY = 8, 6, 5, 4, 7
+NEAR = {"false_negative_threshold": 0.3}
 SPECS = {
     "infonce": {"infonce": {}},
     "infonce smoothed": {"infonce": {"label_smoothing": 0.2}},
@@ -44,6 +45,29 @@ SPECS = {
     "matryoshka of a classifier": {"matryoshka": {"loss": "nli_softmax", "dims": [3, 6]}},
     "slip": {"slip": {}},
     "slip with head": {"slip": {"head": True, "embed_dim": D, "hidden_dim": 5, "output_dim": 4}},
+    "infonce with negatives": {"infonce": {"label_smoothing": 0.1}},
+    "infonce with own negatives": {"infonce": {"hard_negatives": "own", "label_smoothing": 0.1}},
+    "infonce weighted with positives": {"infonce": {"label_smoothing": 0.1}},
+    "infonce masking near": {"infonce": {"false_negatives": "mask", "label_smoothing": 0.1, **NEAR}},
+    "infonce sharing near": {"infonce": {"false_negatives": "share", "label_smoothing": 0.1, **NEAR}},
+    "infonce sharing near content with positives": {"infonce": {"false_negatives": "share", **NEAR}},
+    "sigmoid with negatives": {"sigmoid": {}},
+    "sigmoid with own negatives": {"sigmoid": {"hard_negatives": "own"}},
+    "sigmoid weighted": {"sigmoid": {}},
+    "sigmoid masking near": {"sigmoid": {"false_negatives": "mask", **NEAR}},
+    "sigmoid sharing near": {"sigmoid": {"false_negatives": "share", **NEAR}},
+    "infoloob with own negatives weighted": {"infoloob": {"hard_negatives": "own"}},
+    "nli_contrastive of several": {"nli_contrastive": {"hard_negative_weight": 2.5, "temperature": 0.3}},
+    "distill": {"distill": {}},
+    "queue": {"queue": {"embed_dim": D, "size": 11}},
+    "queue of sigmoid weighted": {"queue": {"loss": "sigmoid", "embed_dim": D, "size": 5}},
+    "twice": {
+        "infonce": {"weight": 0.7},
+        "views": {
+            "name": "infonce",
+            "inputs": {"image_features": "image_features_view1", "text_features": "text_features_view2"},
+        },
+    },
     "a sum": {
         "infonce": {"weight": 0.7},
         "cyclic": {"weight": 2.0},
@@ -58,7 +82,10 @@ IMPLEMENTATIONS = ("dense", "chunked")
 
 
 def has_implementations(case: str) -> bool:
-    return any("impl" in inspect.signature(losses.get(name)).parameters for name in SPECS[case])
+    return any(
+        name == "queue" or "impl" in inspect.signature(losses.get(settings.get("name", name))).parameters
+        for name, settings in SPECS[case].items()
+    )
 
 
 class Model(nn.Module):
@@ -88,10 +115,19 @@ class Model(nn.Module):
         )
         text_names += ("pair_premise_features", "pair_hypothesis_features")
         text = {name: unit(self.text_tower(data[name]), dim=-1) for name in text_names}
+        negatives = {
+            "hard_negative_features": unit(self.text_tower(data["hard_negatives"]), dim=-1),
+            "hard_negative_image_features": unit(self.image_tower(data["hard_negative_images"]), dim=-1),
+            "contradictions": unit(self.text_tower(data["contradictions"]), dim=-1),
+        }
         return {
             **{name: value for name, value in data.items() if not value.is_floating_point()},
+            **{name: data[name] for name in ("sample_weight", "content_features") if name in data},
+            **{name: unit(data[name], dim=-1) for name in ("dist_image_features", "dist_text_features")},
+            "dist_logit_scale": torch.tensor(3.0),
             **image,
             **text,
+            **negatives,
             "mlm_logits": self.vocabulary(self.text_tower(data["mlm_logits"])),
             "logit_scale": self.log_logit_scale.exp(),
             "logit_bias": self.logit_bias,
@@ -102,8 +138,8 @@ def whole_batch() -> dict[str, torch.Tensor]:
     """The inputs of every row of the global batch."""
     generator = torch.Generator().manual_seed(7)
 
-    def rows(width: int) -> torch.Tensor:
-        return torch.randn(N, width, generator=generator, dtype=torch.float64)
+    def rows(*width: int) -> torch.Tensor:
+        return torch.randn(N, *width, generator=generator, dtype=torch.float64)
 
     texts = (
         "text_features",
@@ -120,7 +156,24 @@ def whole_batch() -> dict[str, torch.Tensor]:
         "mlm_labels": torch.tensor([3, -100, -100, -100, 1, 6, 0, -100]),
         "pair_ids": torch.tensor([4, 1, 4, 2, 9, 9, 4, 5]),
         "sample_index": torch.tensor([31, 4, 0, 17, 8, 2, 39, 5]),
+        "hard_negatives": rows(3, TEXT),
+        "hard_negative_images": rows(1, IMAGE),
+        "contradictions": rows(2, TEXT),
+        "dist_image_features": rows(9),
+        "dist_text_features": rows(9),
+        "content_features": nn.functional.normalize(rows(3), dim=-1),
+        "sample_weight": rows().abs() * torch.tensor([1, 1, 0, 1, 1, 1, 1, 1]),
     }
+
+
+def chosen(case: str, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The features of a case: optional ones where its name says so."""
+    features = dict(features)
+    if "negatives" not in case:
+        del features["hard_negative_features"], features["hard_negative_image_features"]
+    if "of several" in case:
+        features["contradiction_features"] = features["contradictions"]
+    return features
 
 
 def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str, torch.Tensor]:
@@ -129,20 +182,25 @@ def run(case: str, impl: str, rows: slice, group, loss_group="auto") -> dict[str
     model = Model().double()
     spec = {name: dict(settings) for name, settings in SPECS[case].items()}
     for name, settings in spec.items():
-        if "impl" in inspect.signature(losses.get(name)).parameters:
+        if "impl" in inspect.signature(losses.get(settings.get("name", name))).parameters:
             settings["impl"] = impl
+        elif name == "queue":
+            settings["settings"] = {"impl": impl}
     loss = create_loss(spec, group=loss_group).double()
     data = {name: value[rows] for name, value in whole_batch().items()}
-    if "with positives" not in case and "with masks" not in case:
-        del data["pair_ids"]
+    used = {"pair_ids": ("with positives", "with masks"), "sample_weight": ("weighted",)}
+    used |= {"content_features": ("content",)}
+    for name, words in used.items():
+        if not any(word in case for word in words):
+            del data[name]
     if next(loss.buffers(), None) is not None:
         # A step elsewhere gives a loss with a state something to remember.
         moved = {
             key: value * 0.5 + 0.1 if value.is_floating_point() else value for key, value in data.items()
         }
         with torch.no_grad():
-            loss(model(moved))
-    out = loss(model(data))
+            loss(chosen(case, model(moved)))
+    out = loss(chosen(case, model(data)))
     out["loss"].backward()
     found = {f"value of {name}": value.detach() for name, value in out.items()}
     named = [*model.named_parameters(prefix="model"), *loss.named_parameters(prefix="loss")]
@@ -183,6 +241,8 @@ def half_gradient(rows: slice, group="auto", dtype: torch.dtype = torch.bfloat16
 def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
     """Every case over the world, over pairs of ranks, and with uneven rows where allowed."""
     pairs.DEFAULT_CHUNK = 3
+    # Blocks of three own rows.
+    duplicates._BLOCK = distill._BLOCK = 3 * N
     ranks, rank = dist.get_world_size(), dist.get_rank()
     share = N // ranks
     rows = slice(rank * share, (rank + 1) * share)

@@ -35,6 +35,7 @@ SETTINGS = {
     "infonce": [{}, {"label_smoothing": 0.1}],
     "matryoshka": [{"dims": [4, 8]}],
     "nli_softmax": [{"embed_dim": EMBED_DIM}],
+    "queue": [{"embed_dim": EMBED_DIM, "size": 20}],
     "slip": [{}, {"head": True, "embed_dim": EMBED_DIM, "hidden_dim": 12, "output_dim": 6}],
     "simcse": [{}, {"head": True, "embed_dim": EMBED_DIM}],
 }
@@ -85,6 +86,56 @@ def test_every_split_gives_the_gradient_of_one_process(measured, name):
         assert report.ok, f"{key}\n{report}"
         # At least one tower or parameter must have a gradient to compare: a loss of constants would pass.
         assert any(parameter.ratio > 0 for parameter in report.parameters), key
+
+
+CLIP = ("image_features", "text_features", "logit_scale")
+NEGATIVES = ("hard_negative_features", "hard_negative_image_features")
+# Loss, settings, optional inputs: each in all implementations, micro-batches and world sizes.
+OPTIONS = [
+    (name, settings, optional)
+    for name in ("infonce", "sigmoid")
+    for settings, optional in (
+        ({}, NEGATIVES),
+        ({"hard_negatives": "own"}, (*NEGATIVES, "sample_weight")),
+        ({"same_ids": "mask"}, ("pair_ids", "sample_weight")),
+        ({"false_negatives": "mask", "false_negative_threshold": 0.5}, ()),
+        ({"false_negatives": "share", "false_negative_threshold": 0.5}, NEGATIVES),
+        (
+            {"false_negatives": "share", "false_negative_threshold": 0.5},
+            ("content_features", "pair_ids", "sample_weight"),
+        ),
+    )
+] + [
+    (
+        "infonce",
+        {"label_smoothing": 0.1, "false_negatives": "mask", "false_negative_threshold": 0.5},
+        NEGATIVES,
+    ),
+    ("infoloob", {}, (*NEGATIVES, "sample_weight")),
+    ("distill", {}, ("sample_weight",)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_option_keeps_the_gradient_of_one_process(world_size):
+    cases = {}
+    for name, settings, optional in OPTIONS:
+        bias = ("logit_bias",) if name == "sigmoid" else ()
+        read = (*create_loss({name: settings}).inputs, *optional)
+        assert set(CLIP + bias) <= set(read)
+        for implementation in ("dense", "chunked"):
+            for micro_batches in (1, 3):
+                cases[f"{name} {settings} {optional} {implementation} x{micro_batches}"] = ContractCase(
+                    partial(create_loss, {name: {**settings, "impl": implementation}}),
+                    reference_fn=partial(create_loss, {name: {**settings, "impl": "dense"}}),
+                    batch_size=12,
+                    embed_dim=EMBED_DIM,
+                    inputs=read,
+                    micro_batches=micro_batches,
+                )
+    for key, report in check_gradient_contracts(cases, world_size=world_size).items():
+        assert report.ok, f"{key}\n{report}"
 
 
 def _clip(image_features, text_features, logit_scale):

@@ -11,7 +11,7 @@ from clipkit.losses import create_loss, list_losses
 
 D, SCALES, INTEGERS = (
     6,
-    ("logit_scale", "logit_bias"),
+    ("logit_scale", "logit_bias", "dist_logit_scale"),
     ("nli_labels", "mlm_labels", "sample_index", "pair_ids"),
 )
 SETTINGS = {
@@ -20,6 +20,7 @@ SETTINGS = {
     "fastclip": {"num_samples": 50},
     "simcse": {"head": True, "embed_dim": D},
     "slip": {"head": True, "embed_dim": D, "hidden_dim": 5, "output_dim": 4},
+    "queue": {"embed_dim": D, "size": 7},
 }
 NEED_TWO = {"cloob", "fastclip", "infoloob", "uniformity"}
 
@@ -38,11 +39,13 @@ def make(
         if name in INTEGERS:
             features[name] = torch.arange(rows) % 3
         elif name in SCALES:
-            features[name] = torch.tensor(8.0 if name == "logit_scale" else -4.0, requires_grad=grad)
+            features[name] = torch.tensor(
+                -4.0 if name == "logit_bias" else 8.0, requires_grad=grad and "dist" not in name
+            )
         else:
             x = torch.randn(rows, D, generator=generator, dtype=torch.float64)
             x = x if name == "mlm_logits" else torch.nn.functional.normalize(x, dim=-1)
-            features[name] = x.to(dtype).requires_grad_(grad)
+            features[name] = x.to(dtype).requires_grad_(grad and "dist" not in name)
     return features
 
 
@@ -100,7 +103,7 @@ def test_a_view_with_other_strides_changes_nothing(name):
     loss = build(name)
     plain = make(loss)
     strided = {
-        key: value.detach().T.contiguous().T.requires_grad_() if value.ndim == 2 else value
+        key: value.detach().T.contiguous().T.requires_grad_(value.requires_grad) if value.ndim == 2 else value
         for key, value in plain.items()
     }
     assert any(not value.is_contiguous() for value in strided.values())

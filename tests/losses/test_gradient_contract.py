@@ -63,7 +63,8 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def test_every_registered_loss_has_a_case():
-    assert {name for spec in gloo_cases.SPECS.values() for name in spec} == set(list_losses())
+    named = {s.get("name", name) for spec in gloo_cases.SPECS.values() for name, s in spec.items()}
+    assert named == set(list_losses())
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -156,3 +156,24 @@ def test_refuses_ids_and_scales_of_other_shapes(unit, scale):
         InfoNCE()(unit(4, 3, 1), unit(4, 3, 2), torch.ones(4))
     with pytest.raises(ValueError, match="logit_scale"):
         InfoNCE()(unit(4, 3, 1), unit(4, 3, 2), "7")
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense"])
+def test_a_small_batchs_few_operators_are_twice_differentiable(unit, scale, impl):
+    pairs = (unit(4, 3, 1), unit(4, 3, 2), scale)
+    assert torch.autograd.gradcheck(InfoNCE(impl=impl), pairs)
+    assert torch.autograd.gradgradcheck(InfoNCE(impl=impl), pairs)
+
+
+def test_a_small_batchs_few_operators_give_what_the_blocks_give(unit, scale):
+    for rows, size in ((2, 1.0), (9, 1.0), (9, 15.0)):
+        x, y, s = unit(rows, 6, 1), unit(rows, 6, 2), (scale * size).detach().requires_grad_()
+        small, blocks = (InfoNCE(impl=impl)(x, y, s) for impl in ("auto", "chunked"))
+        assert torch.allclose(small, blocks, rtol=1e-12)
+        for found, expected in zip(*(torch.autograd.grad(v, (x, y, s)) for v in (small, blocks))):
+            assert torch.allclose(found, expected, rtol=1e-9, atol=1e-13)
+    # Some inputs frozen.
+    assert torch.allclose(
+        torch.autograd.grad(InfoNCE()(x.detach(), y, 7.0), y)[0],
+        torch.autograd.grad(InfoNCE(impl="chunked")(x.detach(), y, 7.0), y)[0],
+    )
