@@ -123,6 +123,9 @@ SWEEPS = {
     ],
     "ends of one long value": [f"data.train={PATHS.format('x')}{end},seed=0" for end in ("", ".gz", ".zip")],
     "starts of one long value": [f"tag={start}{'x' * 200}" for start in ("a", "b", "ab")],
+    "thirty": [
+        ",".join(f"group{i}.key{i}=value{i}" for i in range(29)) + f",seed={seed}" for seed in (0, 1, 2)
+    ],
     "other letters": [
         "data.root=/" + "\u6570\u636e" * 40 + f",name=\U00020000\U00020001,seed={seed}" for seed in (0, 1)
     ],

@@ -57,25 +57,30 @@ def _slug(text: str) -> str:
 
 
 def _abridged(overrides: str, limit: int) -> str:
-    """Something of every override: the last part of its key, and both ends of a value that is too long."""
+    """Something of every override, in so many letters."""
     given = [part.partition("=") for part in re.split(r",(?=[+~]*[\w@./:\-]+=)", overrides)]
     lasts = [re.split(r"[./@]", key)[-1] for key, _, _ in given]
-    words = [
-        _slug(f"{last if lasts.count(last) == 1 else key}-{value}")
+    parts = [
+        (_slug(last if lasts.count(last) == 1 else key), _slug(value))
         for (key, _, value), last in zip(given, lasts, strict=True)
     ]
-    room = limit - (len(words) - 1)
+    sizes, room = [len(key) + 1 + len(value) for key, value in parts], limit - (len(parts) - 1)
     # The short ones whole, and the rest shared out among the long ones.
-    width = max((w for w in range(limit + 1) if sum(min(len(word), w) for word in words) <= room), default=0)
-    return "-".join(_ends(word, width) for word in words)[:limit].strip("-.")
+    width = max((w for w in range(limit + 1) if sum(min(size, w) for size in sizes) <= room), default=0)
+    return "-".join(_cut(key, value, width) for key, value in parts)[:limit].strip("-.")
 
 
-def _ends(word: str, width: int) -> str:
-    """A word, or both its ends where it is longer than `width`; of a few letters, the last."""
-    head = (width - 2) // 3
-    if len(word) <= width or head < 1:
-        return word[max(0, len(word) - width) :]
-    return f"{word[:head]}..{word[len(word) - (width - 2 - head) :]}"
+def _cut(key: str, value: str, width: int) -> str:
+    """KEY-VALUE in so many letters: of the key the beginning, of a value that is longer both ends."""
+    if len(value) + 3 <= width:
+        return f"{key[: width - len(value) - 1].rstrip('._')}-{value}"
+    key = key[: width // 4]
+    room = width - len(key) - 3
+    head = room // 3
+    if head > 0:
+        return f"{key}-{value[:head]}..{value[head - room :]}"
+    # A few letters are the value's last.
+    return value[max(0, len(value) - width) :]
 
 
 def execution_settings() -> list[str]:

@@ -105,8 +105,9 @@ def _arithmetic(precision: str) -> str:
     """bf16 (or fp16, which is as fast), tf32 or fp32: the fastest that products of this precision may use."""
     if "16" in precision:
         return "bf16"
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "fp32"
+    # torch refuses to read allow_tf32 where TF32 was set in this newer way.
+    used = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+    return "tf32" if "tf32" in used else "fp32"
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -17,7 +17,10 @@ QUIET = [*SMALL, "eval=none", "logger=none", "steps=4"]
 @pytest.fixture(scope="module")
 def torchrun_losses(tmp_path_factory, shapes) -> list[float]:
     folder = tmp_path_factory.mktemp("torchrun")
-    run_ranks(*QUIET, shapes, f"output_dir={folder}")
+    # Traced, which changes nothing that the others are compared with; each rank leaves a file.
+    run_ranks(*QUIET, shapes, f"output_dir={folder}", "profile.start=1", "profile.steps=1")
+    traces = sorted(path.name for path in (only_run(folder) / "profile").iterdir())
+    assert traces == [f"rank_{rank}.1.pt.trace.json.gz" for rank in (0, 1)]
     return losses(only_run(folder))
 
 

@@ -66,6 +66,8 @@ def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, shap
     assert "resumed at step" in output
     whole, killed = only_run(tmp_path / "whole"), only_run(tmp_path / "killed")
     assert [line["step"] for line in lines(killed)] == list(range(1, 15))
+    sessions = [json.loads(line)["step"] for line in (killed / "sessions.jsonl").read_text().splitlines()]
+    assert sessions == [0, int(output.split("resumed at step ")[1].split()[0])]
     for ours, theirs in zip(lines(killed), lines(whole)):
         assert ours["train/loss"] == theirs["train/loss"]
     expected = weights(whole)

@@ -133,6 +133,32 @@ def test_peaks_are_the_datasheets_of_parts_known_by_name():
         assert gpu.fp32_tflops <= gpu.tf32_tflops == pytest.approx(gpu.bf16_tflops / 2, rel=0.02)
 
 
+def test_tf32_is_seen_however_it_was_set():
+    """By torch's older switches and by its newer ones, after which the older cannot be read."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+    def newer(name: str) -> None:
+        matmul.fp32_precision = conv.fp32_precision = name
+
+    def older(allowed: bool) -> None:
+        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        for switch, value, expected in (
+            (older, False, "fp32"),
+            (older, True, "tf32"),
+            (newer, "ieee", "fp32"),
+            (newer, "tf32", "tf32"),
+        ):
+            switch(value)
+            assert speed._arithmetic("fp32") == expected
+            assert speed._arithmetic("bf16") == speed._arithmetic("fp16") == "bf16"
+    finally:
+        older(False)
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_peak_memory_is_that_of_the_session():
     device = torch.device("cuda")
