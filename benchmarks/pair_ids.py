@@ -72,6 +72,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     common, cases = SETS[arguments.which]
+    if unknown := set(arguments.cases or ()) - set(cases):
+        parser.error(f"no case {sorted(unknown)[0]!r}: they are {', '.join(cases)}")
     cases = {case: cases[case] for case in arguments.cases or cases}
     root = arguments.runs.resolve() / arguments.which
     root.mkdir(parents=True, exist_ok=True)
