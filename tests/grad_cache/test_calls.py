@@ -14,10 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from clipkit.distributed import rank
 from clipkit.grad_cache import cached_backward, split_batch
 from clipkit.losses import InfoNCE, Sigmoid, Uniformity, create_loss
 from tests.grad_cache.cases import assert_same_gradients, contrastive
+from tests.processes import launch
 
 ROWS = 7
 Pair = collections.namedtuple("Pair", "image text")
@@ -230,6 +233,32 @@ def test_transformers_models_as_they_are(kind):
         terms = cached_backward(model, loss, batch, micro_batch_size=size)
         torch.testing.assert_close(terms["loss"], expected.detach(), rtol=1e-10, atol=0)
         assert_same_gradients(model, reference, 1e-9)
+
+
+def _ranks():
+    """transformers' CLIP under DDP, each rank with its share in two micro-batches."""
+    import transformers
+
+    model, batch = tiny(transformers, "clip")
+    share = slice(3 * rank(), 3 * rank() + 3)
+    own = {name: value[share] for name, value in batch.items()}
+    wrapped = DistributedDataParallel(model)
+    terms = cached_backward(wrapped, InfoNCE(), own, micro_batch_size=2)
+    return terms["loss"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_transformers_model_under_ddp_has_one_process_gradients():
+    transformers = pytest.importorskip("transformers")
+    model, batch = tiny(transformers, "clip")
+    expected = model(**{name: value[:6] for name, value in batch.items()}, return_loss=True).loss
+    expected.backward()
+    for value, gradients in launch(_ranks, 2):
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=0)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                error = (gradients[name] - parameter.grad).norm()
+                assert error <= 1e-9 * parameter.grad.norm() + 1e-15, name
 
 
 def test_open_clips_model_and_its_own_loss():
