@@ -33,7 +33,7 @@ CAUSES = {
     "image_too_large": "the image's header claims more pixels than max_pixels",
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",
-    "broken_json": "the json does not parse, or is not an object",
+    "broken_json": "the json does not parse, or is no object; the caption file, where there is one, is used without it",
     # Samples of a labelled evaluation set.
     "broken_label": "the class id is there and is no whole number",
 }

@@ -6,7 +6,6 @@ sample      0     1     2        3     4        -> (shard, KEY, where its image,
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.data.captions import clean_caption, decode_caption, listed, parse_meta
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import ShardIndex, cached_index, index_file, index_tar, load_index, store_index
 from clipkit.data.urls import Spool, is_stream
@@ -59,6 +59,7 @@ class ShardSet:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._pid = os.getpid()
         self.faults: list[tuple[str, str, str]] = []
+        self._passed: dict[int, str] = {}
         keys: list[bytes] = []
         spans, counts, self._sizes = [], [], []
         with ThreadPoolExecutor(8 if any(map(is_stream, shards)) else 1) as pool:
@@ -135,43 +136,49 @@ class ShardSet:
         return self._read(sample, 0)
 
     def captions(self, sample: int) -> list[str]:
-        """The captions: json `captions`, else the caption file, else json `caption`; never empty.
+        """The captions, cleaned: json `captions`, else the caption file, else json `caption`; never empty.
+
+        A json that does not parse is passed over where the caption file has a caption: see `passed_over`.
 
         Raises:
             DataError: caption_not_utf8, broken_json or empty_caption.
         """
-        meta = self.meta(sample)
-        listed = meta.get("captions")
-        found = [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+        broken = None
+        try:
+            meta = self._json(sample)
+        except DataError as error:
+            broken, meta = error, {}
+        found = [text for text in map(clean_caption, listed(meta, "captions")) if text]
         if not found:
-            raw = self._read(sample, 1)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError("caption_not_utf8", str(error)) from None
-            one = meta.get("caption")
-            found = [text] if raw else [one] if isinstance(one, str) else []
-        found = [text.strip() for text in found if text.strip()]
+            texts = decode_caption(self._read(sample, 1)) or listed(meta, "caption")
+            found = [text for text in map(clean_caption, texts) if text]
         if not found:
-            raise DataError("empty_caption")
+            raise broken or DataError("empty_caption")
         try:
             "".join(found).encode("utf-8")
         except UnicodeEncodeError as error:  # json can spell half of a surrogate pair
             raise DataError("caption_not_utf8", str(error)) from None
+        if broken:
+            self._passed[sample] = broken.detail
         return found
+
+    def passed_over(self, sample: int) -> list[tuple[str, str, str, str]]:
+        """(cause, shard, key, detail) of what `captions` passed over in a sample that it read."""
+        if sample not in self._passed:
+            return []
+        shard, key = self.where(sample)
+        return [("broken_json", shard, key, self._passed[sample])]
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The json file, or an empty dictionary when there is none. DataError broken_json."""
+        meta = self._json(sample)
+        return meta if isinstance(meta, dict) else {"captions": meta}
+
+    def _json(self, sample: int) -> dict[str, Any] | list[str]:
         raw = self._read(sample, 2)
         if not raw and self._spans[sample, 2, 0] < 0:
             return {}
-        try:
-            meta = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError("broken_json", str(error)[:200]) from None
-        if not isinstance(meta, dict):
-            raise DataError("broken_json", f"expected an object, got {type(meta).__name__}")
-        return meta
+        return parse_meta(raw)
 
     def _read(self, sample: int, part: int) -> bytes:
         offset, size = self._spans[sample, part]
