@@ -148,7 +148,10 @@ class Batches(torch.utils.data.Dataset):
         cause = ""
         for attempt in range(_ATTEMPTS):
             try:
-                return *self._read(source, sample, draws.tolist()), sample, float(draws[_CAPTION])
+                read = self._read(source, sample, draws.tolist())
+                if attempt == 0:
+                    faults += self.sets[source].passed_over(sample)
+                return *read, sample, float(draws[_CAPTION])
             except DataError as error:
                 shard, key = self.sets[source].where(sample)
                 if error.cause in SHARD_CAUSES:

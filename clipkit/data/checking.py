@@ -42,8 +42,8 @@ def check(
 
     Returns:
         {"shards", "samples", "good": whole samples, "faults": {cause: n}, "examples": {cause: up to 20 "shard
-        key: detail"}, "duplicate_keys": keys that stand in several shards, "duplicate_images": samples whose
-        file is byte for byte that of an earlier one, "similar_images": samples whose 64-bit difference hash
+        key: detail"}, "duplicate_keys": keys that stand in several shards, which are among the examples,
+        "duplicate_images": samples whose file is byte for byte that of an earlier one, "similar_images": samples whose 64-bit difference hash
         is that of an earlier one with other bytes, "captions": statistics, "overlap": {"images",
         "similar_images", "captions": samples that are in the other set too}}.
 
@@ -53,20 +53,26 @@ def check(
     names = expand_shards(shards)
     faults: Counter[str] = Counter()
     examples: dict[str, list[str]] = defaultdict(list)
-    keys: Counter[str] = Counter()
+    keys: dict[str, str] = {}
+    repeated: set[str] = set()
     images: Counter[bytes] = Counter()
     hashes: set[int] = set()
-    similar, good, texts = 0, 0, Texts()
+    similar, good, both, texts = 0, 0, 0, Texts()
     other = _fingerprints(overlap_with, workers, max_pixels) if overlap_with else None
     overlap = Counter(images=0, similar_images=0, captions=0)
-    for found, problems in _map(names, workers, max_pixels):
+    for name, (found, problems) in zip(names, _map(names, workers, max_pixels), strict=True):
+        kept = {sample[0] for sample in found}
         for shard, cause, key, detail in problems:
             faults[cause] += 1
+            both += cause == "broken_json" and key in kept
             if len(examples[cause]) < _LISTED:
                 examples[cause].append(f"{shard} {key}{': ' + detail if detail else ''}".strip())
         for key, image, similarity, captions in found:
             good += 1
-            keys[key] += 1
+            if (first := keys.setdefault(key, name)) != name:
+                repeated.add(key)
+                if len(examples["duplicate_keys"]) < _LISTED:
+                    examples["duplicate_keys"].append(f"{key}: {first} and {name}")
             similar += similarity in hashes and image not in images
             hashes.add(similarity)
             images[image] += 1
@@ -79,11 +85,11 @@ def check(
                 )
     report = {
         "shards": len(names),
-        "samples": good + sum(faults.values()),
+        "samples": good + sum(faults.values()) - both,
         "good": good,
         "faults": dict(sorted(faults.items())),
-        "examples": dict(examples),
-        "duplicate_keys": sum(n > 1 for n in keys.values()),
+        "examples": {cause: known for cause, known in examples.items() if known},
+        "duplicate_keys": len(repeated),
         "duplicate_images": sum(n - 1 for n in images.values()),
         "similar_images": similar,
         "captions": texts.report(),
@@ -183,6 +189,7 @@ def _shard(name: str, max_pixels: int) -> tuple[list[tuple], list[tuple]]:
         try:
             raw, captions = data.image(sample), data.captions(sample)
             pixels = decode(raw, max_pixels=max_pixels)
+            faults += [(name, cause, key, detail[:120]) for cause, _, _, detail in data.passed_over(sample)]
         except DataError as error:
             faults.append((name, error.cause, key, error.detail[:120]))
             continue

@@ -75,7 +75,8 @@ def decode_train(
     # Only halvings: libjpeg's other scales are slower than the whole picture. With less than twice the pixels that
     # the crop needs, the picture would lose more than a fortieth of its gradients' energy.
     factor = next((f for f in (8, 4, 2) if min(box[2:]) >= 2 * f * size), 1)
-    pixels = _pixels(data, jpeg, turn, factor, fast=True)
+    # Colours that are not smoothed show where a crop is magnified.
+    pixels = _pixels(data, jpeg, turn, factor, fast=min(box[2:]) >= size)
     return crop_resized(pixels, shape, box, size, interpolation=interpolation)
 
 

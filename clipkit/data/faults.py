@@ -35,7 +35,7 @@ CAUSES = {
     "image_too_large": "the image's header claims more pixels than max_pixels",
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",
-    "broken_json": "the json does not parse, or is not an object",
+    "broken_json": "the json does not parse, or is no object; the caption file, where there is one, is used without it",
     "missing_pair_id": "the json lacks the field that data.pair_ids names",
     "missing_hard_negative": "the json lacks the text that data.hard_negatives names",
     # Rows of a table that is packed.

@@ -7,7 +7,6 @@ sample      0     1     2        3     4        -> (shard, KEY, where its image,
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.data.captions import clean_caption, decode_caption, listed, parse_meta
 from clipkit.data.counts import declared_counts
 from clipkit.data.faults import DataError
 from clipkit.data.tarindex import (
@@ -114,6 +114,8 @@ class ShardSet:
         self._index_all(missing, on_bad_shard)
         self.faults.sort(key=lambda fault: self._order[fault[0]])
         del self._order
+        # By sample, what reading its captions passed over.
+        self._passed: dict[int, str] = {}
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         if not len(self):
             first = f"; the first of them says {self.faults[0][1]}" if self.faults else ""
@@ -276,43 +278,52 @@ class ShardSet:
         return self._read(sample, 0)
 
     def captions(self, sample: int) -> list[str]:
-        """The captions: json `captions`, else the caption file, else json `caption`; never empty.
+        """The captions, cleaned: json `captions`, else the caption file, else json `caption`; never empty.
+
+        A json that does not parse is passed over where the caption file has a caption: see `passed_over`.
 
         Raises:
             DataError: caption_not_utf8, broken_json or empty_caption.
         """
-        meta = self.meta(sample)
-        listed = meta.get("captions")
-        found = [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+        broken = None
+        try:
+            meta = self._json(sample)
+        except DataError as error:
+            # A shard that has changed, say, is no matter of this json.
+            if error.cause != "broken_json":
+                raise
+            broken, meta = error, {}
+        found = [text for text in map(clean_caption, listed(meta, "captions")) if text]
         if not found:
-            raw = self._read(sample, 1)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError("caption_not_utf8", str(error)) from None
-            one = meta.get("caption")
-            found = [text] if raw else [one] if isinstance(one, str) else []
-        found = [text.strip() for text in found if text.strip()]
+            texts = decode_caption(self._read(sample, 1)) or listed(meta, "caption")
+            found = [text for text in map(clean_caption, texts) if text]
         if not found:
-            raise DataError("empty_caption")
+            raise broken or DataError("empty_caption")
         try:
             "".join(found).encode("utf-8")
         except UnicodeEncodeError as error:  # json can spell half of a surrogate pair
             raise DataError("caption_not_utf8", str(error)) from None
+        if broken:
+            self._passed[sample] = broken.detail
         return found
+
+    def passed_over(self, sample: int) -> list[tuple[str, str, str, str]]:
+        """(cause, shard, key, detail) of what `captions` passed over in a sample that it read."""
+        if sample not in self._passed:
+            return []
+        shard, key = self.where(sample)
+        return [("broken_json", shard, key, self._passed[sample])]
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The json file, or an empty dictionary when there is none. DataError broken_json."""
+        meta = self._json(sample)
+        return meta if isinstance(meta, dict) else {"captions": meta}
+
+    def _json(self, sample: int) -> dict[str, Any] | list[str]:
         raw = self._read(sample, 2)
         if not raw and not self._has(sample, 2):
             return {}
-        try:
-            meta = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError("broken_json", str(error)[:200]) from None
-        if not isinstance(meta, dict):
-            raise DataError("broken_json", f"expected an object, got {type(meta).__name__}")
-        return meta
+        return parse_meta(raw)
 
     def _has(self, sample: int, part: int) -> bool:
         shard = self.shard_of(sample)

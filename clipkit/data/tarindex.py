@@ -33,9 +33,21 @@ from clipkit.data.faults import CAUSES
 from clipkit.data.order import number
 from clipkit.foreign import BrokenFile, parse_json
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif")
+IMAGES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif"),
+    *("avif", "heic", "heif", "jp2", "jxl"),
+)
 _BLOCK = 512
-_VERSION = 4
+_VERSION = 5
+# How compressed files begin, and what undoes it.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
 _COLUMNS = ("image", "text", "json")
 # Bytes of a long name or extended header, and of an index; digits of a number in an extended header.
 _NAME_BYTES, _INDEX_BYTES, _DIGITS = 1 << 20, 1 << 31, 18
@@ -231,7 +243,7 @@ def _members(
         length = _valid(header)
         if length is None:
             if not started:
-                faults.append(("unreadable_shard", ""))
+                faults.append(("unreadable_shard", _compressed(file)))
                 return
             faults.append(("corrupt_header", f"byte {position}"))
             position, extended = _resync(file, position + _BLOCK, size), _Extended()
@@ -273,7 +285,20 @@ def _members(
     if position < size and size - position < _BLOCK and started:
         faults.append(("truncated_shard", ""))
     elif not started and size % _BLOCK:
-        faults.append(("unreadable_shard", ""))
+        faults.append(("unreadable_shard", _compressed(file)))
+
+
+def _compressed(file: IO[bytes]) -> str:
+    """What is said of a file that is compressed; nothing of another."""
+    file.seek(0)
+    start = file.read(8)
+    for magic, (name, command) in _COMPRESSED.items():
+        if start.startswith(magic):
+            return (
+                f"it is compressed by {name}: samples are read by their place in an uncompressed tar, so unpack it once "
+                f"({command} FILE); pictures are compressed already"
+            )
+    return ""
 
 
 def _past_zeros(file: IO[bytes], position: int, size: int) -> int:

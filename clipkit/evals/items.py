@@ -20,10 +20,11 @@ from torch import Tensor
 from clipkit.data.decode import centre, read_image, resized_shape, seen
 from clipkit.data.faults import DataError, FaultCounter
 from clipkit.data.formats import MAX_PIXELS, decode_pillow, open_image
+from clipkit.data.tarindex import IMAGES
 from clipkit.foreign import BrokenFile
 from clipkit.registry import suggest
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)
 # The fraction of a set's items that may be left out, for each cause, before its metrics are those of another set.
 MAX_BAD_FRACTION = 0.05
 WHOLE = re.compile(r"\s*[+-]?\d{1,9}\s*", re.ASCII)

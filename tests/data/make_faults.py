@@ -21,6 +21,9 @@ from pathlib import Path
 
 from PIL import Image
 
+# Samples of the corpus that are good and counted.
+PASSED_OVER = 5
+
 
 class Touch:
     """Unpickling this makes a file: the sign that something unpickled it."""
@@ -191,15 +194,23 @@ def make(folder: Path, marker: Path) -> tuple[list[str], Counter[str], int]:
         ("spaces", b" \n\t ", b"{}", "empty_caption"),
         ("emptylist", None, b'{"captions": []}', "empty_caption"),
         ("latin1", b"caf\xe9", b"{}", "caption_not_utf8"),
-        ("cutjson", b"x", b'{"caption": "a', "broken_json"),
-        ("list", b"x", b"[1, 2]", "broken_json"),
-        ("deep", b"x", b"[" * 100_000, "broken_json"),
-        ("emptyjson", b"x", b"", "broken_json"),
-        ("binaryjson", b"x", b"\xff\xfe\x00", "broken_json"),
+        ("invisible", b"\x00\x07\xe2\x80\x8b\xef\xbb\xbf", b"{}", "empty_caption"),
+        ("cutjson", None, b'{"caption": "a', "broken_json"),
+        ("blankjson", b" ", b'{"caption": "a', "broken_json"),
     ):
         shard.sample(key, text=text, meta=meta)
         faults[cause] += 1
-    good += 1
+    # These have a caption beside: they are counted, and used.
+    for key, meta in (
+        ("cutbeside", b'{"caption": "a'),
+        ("list", b"[1, 2]"),
+        ("deep", b"[" * 100_000),
+        ("emptyjson", b""),
+        ("binaryjson", b"\xff\xfe\x00"),
+    ):
+        shard.sample(key, text=b"x", meta=meta)
+        faults["broken_json"] += 1
+    good += 1 + PASSED_OVER
     shard.close()
 
     shard = Shard(folder / "08-members.tar")

@@ -131,7 +131,7 @@ def test_too_many_by_one_cause_are_an_error_that_names_shard_and_key(tmp_path, n
 
 def test_a_set_of_which_nothing_is_left_says_why(tmp_path):
     path = write_tar(tmp_path / "0.tar", {f"{i}.{end}": b"x" for i in range(3) for end in ("png", "txt")})
-    with pytest.raises(RuntimeError, match="1 of 3 samples are bad by corrupt_image"):
+    with pytest.raises(RuntimeError, match="3 of 3 samples are bad by corrupt_image"):
         run({"r": {"kind": "retrieval", "shards": path}})
 
 
