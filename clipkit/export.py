@@ -58,14 +58,30 @@ def open_clip_config(model: DualEncoder) -> dict[str, Any]:
     config = {
         "embed_dim": model.embed_dim,
         "quick_gelu": bool(text["quick_gelu"]),
-        "vision_cfg": {"image_size": model.image_tower.image_size, **_vision_config(image, text)},
+        "vision_cfg": {
+            "image_size": model.image_tower.image_size,
+            **_vision_config(model.image_tower, image, text),
+        },
         "text_cfg": text_cfg,
     }
     return config if model.logit_bias is None else {**config, "init_logit_bias": 0.0}
 
 
-def _vision_config(image: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+def _vision_config(tower: Any, image: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     if image["name"] == "timm":
+        if tower.width != tower.trunk.num_features:
+            # A hidden layer stands before the classifier (MobileNetV3).
+            raise ValueError(
+                f"open_clip takes timm's {image['model']} for {tower.trunk.num_features} columns wide, and its head makes "
+                f"{tower.width} of them: its own model of that name does not run"
+            )
+        # Weights of the same shapes may see pictures through other windows.
+        published = tower.trunk.pretrained_cfg
+        if published.get("fixed_input_size") and published["input_size"][-1] != tower.image_size:
+            raise ValueError(
+                f"open_clip builds timm's {image['model']} at its own image_size {published['input_size'][-1]} alone, and "
+                f"this tower's is {tower.image_size}"
+            )
         return {"timm_model_name": image["model"], "timm_pool": image["pool"] or "", "timm_proj": "linear"}
     if image["name"] == "clip_resnet50":
         return {"layers": list(image["layers"]), "width": image["width"]}

@@ -33,6 +33,7 @@ from clipkit import Predictor
 from clipkit.command import _hydras, jobs, plugins
 from clipkit.command.check import check_overrides, explain
 from clipkit.command.compose import compose, fixed, is_hydras, register_resolvers, resolved, start_hydra
+from clipkit.command.listing import ls
 from clipkit.data import write_shapes
 from clipkit.evals import evaluate, list_tasks
 from clipkit.evals.tasks import _TASKS
@@ -233,6 +234,9 @@ def takes(command: str, config_dir: Path | None = None) -> None:
     """AssertionError for a command that its program would refuse."""
     path, arguments = program_of(command)
     if path.parent == ROOT / "recipes" and path.stem in HYDRAS:
+        if arguments[:1] == ["ls"]:
+            assert "no name matches" not in ls(path.stem, arguments[1:])
+            return
         hydra_takes(path.stem, arguments, config_dir)
         return
     try:

@@ -1,6 +1,6 @@
 """What every Hugging Face type does as a text tower, or why it is none.
 
-Six types of different make are in the gate, all of hf_types.SIZES among the slow tests.
+Three types of different make are in the gate, all of hf_types.SIZES among the slow tests.
 """
 
 from __future__ import annotations
@@ -47,10 +47,17 @@ transformers = pytest.importorskip("transformers")
 
 CONF = ROOT / "conf"
 # The others are tests/towers/test_hugging_face_tower.py's.
-GATE = ("albert", "clip", "deberta-v2", "gpt2", "modernbert", "qwen3")
-every_type = pytest.mark.parametrize(
-    "name", [name if name in GATE else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
-)
+GATE = ("albert", "gpt2", "qwen3")
+
+
+def types(*gate: str):
+    """The mark of a test over every type; those that are not named are slow."""
+    return pytest.mark.parametrize(
+        "name", [name if name in gate else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+    )
+
+
+every_type = types(*GATE)
 
 
 def layers(name: str) -> int:
@@ -286,7 +293,7 @@ def test_a_saved_folder_loads_trains_and_is_not_needed_again(name, tmp_path):
     assert again.text_tower.num_layers == model.text_tower.num_layers
 
 
-@every_type
+@types("gpt2")
 @torch.no_grad()
 def test_it_exports_to_sentence_transformers_or_says_why_not(name, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -304,7 +311,7 @@ def test_it_exports_to_sentence_transformers_or_says_why_not(name, tmp_path):
     )
 
 
-@every_type
+@types("gpt2")
 def test_it_can_be_planned(name):
     image = {"name": "timm", "model": "test_resnet", "image_size": 32}
     text = {"name": "hf", "model_type": name, "config": SIZES[name]}
