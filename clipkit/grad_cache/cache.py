@@ -73,9 +73,9 @@ def cached_backward(
       micro-batches ends.
 
     Args:
-        model: called as its forward asks: `model(batch, inputs)`, `model(**batch)` where every entry of the
-            batch is an argument of it (transformers), `model(*batch)` for a tuple or list (open_clip), or
-            `model(batch)`. Returns a mapping of features: logit_scale, logit_bias and any other 0-dim tensor
+        model: called as its forward asks: `model(batch, inputs)` where its second argument is called inputs,
+            `model(**batch)` where every entry of the batch is an argument of it (transformers), `model(*batch)`
+            for a tuple or list (open_clip), or `model(batch)`. Returns a mapping of features: logit_scale, logit_bias and any other 0-dim tensor
             belong to the whole batch, any other tensor has one row per item. transformers' image_embeds and
             text_embeds are taken as image_features and text_features, with the model's own logit_scale.
         loss: `loss(**features)` where its arguments are features by name (InfoNCE, open_clip's ClipLoss), else

@@ -46,10 +46,9 @@ def wanted(loss: Any, batch: Any) -> tuple[str, ...] | None:
 def model_call(model: Any, names: Sequence[str] | None, batch: Any) -> Callable[[Any, Any], Any]:
     """The way to run `model` on a part of the batch.
 
-    model(batch, names)   forward has a second positional argument, and names are known
+    model(batch, names)   forward's second argument is called inputs (or it takes *args), and names are known
     model(**batch)        the batch is a mapping and each of its entries an argument of forward (transformers)
-    model(*batch)         the batch is a tuple or list of as many entries as forward has arguments (open_clip),
-                          and the second is not called inputs
+    model(*batch)         the batch is a tuple or list of as many entries as forward has arguments (open_clip)
     model(batch)          forward has one argument
     """
     parameters = _parameters(unwrapped(model))
@@ -58,6 +57,7 @@ def model_call(model: Any, names: Sequence[str] | None, batch: Any) -> Callable[
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     required = [p for p in parameters if p.default is p.empty and p.kind in (*_POSITIONAL, p.KEYWORD_ONLY)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    takes_names = variadic or any(p.name == "inputs" for p in positional[1:2])
     fits = True
     if isinstance(batch, Mapping):
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -65,14 +65,9 @@ def model_call(model: Any, names: Sequence[str] | None, batch: Any) -> Callable[
             return lambda run, part: run(**part)
         # Then there is an entry too many or one too few: the batch as a whole is no argument of such a forward.
         fits = not named & set(batch)
-    elif (
-        is_fields(batch, top=True)
-        and len(required) <= len(batch) <= len(positional)
-        # A tuple of two would fit forward(batch, inputs) as well.
-        and not any(p.name == "inputs" for p in positional[1:2])
-    ):
+    elif not takes_names and is_fields(batch, top=True) and len(required) <= len(batch) <= len(positional):
         return lambda run, part: run(*part)
-    if fits and names is not None and (variadic or (len(positional) > 1 and len(required) <= 2)):
+    if fits and names is not None and takes_names and len(required) <= 2:
         return lambda run, part: run(part, names)
     if fits and len(required) <= 1 and (positional or variadic):
         return lambda run, part: run(part)

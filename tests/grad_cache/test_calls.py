@@ -64,6 +64,11 @@ class TakesFields(Linear):
         return self.features(image, text)
 
 
+class Renamed(Linear):
+    def forward(self, images, texts):
+        return self.features(images, texts)
+
+
 class TakesPair(Linear):
     def forward(self, batch, inputs):
         assert isinstance(batch, Pair) and inputs == InfoNCE.inputs
@@ -340,6 +345,7 @@ def with_logits(features):
     [
         ({"model": TakesFields(), "batch": {"image": IMAGE, "words": TEXT}}, r"forward\(image, text\).*\['image', 'words'\]"),
         ({"model": TakesFields(), "batch": {"image": IMAGE, "text": TEXT, "key": KEYS}}, "its arguments and nothing else"),
+        ({"model": Renamed()}, r"forward\(images, texts\) with a batch of \['image', 'text'\]"),
         ({"batch": IMAGE}, "the batch is a Tensor: give a mapping"),
         ({"batch": SimpleNamespace(image=IMAGE)}, "the batch is a SimpleNamespace"),
         ({"model": Returns(lambda f: tuple(f.values()))}, r"returned a tuple: set output_dict=True"),
