@@ -227,13 +227,19 @@ def value_checks(device: torch.device) -> bool:
 
 def check_unit_norm(**features: Tensor) -> None:
     """ValueError unless every row of each (B, D) tensor has norm 1 within 2 %. A batch with a NaN passes."""
-    for name, value in features.items():
-        norms = torch.linalg.vector_norm(value.detach(), dim=1, dtype=compute_dtype(value))
-        # One read, of a NaN too: it compares as false.
-        if len(norms) and float((norms - 1).abs().max()) > NORM_TOLERANCE:
+    norms = {
+        name: torch.linalg.vector_norm(value.detach(), dim=1, dtype=compute_dtype(value))
+        for name, value in features.items()
+        if len(value)
+    }
+    # One read for all, of a NaN too: it compares as false.
+    if not norms or not float(torch.cat(list(norms.values())).sub_(1).abs_().max()) > NORM_TOLERANCE:
+        return
+    for name, values in norms.items():
+        if bool(((values - 1).abs() > NORM_TOLERANCE).any()):
             raise ValueError(
-                f"{name} must have unit norm, but its rows have norms from {norms.min():.4g} to "
-                f"{norms.max():.4g}: normalise them in fp32, torch.nn.functional.normalize(features.float(), "
+                f"{name} must have unit norm, but its rows have norms from {values.min():.4g} to "
+                f"{values.max():.4g}: normalise them in fp32, torch.nn.functional.normalize(features.float(), "
                 "dim=-1)"
             )
 

@@ -41,9 +41,10 @@ def register_loss(name: str) -> Callable[[T], T]:
 def _as_loops_call(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(self: Any, *args: Any, output_dict: bool = False, **named: Any) -> Any:
-        for key in MODEL_OUTPUT:
-            if key in named and key not in self.inputs:
-                del named[key]
+        if named:
+            for key in MODEL_OUTPUT:
+                if key in named and key not in self.inputs:
+                    del named[key]
         value = forward(self, *args, **named)
         return {name: value} if output_dict else value
 
