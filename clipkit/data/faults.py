@@ -33,6 +33,8 @@ CAUSES = {
     "empty_caption": "no caption has a visible character",
     "caption_not_utf8": "the caption is not valid UTF-8",
     "broken_json": "the json does not parse, or is not an object",
+    # Rows of a table that is packed.
+    "broken_row": "the row has more or fewer fields than the header",
     # Samples of a labelled evaluation set.
     "broken_label": "the class id is there and is no whole number",
 }

@@ -23,6 +23,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "val": None,
     "zeroshot": None,
     "shapes": None,
+    "table": None,
     "sentences": None,
     "tokenizer": None,
     "num_workers": 0,
@@ -53,11 +54,12 @@ DATA_DEFAULTS: dict[str, Any] = {
     "shard_retries": 5,
 }
 _CHOICES = {
-    "kind": ("shards", "shapes"),
+    "kind": ("shards", "shapes", "table"),
     "captions": ("random", "first", "all"),
     "cache": ("none", "ram"),
     "on_bad_shard": ("error", "skip"),
 }
+_TABLE = {"image": "image", "caption": "caption", "separator": None, "encoding": None, "quotes": "auto"}
 _SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32}
 
 
@@ -68,6 +70,9 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     given = full["augmentation"] or {}
     check_keys(given, DATA_DEFAULTS["augmentation"], "data.augmentation")
     full["augmentation"] = {**DATA_DEFAULTS["augmentation"], **given}
+    if full["kind"] == "table":
+        check_keys(full["table"] or {}, _TABLE, "data.table")
+        full["table"] = {**_TABLE, **(full["table"] or {})}
     for key, choices in _CHOICES.items():
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
@@ -173,12 +178,10 @@ def cache_folder(spec: Mapping[str, Any]) -> Path:
 
 def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
     """Every training caption once, in file order, for building a vocabulary."""
-    from clipkit.data.evalset import iter_captions
+    from clipkit.data.table import iter_training_captions
 
     full = resolve_data(spec)
-    return iter_captions(
-        _joined(full["train"]), cache_dir=cache_folder(full), on_bad_shard=full["on_bad_shard"]
-    )
+    return iter_training_captions(full, _joined(full["train"]), cache_folder(full))
 
 
 def _joined(train: Any) -> list[str]:
