@@ -21,6 +21,7 @@ import clipkit
 from clipkit.command.compose import register_resolvers
 from clipkit.data.spec import DATA_DEFAULTS, complete, locate_data
 from clipkit.data.synthetic import write_shapes
+from clipkit.data.table import TableSet
 from clipkit.data.tokenizers import ClipBPE, Words
 from clipkit.evals.tasks import _TASKS
 from clipkit.loggers import loggers
@@ -33,7 +34,7 @@ from clipkit.towers.base import RESIZING, ImageTower
 from clipkit.towers.registry import image_towers, text_towers
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-DATA = ("cc3m", "flickr8k_mini", "flickr8k_nli_mini", "shapes", "shards")
+DATA = ("cc3m", "flickr8k_mini", "flickr8k_nli_mini", "shapes", "shards", "table")
 # Files of a tower group that hold a tower's settings whole; the others are sizes on top of one of these.
 TOWERS = {
     f"{group}/{path.stem}": registry
@@ -128,6 +129,12 @@ def test_shards_have_the_defaults_of_a_stream_made_in_python():
     compare("data/shards", dict(leaves(given)), dict(leaves(ours)))
 
 
+def test_a_table_has_the_classs_defaults():
+    given = composed("data=table")["table"]
+    assert given == complete({"kind": "table"})["table"]
+    compare("data/table", given, defaults(TableSet))
+
+
 def test_tokenizers_of_the_data_files_have_their_classs_defaults():
     for name, tokenizer in (("shapes", Words), ("shards", ClipBPE)):
         given = read(f"data/{name}")["tokenizer"]
@@ -148,6 +155,7 @@ def test_each_data_setting_and_its_comment_stand_once():
         "cc3m": "shards",
         "flickr8k_mini": "shards",
         "flickr8k_nli_mini": "shards",
+        "table": "shards",
     }
     assert set(starts_from) == set(DATA) - {"shapes"}
     for name, base in starts_from.items():

@@ -33,6 +33,7 @@ from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder, plain, resolve_data, sources
+from clipkit.data.table import open_tables
 from clipkit.data.urls import Spool, expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
 
@@ -375,8 +376,10 @@ def create_stream(
     lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
     if not weighted:
         lists, given = [[shard for one in lists for shard in one]], given[:1]
-    sets = [
-        ShardSet(
+    sets: list[Any] = [
+        open_tables(full, one, cache_dir)
+        if full["kind"] == "table"
+        else ShardSet(
             one,
             cache_dir=cache_dir,
             spool=spool,

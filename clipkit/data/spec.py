@@ -24,6 +24,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "val": None,
     "zeroshot": None,
     "shapes": None,
+    "table": None,
     "sentences": None,
     "tokenizer": None,
     "num_workers": 0,
@@ -59,12 +60,13 @@ DATA_DEFAULTS: dict[str, Any] = {
     "shard_retries": 5,
 }
 _CHOICES = {
-    "kind": ("shards", "shapes"),
+    "kind": ("shards", "shapes", "table"),
     "captions": ("random", "first", "all"),
     "cache": ("none", "ram"),
     "on_bad_shard": ("error", "skip"),
 }
 _PAIR_IDS = ("caption", "key", "key:SEP", "json:FIELD")
+_TABLE = {"image": "image", "caption": "caption", "separator": None, "encoding": None, "quotes": "auto"}
 _SHAPES = {"folder": "data/shapes", "train": 16_000, "val": 500, "seed": 0, "image_size": 32, "copies": 1}
 
 
@@ -75,6 +77,9 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     given = full["augmentation"] or {}
     check_keys(given, DATA_DEFAULTS["augmentation"], "data.augmentation")
     full["augmentation"] = {**DATA_DEFAULTS["augmentation"], **given}
+    if full["kind"] == "table":
+        check_keys(full["table"] or {}, _TABLE, "data.table")
+        full["table"] = {**_TABLE, **(full["table"] or {})}
     for key, choices in _CHOICES.items():
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
@@ -228,14 +233,11 @@ def cache_folder(spec: Mapping[str, Any]) -> Path:
 
 def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
     """Every training caption once, in file order, for building a vocabulary."""
-    from clipkit.data.evalset import iter_captions
+    from clipkit.data.table import iter_training_captions
 
     full = resolve_data(spec)
-    return iter_captions(
-        _joined(full["train"], gaps=full["on_bad_shard"] == "skip"),
-        cache_dir=cache_folder(full),
-        on_bad_shard=full["on_bad_shard"],
-    )
+    train = _joined(full["train"], gaps=full["on_bad_shard"] == "skip")
+    return iter_training_captions(full, train, cache_folder(full))
 
 
 def _joined(train: Any, *, gaps: bool) -> list[str]:

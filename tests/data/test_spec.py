@@ -14,7 +14,14 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
 
 def test_every_file_is_accepted_and_the_first_explains_every_key():
     files = sorted(CONF.glob("*.yaml"))
-    assert [file.stem for file in files] == ["cc3m", "flickr8k_mini", "flickr8k_nli_mini", "shapes", "shards"]
+    assert [file.stem for file in files] == [
+        "cc3m",
+        "flickr8k_mini",
+        "flickr8k_nli_mini",
+        "shapes",
+        "shards",
+        "table",
+    ]
     for file in files:
         given = yaml.safe_load(file.read_text())
         given.pop("defaults", None)
