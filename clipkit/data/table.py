@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.data.captions import clean_caption, listed
 from clipkit.data.evalset import iter_captions
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
@@ -150,13 +151,9 @@ class TableSet:
 
     def captions(self, sample: int) -> list[str]:
         """The captions; never empty. DataError empty_caption or caption_not_utf8."""
-        row, found = self.meta(sample), []
-        for column in self._captions:
-            value = row.get(column)
-            found += [
-                one.strip() for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)
-            ]
-        found = [text for text in found if text]
+        row = self.meta(sample)
+        texts = [text for column in self._captions for text in listed(row, column)]
+        found = [text for text in map(clean_caption, texts) if text]
         if not found:
             raise DataError("empty_caption")
         try:
@@ -167,6 +164,10 @@ class TableSet:
 
     def late_faults(self, sample: int) -> list[tuple[str, str, str]]:
         """None: the tables were read when the set was made."""
+        return []
+
+    def passed_over(self, sample: int) -> list[tuple[str, str, str, str]]:
+        """None: a row that is broken is no sample."""
         return []
 
     def waits_for(self, samples: Sequence[int]) -> list[str]:
