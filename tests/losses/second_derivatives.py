@@ -10,6 +10,13 @@ import torch.distributed as dist
 
 from clipkit.losses import FastCLIP, create_loss
 
+# Inputs that some cases have, by a word of their name.
+_ONLY_IN = {
+    "pair_ids": ("with positives", "with masks"),
+    "sample_weight": ("weighted",),
+    "content_features": ("content",),
+}
+
 
 def features(rows: slice) -> dict[str, torch.Tensor]:
     """A leaf for each float feature of these rows of the whole batch; the scalars are constants."""
@@ -24,18 +31,22 @@ def penalty_gradient(case: str, rows: slice, group, impl: str = "dense", how: st
     torch.manual_seed(4)
     spec = {name: dict(settings) for name, settings in gloo_cases.SPECS[case].items()}
     given = features(rows)
-    if "with positives" not in case and "with masks" not in case:
-        del given["pair_ids"]
+    given = getattr(gloo_cases, "chosen", lambda case, features: features)(case, given)
+    for name, words in _ONLY_IN.items():
+        if not any(word in case for word in words):
+            given.pop(name, None)
     loss = create_loss(spec, group=group).double()
     leaves = [value for name, value in given.items() if value.requires_grad and name in loss.inputs]
     ranks = 1 if group is None else dist.get_world_size(group)
-    first = torch.autograd.grad(loss(given)["loss"], leaves, create_graph=True)
-    penalty = sum((gradient / ranks).square().sum() for gradient in first)
     try:
+        first = torch.autograd.grad(
+            loss(given)["loss"], leaves, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        penalty = sum((gradient / ranks).square().sum() for gradient in first)
         if how == "backward":
             penalty.backward()
-            return [leaf.grad for leaf in leaves]
-        return torch.autograd.grad(penalty, leaves)
+            return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return torch.autograd.grad(penalty, leaves, allow_unused=True, materialize_grads=True)
     except (RuntimeError, NotImplementedError) as error:
         return str(error)
 
