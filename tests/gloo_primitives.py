@@ -84,6 +84,27 @@ def run_rank() -> dict:
         distributed.all_gather_rows(torch.zeros(rank + 1, 2), group)
     except ValueError as error:
         found["uneven"] = str(error)
+    found["agreed"] = distributed.agree(group, None, {"x": (4, 2, "fp32")}, torch.device("cpu"))
+    found["differ"] = distributed.agree(group, None, {"x": (4, 2 + rank // 2, "fp32")}, torch.device("cpu"))
+    found["missing"] = distributed.agree(
+        group, None, {} if rank == 1 else {"x": (4, "fp32")}, torch.device("cpu")
+    )
+    found["problem"] = distributed.agree(
+        group, "bad" if rank == 2 else None, {"x": (4, "fp32")}, torch.device("cpu")
+    )
+    # Where the host does not look, as on CUDA between changes of shape, the device asserts.
+    for name, given in (("asserted", rank), ("not asserted", 0)):
+        try:
+            found[name] = distributed.agree(group, None, {"x": (given,)}, torch.device("cpu"), read=False)
+        except RuntimeError as error:
+            found[name] = str(error)
+    # A rank whose shapes changed looks, alone: it must not wait for messages of the others.
+    try:
+        found["one looks"] = distributed.agree(
+            group, None, {"x": (rank == 1,)}, torch.device("cpu"), read=rank == 1
+        )
+    except RuntimeError as error:
+        found["one looks"] = str(error)
     distributed.barrier()
     return found
 

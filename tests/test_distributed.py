@@ -84,6 +84,23 @@ def test_uneven_rows_are_refused_on_every_rank_with_the_counts(ranks):
     assert all("[1, 2, 3]" in found["uneven"] for found in ranks)
 
 
+def test_ranks_agree_or_are_all_told_why_not(ranks):
+    told = (
+        "every rank of a group must bring x of the same shape and type, but brought rank 0: fp32 of shape (4, 2); "
+        "rank 1: fp32 of shape (4, 2); rank 2: fp32 of shape (4, 3)"
+    )
+    for found in ranks:
+        assert found["agreed"] is None and found["differ"] == told
+        assert "rank 0: fp32 of shape (4); rank 1: none" in found["missing"]
+        assert found["problem"] == "bad (on rank 2 of ranks 0..2)"
+
+
+def test_where_no_host_looks_the_device_asserts_on_every_rank(ranks):
+    for rank, found in enumerate(ranks):
+        assert "do not fit together" in found["asserted"] and found["not asserted"] is None
+        assert ("another rank" if rank == 1 else "do not fit together") in found["one looks"]
+
+
 def test_without_a_group_everything_is_the_identity():
     x = own(0).requires_grad_()
     assert distributed.resolve_group("auto") is None and not distributed.is_distributed()

@@ -22,7 +22,7 @@ class MemoryQueue(nn.Module):
 
         L = loss(x, y, ..., hard negatives = the queue's texts for images, its images for texts)
 
-    Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", section 3.2 (a tower's features change slowly,
+    Wang et al. 2020, "Cross-Batch Memory for Embedding Learning" (a tower's features change slowly,
     so that yesterday's are good negatives); He et al. 2020, "Momentum Contrast for Unsupervised Visual
     Representation Learning", section 3.2, whose queue holds features of a momentum encoder: give those as the
     features to have it. Random unit vectors fill the queue before the first pairs, as in MoCo's code. In

@@ -120,7 +120,7 @@ def test_a_bad_input_on_one_rank_is_the_same_error_on_every_rank(agreement):
             len(told) > 1 or not next(iter(told)).startswith("ValueError")
         ):
             wrong[case] = told
-    assert not wrong and len(agreement[0]) > 150
+    assert not wrong and len(agreement[0]) > 100
 
 
 def test_the_error_names_the_rank_or_what_each_brought(agreement):
@@ -135,7 +135,7 @@ def test_the_error_names_the_rank_or_what_each_brought(agreement):
 
 def test_a_nan_on_one_rank_is_a_nan_on_every_rank(agreement):
     cases = [case for case in agreement[0] if case[-1] == "nan"]
-    assert len(cases) > 10
+    assert len(cases) > 5
     assert all(found[case] != found[case] for found in agreement for case in cases)
 
 

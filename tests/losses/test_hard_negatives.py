@@ -1,6 +1,9 @@
 """Columns beyond the batch and weights of rows, against loops over the formula in float64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -219,3 +222,44 @@ def test_a_sum_hands_them_to_the_terms_that_read_them(pairs):
     }
     terms = create_loss(["infonce", "cyclic"])(features)
     assert torch.equal(terms["infonce"], InfoNCE()(x, y, scale, hard_negative_features=texts))
+
+
+# Triton reads the variable as it is imported, so a process of its own.
+TRITON = """
+import torch
+from clipkit.losses import Distill, InfoLOOB, InfoNCE, Sigmoid
+from torch.nn.functional import normalize
+
+draw = torch.Generator().manual_seed(0)
+unit = lambda *shape: normalize(torch.randn(*shape, generator=draw), dim=-1).requires_grad_()
+x, y, texts, images = unit(5, 8), unit(5, 8), unit(5, 2, 8), unit(3, 8)
+scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+more = {
+    "hard_negative_features": texts,
+    "hard_negative_image_features": images,
+    "sample_weight": torch.rand(5, generator=draw),
+}
+ids = {"pair_ids": torch.tensor([0, 1, 0, 2, 3])}
+teacher = (unit(5, 3).detach(), unit(5, 3).detach(), 3.0)
+for loss, args, given in (
+    (InfoNCE, (x, y, scale), {**more, **ids}),
+    (Sigmoid, (x, y, scale, bias), {**more, **ids}),
+    (InfoLOOB, (x, y, scale), more),
+    (Distill, (x, y, scale, *teacher), {}),
+):
+    settings = {"same_ids": "mask"} if "pair_ids" in given else {}
+    values = [loss(impl=impl, **settings)(*args, **given) for impl in ("dense", "triton")]
+    of = (x, y, scale, *((texts, images) if given else ()))
+    found = [(value, *torch.autograd.grad(value, of)) for value in values]
+    for dense, triton in zip(*found):
+        error = float(((dense - triton).norm() / dense.norm()).detach())
+        assert error < 1e-5, (loss, error)
+"""
+
+
+@pytest.mark.slow
+def test_triton_takes_every_option_that_is_not_refused():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
