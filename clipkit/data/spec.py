@@ -71,7 +71,7 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
     for name in ("crop_scale", "crop_ratio"):
-        limits = full["augmentation"][name]
+        limits: Any = full["augmentation"][name]
         if limits is None and name == "crop_scale":
             continue
         low, high = limits
