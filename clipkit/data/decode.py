@@ -98,7 +98,7 @@ def decode_eval(
     With `shortest`, of a picture more than 16 times as long as wide only the middle is resized.
     """
     pixels = decode(data, max_pixels=max_pixels)
-    top, left, height, width = seen(*pixels.shape[:2], resize_mode)
+    top, left, height, width = seen(pixels.shape[0], pixels.shape[1], resize_mode)
     pixels = pixels[top : top + height, left : left + width]
     h, w = resized_shape(height, width, size, resize_mode)
     return centre(resize(torch.from_numpy(pixels), h, w, mode=interpolation), size)
@@ -111,7 +111,7 @@ def check_resizing(resize_mode: str, interpolation: str) -> None:
             raise unknown(key, value, RESIZING[key])
 
 
-def resizing_of(tower: Any) -> dict[str, str]:
+def resizing_of(tower: Any) -> dict[str, Any]:
     """The resize_mode and interpolation that an image tower of any class names, or the defaults."""
     return {key: getattr(tower, key, choices[0]) for key, choices in RESIZING.items()}
 

@@ -85,10 +85,9 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown(f"data.{key}", full[key], choices)
     _check_pairs(full)
     for name in ("crop_scale", "crop_ratio"):
-        limits = full["augmentation"][name]
-        if limits is None and name == "crop_scale":
+        if name == "crop_scale" and full["augmentation"][name] is None:
             continue
-        low, high = limits
+        low, high = full["augmentation"][name]
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             raise ValueError(
                 f"data.augmentation.{name} is {[low, high]}; expected [smallest, largest], above 0"

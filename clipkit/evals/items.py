@@ -46,7 +46,7 @@ def load_image(
     raw = data if isinstance(data, bytes) else read_image(data)
     open_image(raw, max_pixels=max_pixels).close()
     pixels = decode_pillow(raw)
-    top, left, height, width = seen(*pixels.shape[:2], resize_mode)
+    top, left, height, width = seen(pixels.shape[0], pixels.shape[1], resize_mode)
     image = Image.fromarray(pixels[top : top + height, left : left + width])
     height, width = resized_shape(height, width, image_size, resize_mode)
     if image.size != (width, height):
