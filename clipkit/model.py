@@ -224,7 +224,8 @@ class DualEncoder(nn.Module):
         if "hard_negative_features" in features:
             pictures, texts = batch["hard_negative"].shape[:2]
             each = (pictures * per_picture, texts // per_picture)
-            features["hard_negative_features"] = features["hard_negative_features"].unflatten(0, each)
+            # A copy: FSDP warns of outputs that are views.
+            features["hard_negative_features"] = features["hard_negative_features"].unflatten(0, each).clone()
         if per_picture > 1:
             for name in set(_OF_PICTURES) & set(features):
                 features[name] = features[name].repeat_interleave(per_picture, 0)
