@@ -41,16 +41,19 @@ _IMAGE_PASSES = {
     "image_features_view1": ("image_view1", "data: two augmented views of each image"),
     "image_features_view2": ("image_view2", "data: two augmented views of each image"),
 }
+# What a loss may use, that no data setting brings: a batch of one's own has it by this name.
+_GIVEN = ("text_index", "sample_weight", "content_features", "hard_negative_image_features")
 # What a loss may use where it is there, and is not missed where it is not.
-_OPTIONAL = ("hard_negative_features", "pair_ids")
+_OPTIONAL = ("hard_negative_features", "pair_ids", *_GIVEN)
 # Entries handed from the batch to the losses.
 _PASSED_ON = {
     "nli_labels": "data.sentences: labelled NLI pairs",
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": "data.pair_ids",
+    **dict.fromkeys(_GIVEN, "a batch of yours"),
 }
 # One for each picture: repeated for each of its captions.
-_OF_PICTURES = ("image_features", "sample_index", "pair_ids")
+_OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight")
 _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
@@ -207,6 +210,8 @@ class DualEncoder(nn.Module):
             batch: image (B, 3, H, W) uint8, text (B, L) or with m captions a picture (B, m, L) int64, and
                 hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
                 pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
+                What a batch of one's own has of text_index, sample_weight (B,), content_features (B, E) and
+                hard_negative_image_features is handed on.
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:
