@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipkit.losses import create_loss
+from clipkit.losses import create_loss, list_losses
+from clipkit.losses.registry import losses
 from clipkit.model import FEATURES, DualEncoder, create_model
 from clipkit.towers import create_image_tower, create_text_tower
 from tests.fsdp_case import two_steps
@@ -76,9 +77,20 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
     batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
     batch["hard_negative"] = texts(8, 10, seed=6).unflatten(0, (4, 2))
+<<<<<<< HEAD
     batch["text_index"] = torch.tensor([7, 5, 3, 1])
+=======
+    given = {
+        "text_index": torch.arange(4),
+        "sample_weight": torch.ones(4),
+        "content_features": torch.ones(4, 24),
+    }
+    given["hard_negative_image_features"] = torch.ones(4, 2, 24)
+    batch |= given
+>>>>>>> pairs
     features = dual(batch, FEATURES)
-    assert set(features) == set(FEATURES)
+    assert all(features.pop(name) is value for name, value in given.items())
+    assert set(features) == set(FEATURES) - set(given)
     rows = {"image": 4, "text": 4, "premise": 3, "entailment": 3, "contradiction": 3, "pair": 2}
     for name, value in features.items():
         if "_features" in name:
@@ -88,6 +100,15 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     assert features["logit_bias"].item() == -10.0 and features["logit_bias"].shape == ()
     sum((value.float() * torch.rand_like(value.float())).sum() for value in features.values()).backward()
     assert [name for name, parameter in dual.named_parameters() if parameter.grad is None] == []
+
+
+def test_what_a_loss_may_use_is_known_and_not_missed(batch):
+    dual = model()
+    for name in list_losses():
+        optional = getattr(losses.get(name), "optional_inputs", ())
+        assert isinstance(optional, property) or set(optional) <= set(FEATURES), name
+    optional = ("pair_ids", "hard_negative_features", "sample_weight", "content_features", "text_index")
+    assert set(dual(batch, ("image_features", *optional))) == {"image_features"}
 
 
 @pytest.mark.parametrize("text", [{}, {"causal": False, "pooling": "mean"}], ids=["causal", "both_sides"])

@@ -9,7 +9,7 @@ N different contents share one with a probability of about N^2 / 2^64: 6e-11 in 
     key           shard and key: a sample that is drawn twice (data.resample)
     key:SEP       what stands before the key's last SEP, in shards of one folder (pictures of others may be numbered
                   alike): with key:# the pairs 17#0 and 17#1. A key without SEP is a content of its own
-    json:FIELD    a number or text in KEY.json; null there: nothing is known of this pair
+    json:FIELD    a number or text in KEY.json; null or blank there: nothing is known of this pair
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Pairs:
 
 def _content(meta: Mapping[str, Any], name: str) -> str | None:
     value = meta.get(name, ...)
-    if value is None:
+    # An empty cell of a table is blank text.
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         found = "is missing" if value is ... else f"is {repr(value)[:80]}, neither text nor a whole number"

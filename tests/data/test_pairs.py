@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from clipkit.data import create_stream
-from clipkit.data.pairs import content_id, plain_caption
+from clipkit.data.faults import DataError
+from clipkit.data.pairs import _content, content_id, plain_caption
 from clipkit.data.spec import complete
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -137,6 +138,19 @@ def test_a_field_that_is_not_there_is_a_counted_fault(folder, byte_tokenizer, se
     cause = "missing_pair_id" if "pair_ids" in settings else "missing_hard_negative"
     with pytest.raises(RuntimeError, match=f"bad by {cause}|{cause}"):
         batches(1, folder, byte_tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    "value, told", [(17, "17"), ("17", "17"), (0, "0"), (None, None), ("", None), (" ", None)]
+)
+def test_blank_content_is_unknown_and_not_shared(value, told):
+    assert _content({"scene": value}, "scene") == told
+
+
+@pytest.mark.parametrize("value", [1.0, True, [1], {"a": 1}, float("nan")])
+def test_content_that_is_neither_text_nor_a_whole_number_is_a_fault(value):
+    with pytest.raises(DataError, match="neither text nor a whole number"):
+        _content({"scene": value}, "scene")
 
 
 KNOWN = {
