@@ -44,21 +44,13 @@ _IMAGE_PASSES = {
 # What a loss may use, that no data setting brings: a batch of one's own has it by this name.
 _GIVEN = ("text_index", "sample_weight", "content_features", "hard_negative_image_features")
 # What a loss may use where it is there, and is not missed where it is not.
-<<<<<<< HEAD
-_OPTIONAL = ("hard_negative_features", "pair_ids", "text_index")
-=======
 _OPTIONAL = ("hard_negative_features", "pair_ids", *_GIVEN)
->>>>>>> pairs
 # Entries handed from the batch to the losses.
 _PASSED_ON = {
     "nli_labels": "data.sentences: labelled NLI pairs",
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": "data.pair_ids",
-<<<<<<< HEAD
-    "text_index": "a batch of yours: the number of each text",
-=======
     **dict.fromkeys(_GIVEN, "a batch of yours"),
->>>>>>> pairs
 }
 # One for each picture: repeated for each of its captions.
 _OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight")
@@ -225,13 +217,9 @@ class DualEncoder(nn.Module):
         Args:
             batch: image (B, 3, H, W) uint8, text (B, L) or with m captions a picture (B, m, L) int64, and
                 hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
-<<<<<<< HEAD
-                pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index, text_index (B,) as needed.
-=======
                 pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
                 What a batch of one's own has of text_index, sample_weight (B,), content_features (B, E) and
                 hard_negative_image_features is handed on.
->>>>>>> pairs
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:

@@ -77,9 +77,6 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     dual = model({"dropout": 0.1, "causal": False}, mlm_probability=0.3, init_logit_bias=-10.0).train()
     batch["pair_ids"] = torch.tensor([0, 0, 1, 2])
     batch["hard_negative"] = texts(8, 10, seed=6).unflatten(0, (4, 2))
-<<<<<<< HEAD
-    batch["text_index"] = torch.tensor([7, 5, 3, 1])
-=======
     given = {
         "text_index": torch.arange(4),
         "sample_weight": torch.ones(4),
@@ -87,7 +84,6 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     }
     given["hard_negative_image_features"] = torch.ones(4, 2, 24)
     batch |= given
->>>>>>> pairs
     features = dual(batch, FEATURES)
     assert all(features.pop(name) is value for name, value in given.items())
     assert set(features) == set(FEATURES) - set(given)

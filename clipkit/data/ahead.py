@@ -82,7 +82,9 @@ def _plan(batches: Batches, start: int, lead: int) -> tuple[dict[str, ShardSet],
     """The streams that are read between two positions, and those of the window after that."""
     now: dict[str, ShardSet] = {}
     then: dict[str, ShardSet] = {}
-    for at in dict.fromkeys((start, start + lead)):
+    # Another rank of the machine may be a step behind.
+    behind = max(0, start - 2 * batches.batch_size * batches.world_size)
+    for at in dict.fromkeys((behind, start, start + lead)):
         for data, following in windows(batches, at):
             now.update(dict.fromkeys(data.streams(next(following)), data))
             then.update(dict.fromkeys(data.streams(next(following)), data))
@@ -107,7 +109,7 @@ def _run(batches: Batches, spool: Spool, lead: int, position, parent: int) -> No
             if position.value != planned:
                 planned = position.value
                 now, then = _plan(batches, planned, lead)
-                spool.keep(now)
+                spool.keep([*then, *now])
             for url in [url for url, fetch in fetching.items() if fetch.done()]:
                 if fetching.pop(url).result():
                     failed.pop(url, None)

@@ -120,12 +120,12 @@ def test_parts_that_cannot_be_are_refused(shards, parts, message):
         stream_of(shards, canonical_nodes=parts, batch_size=120 if parts == 120 else 12, resample=True)
 
 
-@pytest.mark.parametrize("workers, room", [(0, 100), (1, 5.5)])
-def test_two_nodes_of_two_ranks_fetch_their_half_once_an_epoch(shards, tmp_path, workers, room):
+@pytest.mark.parametrize("workers, window, room", [(0, 4, 100), (1, 2, 6.5)])
+def test_two_nodes_of_two_ranks_fetch_their_half_once_an_epoch(shards, tmp_path, workers, window, room):
     """The server drops each shard's first answer; `room`: shards that a node's spool holds."""
     largest = max(path.stat().st_size for path in shards.glob("*.tar"))
     spec = {
-        "window": 4,
+        "window": window,
         "canonical_nodes": 2,
         "spool_gb": room * largest / 1e9,
         "run": {"batch_size": 3, "epochs": 2, "workers": workers, "seconds": 0.0},
@@ -151,7 +151,7 @@ def test_two_nodes_of_two_ranks_fetch_their_half_once_an_epoch(shards, tmp_path,
         ]
     logs = [(tmp_path / f"{rank}.jsonl").read_text().splitlines()[:-1] for rank in range(4)]
     steps = [[key for line in step for key in json.loads(line)["keys"]] for step in zip(*logs, strict=True)]
-    assert steps == steps_of([stream_of(shards, canonical_nodes=2)])
+    assert steps == steps_of([stream_of(shards, canonical_nodes=2, window=window)])
     assert sorted([*fetched[0], *fetched[1]]) == [f"{s:02d}.tar" for s in range(SHARDS)]
     assert [len(one) for one in fetched] == [8, 8]
     for one in fetched:
