@@ -62,6 +62,8 @@ def examine(body: Any, *, kind: str, width: int, pad_id: int, vocab_size: int) -
     if not any(p.is_meta or isinstance(p, FakeTensor) for p in body.parameters()):
         with _first_calls(body, blocks, started), _evaluating(body):
             found.width, found.causal, read = _try(body, kind, pad_id, vocab_size)
+        # Made in inference mode it has no graph, and is not going to be trained.
+        read = {id(one) for one in body.parameters()} if torch.is_inference_mode_enabled() else read
         for block in blocks:
             if not any(id(parameter) in read for parameter in block.parameters()):
                 raise ValueError(

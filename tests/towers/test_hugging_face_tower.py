@@ -65,6 +65,17 @@ def test_padding_does_not_change_a_text(model_type, text):
     torch.testing.assert_close(ours(text[1:2, :5]), ours(text[1:2]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tower_may_be_made_without_gradients(mode, text):
+    expected = tower()
+    with mode():
+        torch.manual_seed(0)
+        ours = tower()
+        assert ours(text).shape == expected(text).shape
+    frozen = [name for name, one in ours.named_parameters() if not one.requires_grad]
+    assert frozen == [] and ours.num_layers == expected.num_layers
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
 def test_cls_pooling_equals_the_peers_first_state(model_type, text):
     ours = tower(model_type, pooling="cls").eval()
