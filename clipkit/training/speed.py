@@ -106,7 +106,7 @@ def _arithmetic(precision: str) -> str:
     if "16" in precision:
         return "bf16"
     # torch refuses to read allow_tf32 where TF32 was set in this newer way.
-    used = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+    used = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # pyright: ignore[reportAttributeAccessIssue]
     return "tf32" if "tf32" in used else "fp32"
 
 
