@@ -9,7 +9,7 @@ ids of equal captions (which miss a scene told from the other shape), and with t
 and masked.
 
 An exact copy is a mild false negative to `infonce`: what pushes its text away is smaller than what pulls it near, by its
-own pair. To `sigmoid`, whose pairs are decided one by one, it is told yes once and no for every copy.
+own pair. Whether ids help is what this measures, for either loss; it is not taken for granted.
 
 `captions`: one caption a picture and step, each in turn, against five, over the same number of pictures.
 
