@@ -43,7 +43,7 @@ from clipkit.losses import create_loss
 from clipkit.model import create_model
 from clipkit.optim import create_optimizer, create_schedule
 from clipkit.recipes.pretrain import train
-from clipkit.training import feed, process
+from clipkit.training import feed, precision, process
 from clipkit.training.record import Record
 from clipkit.training.speed import Speed
 
@@ -189,13 +189,15 @@ def recipe(setting: Setting, clock: Clock, *, compiled: bool) -> Callable[[int],
                 augment=create_augment(None, seed=0),
                 steps=steps,
                 device=setting.device,
-                precision="bf16" if setting.bf16 else "fp32",
+                autocast=precision.autocast("bf16" if setting.bf16 else "fp32", setting.device),
+                loss_scale=precision.LossScale("fp32"),
                 micro_batch_size=None,
                 clip_grad_norm=1.0,
                 max_logit_scale=100.0,
                 record=record,
                 evaluation=SimpleNamespace(after=lambda step, batch: {}),
                 checkpoints=SimpleNamespace(after=lambda step, stopping: None),
+                skip_nonfinite=False,
                 stop=process.StopRequest(),
                 metrics={},
             )

@@ -113,7 +113,7 @@ def _expand(name: str, what: str, gaps: bool) -> list[str]:
             _check_file(match, what)
     if missing and (not gaps or len(missing) == len(names)):
         raise ValueError(
-            f"{what}: there is no shard {missing[0]!r}, nor {len(missing) - 1} more of the {len(names)} of {name[:200]!r}. "
+            f"{what}: {len(missing)} of the {len(names)} shards of {name[:200]!r} are not there, the first {missing[0]!r}. "
             f"{_nearby(missing[0])} data.on_bad_shard=skip trains on the others"
         )
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -161,7 +162,8 @@ def loss_call(loss: Any, features: Features) -> dict[str, torch.Tensor]:
 class _Found(dict):
     """Features that say what else there was when one is missing."""
 
-    def __init__(self, kept: Features, output: Features):
+    # FSDP2 makes another of the entries alone.
+    def __init__(self, kept: Features, output: Features = MappingProxyType({})):
         super().__init__(kept)
         self.output = sorted(output)
 

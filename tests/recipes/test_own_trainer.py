@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from clipkit.data import create_augment
 from clipkit.losses import create_loss
 from clipkit.recipes import pretrain
 from clipkit.training.evaluation import Evaluation
+from clipkit.training.precision import LossScale
 from clipkit.training.process import StopRequest
 from clipkit.training.record import Record
 from clipkit.training.speed import Speed
@@ -194,7 +196,8 @@ def test_the_recipes_own_loop_reaches_the_same_curve(example, pairs_curve, tmp_p
         augment=create_augment(None, seed=0),
         steps=range(STEPS),
         device=device,
-        precision="fp32",
+        autocast=nullcontext,
+        loss_scale=LossScale("fp32"),
         micro_batch_size=micro_batch_size,
         clip_grad_norm=None,
         max_logit_scale=100.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from clipkit.data import create_augment, create_tokenizer
 from clipkit.losses import create_loss
 from clipkit.model import create_model
 from clipkit.recipes import pretrain
+from clipkit.training.precision import LossScale
 from clipkit.training.process import StopRequest
 from clipkit.training.record import Record
 from clipkit.training.speed import Speed
@@ -101,7 +103,8 @@ def test_a_steps_time_is_of_its_batch_and_its_work_alone(tmp_path, monkeypatch, 
         augment=create_augment(None, seed=0),
         steps=range(5),
         device=torch.device("cpu"),
-        precision="fp32",
+        autocast=nullcontext,
+        loss_scale=LossScale("fp32"),
         micro_batch_size=None,
         clip_grad_norm=None,
         max_logit_scale=100.0,
