@@ -211,6 +211,9 @@ class Measured:
         for part in self._by_impl:
             # What Triton computes is asked for in chunks; the meter puts its figures in their place.
             part.impl = "dense" if impl == "dense" else "chunked"
+            # A ring sends a gather's bytes from neighbour to neighbour, and holds less: this is its upper bound.
+            if hasattr(part, "overlap"):
+                part.overlap = "none"
         with _ranks(world_size), self._fake:
             features = self._features(pairs, world_size)
             meter = Meter(
