@@ -8,11 +8,12 @@
 
 so that the texts' gradient comes back to its owner added up: W - 1 sends of texts forward, W - 1 of texts and
 W - 1 of gradients backward. Texts travel in the type they were given in, gradients in fp32 (fp64 for fp64).
-A rank holds its own texts and two parts of B rows, and backward four gradients of B rows, whatever W.
+Forward a rank holds two parts of B rows beside its own texts, and keeps of a part its sums alone; the texts go
+round again backward, where it holds two parts and a few gradients of B rows. None of it grows with W.
 
-Each part's tiles are the kernels' own, and the gradient of a part is that of its sums times their share of
-the whole row's. On NCCL sends run on a stream of their own, under the tiles; on gloo the threads that send
-share the cores that compute.
+A part's tiles are the kernels' own, and the gradient of a part is that of its sums times their share of the
+whole row's. On NCCL sends run on a stream of their own, under the tiles; on gloo the threads that send share
+the cores that compute.
 """
 
 from __future__ import annotations

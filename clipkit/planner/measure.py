@@ -211,7 +211,7 @@ class Measured:
         for part in self._by_impl:
             # What Triton computes is asked for in chunks; the meter puts its figures in their place.
             part.impl = "dense" if impl == "dense" else "chunked"
-            # A ring sends a gather's bytes from neighbour to neighbour, and holds less: this is its upper bound.
+            # As if gathered: a ring holds less; it sends the texts once more, backward, for each of its terms.
             if hasattr(part, "overlap"):
                 part.overlap = "none"
         with _ranks(world_size), self._fake:

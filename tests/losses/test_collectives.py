@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -11,17 +12,26 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit.losses import InfoNCE, Sigmoid, create_loss, list_losses
+from clipkit.planner.meter import Meter
 from tests.losses.test_every_loss import D, build, gradients, make
+
+
+@contextlib.contextmanager
+def fake_ranks(number: int) -> Iterator[None]:
+    """torch.distributed as rank 1 of so many that send nothing: each gathers its own rows as many times."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=number, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture
 def four_ranks() -> Iterator[None]:
-    """torch.distributed as rank 1 of 4 that send nothing: each gathers its own rows four times."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+    with fake_ranks(4):
+        yield
 
 
 def counted(loss, features) -> dict[str, int]:
@@ -139,6 +149,32 @@ def test_no_rank_of_a_ring_holds_the_texts_of_all(four_ranks, name, overlap, imp
         loss(features)["loss"].backward()
     assert ((4 * 5, D) in shapes.found) == (overlap == "none")
     assert ((5, 4 * 5) in shapes.found) == (overlap == "none" and impl == "dense")
+
+
+def held(loss, ranks: int) -> tuple[float, float, float]:
+    """(peak of forward, what it keeps, peak of backward) in tensors of own rows, beside the inputs."""
+    rows, dim = 32, 512
+    features = {
+        name: torch.nn.functional.normalize(torch.randn(rows, dim), dim=-1).requires_grad_()
+        for name in ("image_features", "text_features")
+    }
+    features |= {name: torch.tensor(value) for name, value in (("logit_scale", 10.0), ("logit_bias", -10.0))}
+    with fake_ranks(ranks), Meter() as meter:
+        value = loss(features)["loss"]
+        forward, kept = meter.peak, meter.alive
+        value.backward()
+    return forward / (4 * rows * dim), kept / (4 * rows * dim), meter.peak / (4 * rows * dim)
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_what_a_ring_holds_does_not_grow_with_the_ranks(name, impl):
+    loss = create_loss({name: {"overlap": "ring", "impl": impl}})
+    few, many = held(loss, 4), held(loss, 16)
+    assert many[0] < 4 and many[1] < 0.3 and many[2] < 14
+    assert many[2] < 1.05 * few[2]
+    gathered = held(create_loss({name: {"impl": impl}}), 16)
+    assert gathered[0] > 16 and gathered[1] > 16 and gathered[2] > 32
 
 
 def test_a_ring_is_left_out_of_a_compiled_graph_or_refused(four_ranks, sent):
