@@ -233,8 +233,7 @@ class Ranks:
                 everyone = make()
                 break
         else:
-            narrow = next((narrow.dtype for narrow, wide in self._widened if wide is x), x.dtype)
-            everyone = _AllGatherRows.apply(x, self.group, narrow)
+            everyone = _AllGatherRows.apply(x, self.group, self.given_dtype(x))
         self._gathered.append((x, everyone))
         return everyone
 
@@ -248,6 +247,10 @@ class Ranks:
                 return wide
         self._widened.append((x, x.float()))
         return self._widened[-1][1]
+
+    def given_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """The type in which a loss was given what `wide` made x of: the one in which its rows travel."""
+        return next((narrow.dtype for narrow, wide in self._widened if wide is x), x.dtype)
 
     def own(self, rows: int) -> slice:
         """Where this rank's `rows` rows lie among everyone's."""
@@ -294,6 +297,14 @@ def all_reduce_sum(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
+def sum_over_ranks(x: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """The SUM of x over the group's ranks, for a statistic that each rank then uses in its own way.
+
+    Backward is the SUM over ranks too: a rank's x is owed what every rank makes of the total.
+    """
+    return x if group is None else _SumOverRanks.apply(x, group)
+
+
 def logsumexp_over_ranks(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     """This rank's rows of the elementwise log-sum-exp over ranks.
 
@@ -322,7 +333,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that refuses to be differentiated.
 
     torch's once_differentiable hangs its refusal on tensors made for it, so that torch.autograd.grad, which
@@ -330,12 +341,15 @@ def _first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(backward)
-    def refusing(ctx: Any, grad: torch.Tensor) -> Any:
+    def refusing(ctx: Any, *grads: torch.Tensor) -> Any:
         with torch.no_grad():
-            value, *others = backward(ctx, grad)
+            values = backward(ctx, *grads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            value = _NoSecondDerivative.apply(value, grad, *ctx.saved_tensors)
-        return value, *others
+            values = tuple(
+                None if value is None else _NoSecondDerivative.apply(value, *grads, *ctx.saved_tensors)
+                for value in values
+            )
+        return values
 
     return refusing
 
@@ -347,7 +361,7 @@ class _AllGatherRows(torch.autograd.Function):
         return _gather(x.to(dtype), group).to(x.dtype)
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx, grad):
         # Half-precision parts are added up in fp32: W roundings become one.
         wide = grad.float() if _is_half(grad) else grad
@@ -363,9 +377,25 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx, grad):
         return grad * ctx.ranks, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _LogSumExpOverRanks(torch.autograd.Function):
@@ -383,7 +413,7 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return _own_rows(total, group)
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx, grad):
         x, total = ctx.saved_tensors
         share = torch.where(x == -torch.inf, torch.zeros_like(x), (x - total).exp())

@@ -71,7 +71,7 @@ def pair_lse(
     if col_log_weight is not None and col_log_weight.shape != (y.shape[0],):
         raise ValueError(f"col_log_weight must be (M,) = ({y.shape[0]},), got {tuple(col_log_weight.shape)}")
     chunk = _check_chunk(chunk_size)
-    impl = _choose(impl, precision, x, y)
+    impl = choose_implementation(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_lse(
             x,
@@ -119,7 +119,7 @@ def pair_softplus(
     bias = _scalar(bias, "bias", x)
     _check_ids(x, y, row_ids, col_ids)
     chunk = _check_chunk(chunk_size)
-    impl = _choose(impl, precision, x, y)
+    impl = choose_implementation(impl, precision, x, y)
     if impl == "dense":
         return reference.pair_softplus(
             x,
@@ -186,7 +186,7 @@ def _check_chunk(chunk_size: int | None) -> int:
     return chunk_size
 
 
-def _choose(impl: str, precision: str, x: Tensor, y: Tensor) -> str:
+def choose_implementation(impl: str, precision: str, x: Tensor, y: Tensor) -> str:
     """The name the operators know: "dense", "chunked", "triton" or "triton_high"."""
     if impl not in IMPLEMENTATIONS:
         raise unknown("impl", impl, IMPLEMENTATIONS)

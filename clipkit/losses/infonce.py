@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, logsumexp_over_ranks
+from clipkit.distributed import Group, Ranks, logsumexp_over_ranks, sum_over_ranks
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
@@ -28,6 +28,7 @@ from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
 from clipkit.losses.options import check_options
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
+from clipkit.losses.ring import check_overlap, check_ring_ids, ring_lse, runs_ring
 from clipkit.losses.small import runs_small, small_infonce
 
 
@@ -69,6 +70,8 @@ class InfoNCE(nn.Module):
         false_negatives: None, "mask" or "share".
         false_negative_threshold: cosine in (0, 1].
         hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
+        overlap: "none": the texts are gathered; "ring": they go from rank to rank under the tiles, and no rank
+            holds all of them (`clipkit.losses.ring`). Not with `false_negatives`, nor with ids as positives.
         group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows
             alone.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
@@ -95,6 +98,7 @@ class InfoNCE(nn.Module):
         false_negatives: str | None = None,
         false_negative_threshold: float = 0.95,
         hard_negatives: str = "group",
+        overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
     ):
@@ -109,6 +113,7 @@ class InfoNCE(nn.Module):
             "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
+        self.overlap = check_overlap(overlap, false_negatives)
         self._is_plain = self.label_smoothing == 0 and false_negatives is None
 
     def check(
@@ -122,6 +127,7 @@ class InfoNCE(nn.Module):
         check_pairs(self, image_features, text_features)
         check_scalar("logit_scale", logit_scale)
         check_options(self, image_features, **options)
+        check_ring_ids(self, options.get("pair_ids"))
 
     def forward(
         self,
@@ -177,14 +183,16 @@ class InfoNCE(nn.Module):
         if ranks.group is None and reduction == "mean" and not options and self._is_plain:
             if runs_small(x, y, scale, self.impl):
                 return small_infonce(x, y, scale)
-        texts = ranks.gather(y)
         kernel: dict[str, Any] = {"impl": self.impl, "precision": precision}
+        ring = runs_ring(self, ranks)
         same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
         masked = (self.false_negatives or self.same_ids) == "mask"
-        if same is not None and masked:
-            row_lse, col_lse = same.lse(x, texts, scale, own, **kernel)
+        if ring:
+            row_lse, col_lse = ring_lse(x, y, scale, ranks, same, **kernel)
+        elif same is not None and masked:
+            row_lse, col_lse = same.lse(x, ranks.gather(y), scale, own, **kernel)
         else:
-            row_lse, col_lse = pair_lse(x, texts, scale, row_offset=own.start, **kernel)
+            row_lse, col_lse = pair_lse(x, ranks.gather(y), scale, row_offset=own.start, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         more_texts, more_images = (
             None if hard is None else HardNegatives(hard, ranks, self.hard_negatives, **kernel)
@@ -194,8 +202,8 @@ class InfoNCE(nn.Module):
         positive = paired_logits(x, y, scale)
         loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
         if self.label_smoothing > 0 or (same is not None and not masked):
-            by_image = self._target(texts, own, same, masked, more_texts)
-            by_text = self._target(ranks.gather(x), own, same, masked, more_images)
+            by_image = self._target(y, ranks, ring, same, masked, more_texts)
+            by_text = self._target(x, ranks, ring, same, masked, more_images)
             loss = (
                 loss + positive - (paired_logits(x, by_image, scale) + paired_logits(y, by_text, scale)) / 2
             )
@@ -203,16 +211,23 @@ class InfoNCE(nn.Module):
 
     def _target(
         self,
-        everyone: Tensor,
-        own: slice,
+        rows: Tensor,
+        ranks: Ranks,
+        ring: bool,
         same: SameIds | NearContent | None,
         masked: bool,
         hard: HardNegatives | None,
     ) -> Tensor:
-        """(B, D): the mean of everyone's rows (N, D), and hard negatives, under the target of each own row.
-        Logits are linear, so it stands for an N x N matrix of targets."""
-        everyone = everyone.to(compute_dtype(everyone))
-        target, total, columns = everyone[own], everyone.sum(0), len(everyone)
+        """(B, D): the mean of everyone's rows, and hard negatives, under the target of each own row; own ones
+        are given. Logits are linear, so it stands for an N x N matrix of targets."""
+        dtype, columns = compute_dtype(rows), len(rows) * ranks.size
+        if ring:
+            # Ids are refused here, but where they mask and nothing is smoothed.
+            target, total = rows.to(dtype), sum_over_ranks(rows.to(dtype).sum(0), ranks.group)
+            same = None
+        else:
+            everyone, own = ranks.gather(rows).to(dtype), ranks.own(len(rows))
+            target, total = everyone[own], everyone.sum(0)
         if same is not None:
             shared, counts = same.sums(everyone, own)
             if masked:

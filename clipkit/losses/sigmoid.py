@@ -27,6 +27,7 @@ from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives
 from clipkit.losses.options import check_options
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
+from clipkit.losses.ring import check_overlap, check_ring_ids, ring_softplus, runs_ring
 
 
 @register_loss("sigmoid")
@@ -48,6 +49,8 @@ class Sigmoid(nn.Module):
         false_negatives: None, "mask" or "share".
         false_negative_threshold: cosine in (0, 1].
         hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
+        overlap: "none": the texts are gathered; "ring": they go from rank to rank under the tiles, and no rank
+            holds all of them (`clipkit.losses.ring`). Not with `false_negatives`, nor with ids as positives.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_softplus`.
 
@@ -76,6 +79,7 @@ class Sigmoid(nn.Module):
         false_negatives: str | None = None,
         false_negative_threshold: float = 0.95,
         hard_negatives: str = "group",
+        overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
     ):
@@ -89,6 +93,7 @@ class Sigmoid(nn.Module):
             "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
+        self.overlap = check_overlap(overlap, false_negatives)
 
     def check(
         self,
@@ -107,6 +112,7 @@ class Sigmoid(nn.Module):
             )
         check_scalar("logit_bias", logit_bias)
         check_options(self, image_features, **options)
+        check_ring_ids(self, options.get("pair_ids"))
 
     def forward(
         self,
@@ -162,18 +168,20 @@ class Sigmoid(nn.Module):
         kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
         x, y = ranks.wide(image_features), ranks.wide(text_features)
         scale, bias, own = scalar(logit_scale, x), scalar(logit_bias, x), ranks.own(len(x))
-        texts = ranks.gather(y)
+        ring = runs_ring(self, ranks)
         same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
         masked = (self.false_negatives or self.same_ids) == "mask"
-        if same is not None and masked:
-            loss = same.softplus(x, texts, scale, bias, own, **kernel)
+        if ring:
+            loss = ring_softplus(x, y, scale, bias, ranks, same, **kernel)
+        elif same is not None and masked:
+            loss = same.softplus(x, ranks.gather(y), scale, bias, own, **kernel)
         else:
-            loss = pair_softplus(x, texts, scale, bias, row_offset=own.start, **kernel)
+            loss = pair_softplus(x, ranks.gather(y), scale, bias, row_offset=own.start, **kernel)
         positive = paired_logits(x, y, scale)
         loss = loss + softplus(-(positive + bias))
         if same is not None and not masked:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
-            shared, counts = same.sums(texts.to(positive.dtype), own)
+            shared, counts = same.sums(ranks.gather(y).to(positive.dtype), own)
             loss = loss - (paired_logits(x, shared, scale) - positive) - (counts[:, 0] - 1) * bias
         for anchors, hard in ((x, hard_negative_features), (y, hard_negative_image_features)):
             if hard is not None:

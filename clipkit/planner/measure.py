@@ -211,6 +211,9 @@ class Measured:
         for part in self._by_impl:
             # What Triton computes is asked for in chunks; the meter puts its figures in their place.
             part.impl = "dense" if impl == "dense" else "chunked"
+            # As if gathered: a ring holds less; it sends the texts once more, backward, for each of its terms.
+            if hasattr(part, "overlap"):
+                part.overlap = "none"
         with _ranks(world_size), self._fake:
             features = self._features(pairs, world_size)
             meter = Meter(

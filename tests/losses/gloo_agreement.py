@@ -16,7 +16,7 @@ from clipkit.losses import create_loss, list_losses
 
 BAD_RANK = 1
 # On more than two ranks: what has options, and sums.
-OF_MANY = ("infonce", "sigmoid", "queue", "nli_softmax", "matryoshka", "a sum", "a list")
+OF_MANY = ("infonce", "sigmoid", "queue", "nli_softmax", "matryoshka", "a sum", "a list", "a ring")
 # One spec of every registered loss, and a sum.
 SPECS = {
     name: next(
@@ -26,6 +26,7 @@ SPECS = {
 }
 SPECS["a sum"] = gloo_cases.SPECS["a sum"]
 SPECS["infonce"] = {"infonce": {"false_negatives": "mask"}}
+SPECS["a ring"] = {"infonce": {"overlap": "ring"}, "sigmoid": {"overlap": "ring"}}
 SPECS["a list"] = {"infonce": {}, "cyclic": {}, "uniformity": {}, "sigmoid": {}}
 
 

@@ -58,6 +58,14 @@ SPECS = {
     "sigmoid sharing near": {"sigmoid": {"false_negatives": "share", **NEAR}},
     "infoloob with own negatives weighted": {"infoloob": {"hard_negatives": "own"}},
     "nli_contrastive of several": {"nli_contrastive": {"hard_negative_weight": 2.5, "temperature": 0.3}},
+    "infonce ring": {"infonce": {"overlap": "ring", "label_smoothing": 0.2}},
+    "infonce ring with masks weighted": {"infonce": {"overlap": "ring", "same_ids": "mask"}},
+    "infonce ring with negatives": {"infonce": {"overlap": "ring", "label_smoothing": 0.1}},
+    "sigmoid ring": {"sigmoid": {"overlap": "ring"}},
+    "sigmoid ring with masks weighted": {"sigmoid": {"overlap": "ring", "same_ids": "mask"}},
+    "sigmoid ring with own negatives": {"sigmoid": {"overlap": "ring", "hard_negatives": "own"}},
+    "matryoshka of a ring": {"matryoshka": {"dims": [2, 5, 6], "settings": {"overlap": "ring"}}},
+    "a sum with a ring": {"infonce": {"overlap": "ring"}, "cyclic": {}, "sigmoid": {"overlap": "ring"}},
     "distill": {"distill": {}},
     "queue": {"queue": {"embed_dim": D, "size": 11}},
     "queue of sigmoid weighted": {"queue": {"loss": "sigmoid", "embed_dim": D, "size": 5}},
@@ -229,10 +237,13 @@ def half_features(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(unit(v.double(), dim=-1)[rows].bfloat16().requires_grad_() for v in (x, y))
 
 
-def half_gradient(rows: slice, group="auto", dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def half_gradient(
+    rows: slice, group="auto", dtype: torch.dtype = torch.bfloat16, overlap: str = "none"
+) -> torch.Tensor:
     """What InfoNCE wants of this rank's texts, averaged over ranks as by DDP."""
     x, y = (v.detach().to(dtype).requires_grad_() for v in half_features(rows))
-    loss = create_loss({"infonce": {"label_smoothing": 0.1, "impl": "chunked"}}, group=group)
+    settings = {"label_smoothing": 0.1, "impl": "chunked", "overlap": overlap}
+    loss = create_loss({"infonce": settings}, group=group)
     loss({"image_features": x, "text_features": y, "logit_scale": 20.0})["loss"].backward()
     # The mean over W ranks of a gradient that one of them has.
     return y.grad
@@ -246,7 +257,7 @@ def run_rank() -> dict[tuple[str, str, str], dict[str, torch.Tensor]]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     share = N // ranks
     rows = slice(rank * share, (rank + 1) * share)
-    found = {"half gradient": half_gradient(rows)}
+    found = {f"half gradient {overlap}": half_gradient(rows, overlap=overlap) for overlap in ("none", "ring")}
     for case in SPECS:
         for impl in IMPLEMENTATIONS if has_implementations(case) else ("dense",):
             found[case, impl, "world"] = run(case, impl, rows, dist.group.WORLD)

@@ -32,10 +32,11 @@ PAIRS, EMBED_DIM = 16, 8
 # What each loss needs beyond its defaults to be built here; each variant is measured.
 SETTINGS = {
     "fastclip": [{"num_samples": PAIRS}],
-    "infonce": [{}, {"label_smoothing": 0.1}],
+    "infonce": [{}, {"label_smoothing": 0.1}, {"overlap": "ring"}],
     "matryoshka": [{"dims": [4, 8]}],
     "nli_softmax": [{"embed_dim": EMBED_DIM}],
     "queue": [{"embed_dim": EMBED_DIM, "size": 20}],
+    "sigmoid": [{}, {"overlap": "ring"}],
     "slip": [{}, {"head": True, "embed_dim": EMBED_DIM, "hidden_dim": 12, "output_dim": 6}],
     "simcse": [{}, {"head": True, "embed_dim": EMBED_DIM}],
 }
@@ -43,7 +44,7 @@ SETTINGS = {
 
 def variants(name):
     for settings in SETTINGS.get(name, [{}]):
-        yield settings, "+".join(key for key in settings if key in ("head", "label_smoothing"))
+        yield settings, "+".join(key for key in settings if key in ("head", "label_smoothing", "overlap"))
 
 
 def cases_of(name, world_size):
@@ -98,6 +99,8 @@ OPTIONS = [
         ({}, NEGATIVES),
         ({"hard_negatives": "own"}, (*NEGATIVES, "sample_weight")),
         ({"same_ids": "mask"}, ("pair_ids", "sample_weight")),
+        ({"overlap": "ring"}, ()),
+        ({"overlap": "ring", "same_ids": "mask"}, ("pair_ids", "sample_weight", *NEGATIVES)),
         ({"false_negatives": "mask", "false_negative_threshold": 0.5}, ()),
         ({"false_negatives": "share", "false_negative_threshold": 0.5}, NEGATIVES),
         (
@@ -111,6 +114,7 @@ OPTIONS = [
         {"label_smoothing": 0.1, "false_negatives": "mask", "false_negative_threshold": 0.5},
         NEGATIVES,
     ),
+    ("infonce", {"overlap": "ring", "label_smoothing": 0.1, "hard_negatives": "own"}, NEGATIVES),
     ("infoloob", {}, (*NEGATIVES, "sample_weight")),
     ("distill", {}, ("sample_weight",)),
 ]

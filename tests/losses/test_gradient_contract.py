@@ -101,11 +101,13 @@ def test_uneven_ranks_are_refused_by_name_on_every_rank(ranks, world, counts):
         assert str(counts) in found["refusal"] and "drop_last" in found["refusal"]
 
 
+@pytest.mark.parametrize("overlap", ["none", "ring"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_half_precision_gradients_of_the_ranks_are_added_up_before_they_are_rounded(ranks, world):
+def test_half_precision_gradients_of_the_ranks_are_added_up_before_they_are_rounded(ranks, world, overlap):
     exact = gloo_cases.half_gradient(slice(0, gloo_cases.N), None, torch.float64)
-    found = torch.cat([found["half gradient"] for found in ranks[world]]).double() / world
-    assert ranks[world][0]["half gradient"].dtype == torch.bfloat16
+    gradients = [found[f"half gradient {overlap}"] for found in ranks[world]]
+    found = torch.cat(gradients).double() / world
+    assert gradients[0].dtype == torch.bfloat16
     # One rounding to 8 bits, and the arithmetic's own error in fp32; on one process too.
     alone = gloo_cases.half_gradient(slice(0, gloo_cases.N), None).double()
     for gradient in (found, alone):
