@@ -329,9 +329,7 @@ def test_a_gap_in_a_brace_list_is_a_bad_shard(tmp_path, write_tar, sample, byte_
         lambda: list(train_captions({"train": braces})),
         lambda: list(iter_eval(braces, image_size=8, batch_size=1)),
     ):
-        with pytest.raises(
-            ValueError, match="1 of the 4 shards .*02.tar.*on_bad_shard=skip trains"
-        ):
+        with pytest.raises(ValueError, match="1 of the 4 shards .*02.tar.*on_bad_shard=skip trains"):
             read()
     for nowhere in (f"{tmp_path}/{{10..12}}.tar", f"{tmp_path}/10.tar"):
         with pytest.raises(ValueError, match="10.tar"):
