@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from clipkit.data.faults import CAUSES, DataError
     from clipkit.data.indexing import index_shards
     from clipkit.data.packing import pack
+    from clipkit.data.samples import SampleSet, register_data
     from clipkit.data.sentences import SentenceStream, create_sentences
     from clipkit.data.shards import Stream, create_stream
     from clipkit.data.spec import DATA_DEFAULTS, locate_data, resolve_data, train_captions
     from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, write_shapes
-    from clipkit.data.tokenizers import Tokenizer, create_tokenizer, list_tokenizers, load_tokenizer
+    from clipkit.data.tokenizers import (
+        Tokenizer,
+        create_tokenizer,
+        list_tokenizers,
+        load_tokenizer,
+        register_tokenizer,
+    )
     from clipkit.data.urls import expand_shards
 
 _HOME = {
@@ -43,6 +50,9 @@ _HOME = {
     "create_tokenizer": "tokenizers",
     "load_tokenizer": "tokenizers",
     "list_tokenizers": "tokenizers",
+    "register_tokenizer": "tokenizers",
+    "SampleSet": "samples",
+    "register_data": "samples",
     "create_sentences": "sentences",
     "SentenceStream": "sentences",
     "write_shapes": "synthetic",
@@ -66,6 +76,7 @@ __all__ = [
     "DataError",
     "SHAPE_CLASSES",
     "SHAPE_TEMPLATES",
+    "SampleSet",
     "SentenceStream",
     "Stream",
     "Tokenizer",
@@ -83,6 +94,8 @@ __all__ = [
     "load_tokenizer",
     "locate_data",
     "pack",
+    "register_data",
+    "register_tokenizer",
     "resolve_data",
     "stats",
     "train_captions",

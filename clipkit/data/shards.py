@@ -32,8 +32,8 @@ from clipkit.data.decode import check_resizing
 from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
-from clipkit.data.spec import cache_folder, plain, resolve_data, sources
-from clipkit.data.table import open_tables
+from clipkit.data.spec import KINDS, cache_folder, check_kind, plain, resolve_data, sources
+from clipkit.data.table import open_registered, open_tables
 from clipkit.data.urls import Spool, expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
 
@@ -361,6 +361,7 @@ def create_stream(
         raise ValueError(
             f"data.canonical_nodes is {full['canonical_nodes']!r}; expected a whole number, 1 or more"
         )
+    check_kind(full["kind"])
     check_resizing(resize_mode, interpolation)
     cache_dir = cache_folder(full)
     spool = Spool(
@@ -373,22 +374,27 @@ def create_stream(
     given = sources(full["train"])
     weighted = given[0]["weight"] is not None
     gaps = full["on_bad_shard"] == "skip"
-    lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
-    if not weighted:
-        lists, given = [[shard for one in lists for shard in one]], given[:1]
-    sets: list[Any] = [
-        open_tables(full, one, cache_dir)
-        if full["kind"] == "table"
-        else ShardSet(
-            one,
-            cache_dir=cache_dir,
-            spool=spool,
-            on_bad_shard=full["on_bad_shard"],
-            declared=True,
-            together=max(full["window"], full["canonical_nodes"]),
-        )
-        for one in lists
-    ]
+    sets: list[Any] = []
+    if full["kind"] in KINDS:
+        lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
+        if not weighted:
+            lists, given = [[shard for one in lists for shard in one]], given[:1]
+        for one in lists:
+            if full["kind"] == "table":
+                sets.append(open_tables(full, one, cache_dir))
+                continue
+            sets.append(
+                ShardSet(
+                    one,
+                    cache_dir=cache_dir,
+                    spool=spool,
+                    on_bad_shard=full["on_bad_shard"],
+                    declared=True,
+                    together=max(full["window"], full["canonical_nodes"]),
+                )
+            )
+    else:
+        sets += open_registered(full, cache_dir)
     orders = [
         EpochOrder(
             one.counts,

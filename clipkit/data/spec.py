@@ -14,7 +14,7 @@ from typing import Any
 
 from clipkit.data.synthetic import SHAPE_CLASSES, SHAPE_TEMPLATES, shape_paths, write_shapes
 from clipkit.foreign import permit
-from clipkit.registry import check_keys, unknown
+from clipkit.registry import Registry, check_keys, unknown
 
 # The meaning and unit of each key stand in conf/data/shapes.yaml.
 DATA_DEFAULTS: dict[str, Any] = {
@@ -25,6 +25,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "zeroshot": None,
     "shapes": None,
     "table": None,
+    "source": None,
     "sentences": None,
     "tokenizer": None,
     "num_workers": 0,
@@ -59,8 +60,10 @@ DATA_DEFAULTS: dict[str, Any] = {
     "shard_deadline_s": 600.0,
     "shard_retries": 5,
 }
+# Kinds of data that are clipkit's own; others are registered: clipkit.data.samples.
+KINDS = ("shards", "shapes", "table")
+kinds = Registry("kind of data")
 _CHOICES = {
-    "kind": ("shards", "shapes", "table"),
     "captions": ("random", "first", "all"),
     "cache": ("none", "ram"),
     "on_bad_shard": ("error", "skip"),
@@ -80,6 +83,10 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     if full["kind"] == "table":
         check_keys(full["table"] or {}, _TABLE, "data.table")
         full["table"] = {**_TABLE, **(full["table"] or {})}
+    if full["source"] and full["kind"] in KINDS:
+        raise ValueError(
+            f"data.source is for kinds of data that a plugin registers, not for data.kind={full['kind']}"
+        )
     for key, choices in _CHOICES.items():
         if full[key] not in choices:
             raise unknown(f"data.{key}", full[key], choices)
@@ -94,6 +101,12 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
                 f"{' and at most 1, or null for no crop' if name == 'crop_scale' else ''}"
             )
     return full
+
+
+def check_kind(kind: object) -> None:
+    """ValueError for a data.kind that nobody has registered."""
+    if kind not in (*KINDS, *kinds.names()):
+        raise unknown("data.kind", kind, [*KINDS, *kinds.names()])
 
 
 def _check_pairs(spec: Mapping[str, Any]) -> None:
@@ -235,7 +248,9 @@ def train_captions(spec: Mapping[str, Any]) -> Iterator[str]:
     from clipkit.data.table import iter_training_captions
 
     full = resolve_data(spec)
-    train = _joined(full["train"], gaps=full["on_bad_shard"] == "skip")
+    train = full["train"]
+    if full["kind"] in KINDS:
+        train = _joined(train, gaps=full["on_bad_shard"] == "skip")
     return iter_training_captions(full, train, cache_folder(full))
 
 

@@ -22,6 +22,8 @@ from clipkit.data.captions import clean_caption, listed
 from clipkit.data.evalset import iter_captions
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
+from clipkit.data.samples import SampleSet
+from clipkit.data.spec import KINDS, kinds, sources
 from clipkit.data.tables import read_table
 from clipkit.data.urls import locked
 from clipkit.foreign import IMAGE_BYTES, BrokenFile, permit, read_bytes
@@ -32,7 +34,7 @@ _VERSION = 1
 _LOOKED_FOR = 20
 
 
-class TableSet:
+class TableSet(SampleSet):
     """The rows of one or several tables, read as `ShardSet` reads samples.
 
     Args:
@@ -70,23 +72,23 @@ class TableSet:
         self._captions = [caption] if isinstance(caption, str) else list(caption)
         columns = list(dict.fromkeys([image, *self._captions, *keep]))
         reading = {"separator": separator, "encoding": encoding, "quotes": quotes}
-        self.shards: list[str] = []
-        self.faults: list[tuple[str, str, str]] = []
+        names: list[str] = []
+        faults: list[tuple[str, str, str]] = []
         counts: list[int] = []
         self._roots: list[Path] = []
         self._tables: list[tuple[np.ndarray, np.ndarray]] = []
         self._table_of: list[tuple[int, int]] = []
         for place, table in enumerate(tables):
-            ends, blob, faults = _rows(Path(table), columns, reading, cache_dir / "tables")
-            self.faults += [(table, cause, line) for cause, line in faults]
+            ends, blob, broken = _rows(Path(table), columns, reading, cache_dir / "tables")
+            faults += [(table, cause, line) for cause, line in broken]
             self._tables.append((ends, blob))
             self._roots.append(Path(root) if root else Path(table).parent)
             for first in range(0, len(ends), BLOCK):
-                self.shards.append(table)
+                names.append(table)
                 counts.append(min(BLOCK, len(ends) - first))
                 self._table_of.append((place, first))
-        self.counts = np.asarray(counts, dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+        super().__init__(names, counts)
+        self.faults = faults
         if not len(self):
             raise ValueError(f"{', '.join(tables)[:300]}: no row that can be read")
         self._look()
@@ -100,16 +102,6 @@ class TableSet:
                 f"{str(self._path(0))[:300]!r}: give the column by data.table.image, and the folder that its paths are relative "
                 "to by data.root"
             )
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
-
-    def shard_of(self, sample: int) -> int:
-        """The block of a row."""
-        return int(np.searchsorted(self.starts, sample, side="right") - 1)
 
     def _raw(self, sample: int) -> bytes:
         block = self.shard_of(sample)
@@ -125,10 +117,6 @@ class TableSet:
     def key(self, sample: int) -> str:
         """The picture's path, as the table has it."""
         return str(self.meta(sample).get(self._image) or "")
-
-    def where(self, sample: int) -> tuple[str, str]:
-        """A row's table and key, for messages and counts."""
-        return self.shards[self.shard_of(sample)], self.key(sample)
 
     def _path(self, sample: int) -> Path:
         return self._roots[self._table_of[self.shard_of(sample)][0]] / self.key(sample)
@@ -162,40 +150,12 @@ class TableSet:
             raise DataError("caption_not_utf8", str(error)) from None
         return found
 
-    def late_faults(self, sample: int) -> list[tuple[str, str, str]]:
-        """None: the tables were read when the set was made."""
-        return []
-
-    def passed_over(self, sample: int) -> list[tuple[str, str, str, str]]:
-        """None: a row that is broken is no sample."""
-        return []
-
-    def waits_for(self, samples: Sequence[int]) -> list[str]:
-        """The tables of rows."""
-        return sorted({self.shards[self.shard_of(sample)] for sample in samples})
-
-    def streams(self, shards: Sequence[int]) -> list[str]:
-        """None of it is fetched."""
-        return []
-
     def probe(self, shard: int) -> int:
         """A digest of a block's rows."""
         digest = hashlib.blake2b(digest_size=8)
         for sample in range(int(self.starts[shard]), int(self.starts[shard + 1])):
             digest.update(self._raw(sample))
         return int.from_bytes(digest.digest(), "little")
-
-    def expect(self, probes: Mapping[int, int]) -> None:
-        """ValueError where a block has other rows than it had."""
-        for shard, probe in probes.items():
-            if self.probe(shard) != probe:
-                raise ValueError(
-                    f"table {self.shards[shard]} has other rows than when the run began: its position has no meaning here; "
-                    "give the same data.train or start a new run"
-                )
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def open_tables(spec: Mapping[str, Any], tables: Sequence[str], cache_dir: Path) -> TableSet:
@@ -209,17 +169,29 @@ def open_tables(spec: Mapping[str, Any], tables: Sequence[str], cache_dir: Path)
     return TableSet(tables, cache_dir=cache_dir, keep=keep, root=spec["root"], **spec["table"])
 
 
-def iter_training_captions(spec: Mapping[str, Any], names: Sequence[str], cache_dir: Path) -> Iterator[str]:
-    """Every caption of the tables or shards once, in their order; samples without a readable one are passed over."""
-    if spec["kind"] != "table":
+def open_registered(spec: Mapping[str, Any], cache_dir: Path) -> list[SampleSet]:
+    """What a plugin's kind of data reads: a set for each weighted source, or one."""
+    given = sources(spec["train"])
+    weighted = given[0]["weight"] is not None
+    trains = [source["shards"] for source in given] if weighted else [spec["train"]]
+    return [kinds.get(spec["kind"])(train, spec["source"] or {}, cache_dir) for train in trains]
+
+
+def iter_training_captions(spec: Mapping[str, Any], names: Any, cache_dir: Path) -> Iterator[str]:
+    """Every caption of the tables, the shards or what a plugin reads once, in their order; samples without a readable one are passed over."""
+    if spec["kind"] not in KINDS:
+        data: list[SampleSet] = open_registered(spec, cache_dir)
+    elif spec["kind"] == "table":
+        data = [open_tables(spec, names, cache_dir)]
+    else:
         yield from iter_captions(names, cache_dir=cache_dir, on_bad_shard=spec["on_bad_shard"])
         return
-    data = open_tables(spec, names, cache_dir)
-    for sample in data:
-        try:
-            yield from data.captions(sample)
-        except DataError:
-            continue
+    for samples in data:
+        for sample in samples:
+            try:
+                yield from samples.captions(sample)
+            except DataError:
+                continue
 
 
 def _rows(

@@ -13,6 +13,7 @@ Of a text longer than 100,000 characters the rest is not looked at.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, permit, read_
 from clipkit.registry import Registry, check_keys
 
 _registry = Registry("tokenizer")
+# A class of one's own: a Tokenizer whose arguments are its settings, and whose `state()` gives them back.
+register_tokenizer = _registry.register
 # Cleaning takes time for every character, and a text tower reads some hundred tokens.
 MAX_CHARACTERS = 100_000
 _MAX_CONTEXT = 65_536
@@ -306,6 +309,9 @@ def create_tokenizer(
     if name == "hf":
         permit(spec["model"], "tokenizer.model")
         return HuggingFace.build(**spec)
+    if name not in _STATES:
+        # null: its own default, where the YAML it starts from has a setting that it lacks.
+        return _registry.get(name)(**{key: value for key, value in spec.items() if value is not None})
     if captions is None:
         raise ValueError(
             "tokenizer words is built from the training captions: pass captions=..., or tokenizer.path of "
@@ -327,10 +333,11 @@ def check_tokenizer(spec: str | Mapping[str, Any]) -> None:
     if spec.get("path"):
         return
     name = spec.get("name")
-    _registry.get(name)
-    check_keys(
-        [key for key in spec if key not in ("name", "path")], _SETTINGS[str(name)], f"tokenizer {name}"
-    )
+    known = _settings(_registry.get(name), str(name))
+    given = [key for key in spec if key not in ("name", "path")]
+    if name not in _STATES:
+        given = [key for key in given if spec[key] is not None]
+    check_keys(given, known, f"tokenizer {name}")
     for key, least in (("context_length", 3), ("max_words", 1), ("min_count", 1)):
         value = spec.get(key, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -340,6 +347,10 @@ def check_tokenizer(spec: str | Mapping[str, Any]) -> None:
         raise ValueError(
             "tokenizer hf needs tokenizer.model: a hub name such as roberta-base, or a local folder"
         )
+
+
+def _settings(made: Any, name: str) -> Iterable[str]:
+    return _SETTINGS.get(name) or inspect.signature(made).parameters
 
 
 class _ClipState(msgspec.Struct, forbid_unknown_fields=True):
@@ -383,10 +394,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise BrokenFile(f"{path} is not a tokenizer file written by clipkit: {error}") from None
     name = found.pop("tokenizer", None)
-    if not isinstance(name, str) or name not in _STATES:
+    if not isinstance(name, str) or name not in _registry.names():
         raise BrokenFile(
             f"{path} is not a tokenizer file written by clipkit: it names no tokenizer that there is"
         )
+    if name not in _STATES:
+        return _own(name, found, path)
     state: Any = checked(found, _STATES[name], name=str(path))
     try:
         if name == "clip_bpe":
@@ -396,6 +409,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _checked_backend(state)
     except ValueError as error:
         raise BrokenFile(f"{path} is not a tokenizer file written by clipkit: {error}") from None
+
+
+def _own(name: str, state: dict[str, Any], path: Path) -> Tokenizer:
+    """A registered tokenizer from what its `state()` gave."""
+    made = _registry.get(name)
+    try:
+        check_keys(state, _settings(made, name), f"tokenizer {name}")
+        return made(**state)
+    except (TypeError, ValueError) as error:
+        raise BrokenFile(f"{path} is no tokenizer {name}: {error}") from None
 
 
 def _checked_backend(state: _HuggingFaceState) -> HuggingFace:

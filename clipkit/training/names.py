@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clipkit.data.spec import check_kind
 from clipkit.data.tokenizers import check_tokenizer
 from clipkit.evals import check_tasks
 from clipkit.loggers import check_loggers, tolerate_broken_wandb
@@ -26,6 +27,7 @@ def check_names(config: Mapping[str, Any]) -> None:
     tolerate_broken_wandb()
     check_image_tower(config["image_tower"])
     check_text_tower(config["text_tower"])
+    check_kind(config["data"]["kind"])
     check_tokenizer(config["data"]["tokenizer"])
     check_tasks(config["eval"])
     check_every(config["eval_every"], config["eval"])

@@ -94,7 +94,7 @@ def test_the_order_is_one_for_any_ranks_and_goes_on_where_it_stopped(
         later.load_state_dict(first.state_dict())
         assert begun + [key for key, _ in pairs_of(later)] == [key for key, _ in whole]
     rows[7]["caption"] = "another"
-    with pytest.raises(ValueError, match="has other rows than when the run began"):
+    with pytest.raises(ValueError, match="has other samples than when the run began"):
         stream_of(write(table, rows), byte_tokenizer, **spec).load_state_dict(first.state_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,57 @@ class TheirTask:
     def __call__(self, encoder):
         return {"mean": float(encoder.images(self.source).image_features.mean())}
 """
+PARTS += """
+
+import hashlib
+import io
+
+from PIL import Image
+
+from clipkit.data import DataError, SampleSet, Tokenizer, register_data, register_tokenizer
+
+
+class Colours(SampleSet):
+    def __init__(self, count, side):
+        super().__init__([f"colours {n}" for n in range(4)], [count // 4] * 4)
+        self.side = side
+
+    def key(self, sample):
+        return f"colour {sample}"
+
+    def image(self, sample):
+        if sample % 16 == 3:
+            raise DataError("missing_image")
+        file = io.BytesIO()
+        Image.new("RGB", (self.side, self.side), (sample % 7 * 30, sample % 5 * 40, sample % 3 * 80)).save(file, "PNG")
+        return file.getvalue()
+
+    def captions(self, sample):
+        return [f"{sample % 7} red, {sample % 5} green, {sample % 3} blue"]
+
+
+@register_data("colours")
+def colours(train, settings, cache_dir):
+    return Colours(int(train), **settings)
+
+
+@register_tokenizer("letters")
+class Letters(Tokenizer):
+    name = "letters"
+
+    def __init__(self, *, context_length: int = 16, letters: int = 26):
+        self.context_length, self.letters = context_length, letters
+        self.pad_id, self.sot_id, self.eot_id, self.vocab_size = 0, 1, 2, letters + 3
+
+    def ids(self, text):
+        return [3 + ord(letter) % self.letters for letter in text]
+
+    def state(self):
+        return {"context_length": self.context_length, "letters": self.letters}
+"""
 YAML = {
+    "data/colours.yaml": "defaults: [shards, _self_]\nkind: colours\ntrain: '128'\nsource: {side: 40}\n"
+    "tokenizer:\n  name: letters\n  context_length: 20\n  letters: 30\n",
     "loss/their_loss.yaml": "their_loss:\n  weight: 0.5\n  power: 2.0\n",
     "text_tower/their_tower.yaml": "name: their_tower\ncolumns: 8\ncontext_length: null\n",
     "eval/their_task.yaml": "their_task:\n  kind: their_task\n  shards: ${data.val}\n",
@@ -121,6 +172,30 @@ def test_pretrain_sweep_evaluate_and_report_use_it_by_name(package, shapes):
     # A stranger's folder does not say what is imported.
     refused = run(package, f"checkpoint={folder}", "trust_paths=true", recipe="evaluate.py", status=1)
     assert "their_tower" in refused and "Traceback" not in refused
+
+
+def test_data_and_a_tokenizer_of_ones_own_train_resume_and_are_read_back(package):
+    settings = ["plugins=[their_package.parts]", "data=colours", "data.max_bad_fraction=0.2", "batch_size=32"]
+    settings += ["steps=6", "warmup_steps=1", "num_threads=1", "log_every=1", "eval=none", "logger=none"]
+    settings += ["data.num_workers=1", "save_every=3", "keep=9"]
+    run(package, *settings, "output_dir=runs")
+    folder = only_run(package.parent / "runs")
+    whole = lines(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    # 8 of 128 in the first epoch; the second is half read.
+    assert summary["data"]["samples_seen"] == 6 * 32 and summary["data"]["skipped"]["missing_image"] >= 8
+    assert json.loads((folder / "checkpoints/step_00000006/tokenizer.json").read_text()) == {
+        "tokenizer": "letters", "context_length": 20, "letters": 30
+    }  # fmt: skip
+    # As it was after step 3.
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    (folder / "summary.json").unlink()
+    assert "resumed at step 3" in run(package, *settings, "output_dir=runs")
+    assert [line["train/loss"] for line in lines(folder)] == [line["train/loss"] for line in whole]
+    message = run(package, *settings, "data.kind=colors", "output_dir=bad", status=1)
+    assert "unknown data.kind 'colors'" in message and "colours" in message and "Traceback" not in message
+    message = run(package, *settings, "+data.tokenizer.leters=3", "output_dir=bad", status=1)
+    assert "letters" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize(
