@@ -39,6 +39,8 @@ def main() -> None:
         losses.append(terms["loss"].item())
     if accelerator.is_main_process:
         finish(losses)
+    # gloo's threads end with the last that holds the group: one that outlives Python takes the process with it.
+    accelerator.free_memory()
     accelerator.end_training()
 
 
