@@ -296,6 +296,8 @@ class _Watch:
 
     def stop(self) -> None:
         self._ended.set()
+        # A thread that is waking while Python ends aborts the process.
+        self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         said = self._first_s

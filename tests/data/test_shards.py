@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 
 from clipkit.data import create_stream
 from clipkit.data.workers import Workers
+from tests.processes import ROOT, command
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -468,3 +470,12 @@ def test_wrong_settings_say_what_is_right(spec, message, thousand_shards, byte_t
     spec = {"kind": "shards", "train": str(thousand_shards[0]), **spec}
     with pytest.raises(ValueError, match=message):
         create_stream(spec, tokenizer=byte_tokenizer, image_size=16, batch_size=1, seed=0)
+
+
+def test_a_process_that_leaves_a_stream_behind_ends_well(tmp_path, write_tar, sample):
+    """Its watching thread, waking while Python ended, aborted nearly every one of this benchmark's processes."""
+    for shard in range(8):
+        write_tar(tmp_path / f"{shard}.tar", [m for i in range(64) for m in sample(f"{shard}{i:02d}", i)])
+    job = {"what": "first_batch", "folder": str(tmp_path), "cache": str(tmp_path / "cache")}
+    for started in [command(ROOT / "benchmarks" / "shards.py", "--child", json.dumps(job)) for _ in range(3)]:
+        assert json.loads(started.finished().splitlines()[-1])["samples"] == 512
