@@ -31,6 +31,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.distributed as dist
 
+if dist.is_available():
+    # Its functions' default group is the one that is up as the module is imported, which they would then hold for
+    # ever; DDP imports it. gloo's threads live as long as their group, and one that lets go of its last tensor while
+    # Python ends aborts the process, after all work was done. So it is imported here, before there is a group.
+    import torch.distributed.nn  # noqa: F401
+
 # Raises on the device, without a wait; private in torch's stub alone.
 _assert_async = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
 

@@ -175,6 +175,15 @@ def _run(program: str, arguments: list[str], log: str, environment: dict[str, st
     multiprocessing.set_start_method("fork", force=True)
     sys.argv = [program, *arguments]
     runpy.run_path(program, run_name="__main__")
+    # DTensor's caches hold the mesh of FSDP2, and with it the group, as long as the process lives.
+    if "parallel=fsdp" not in arguments:
+        assert not gloo_threads(), f"they outlive the process group: {gloo_threads()}"
+
+
+def gloo_threads() -> list[str]:
+    """This process's threads that belong to a gloo process group; one that is there as Python ends may abort it."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    return [name for name in names if "gloo" in name]
 
 
 def _new_log() -> Path:

@@ -133,6 +133,25 @@ def test_a_rank_that_never_returns_is_killed_in_time():
         launch(gloo_primitives.never_return, 1, timeout_s=2)
 
 
+def test_nothing_holds_a_process_group_that_was_taken_down(tmp_path):
+    """A loss imported, a model under DDP, and the group's threads end with it."""
+    program = f"""
+import clipkit.losses, gc, torch
+from tests.processes import gloo_threads
+from torch import distributed, nn
+distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+model(torch.ones(1, 2)).sum().backward()
+assert gloo_threads()
+del model
+gc.collect()
+distributed.destroy_process_group()
+assert not gloo_threads(), gloo_threads()
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
 def test_launch_needs_a_rank():
     with pytest.raises(ValueError, match="world_size is 0"):
         launch(gloo_primitives.square, 0, 3)

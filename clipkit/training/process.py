@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -154,6 +155,8 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[tupl
     finally:
         # Taking the group down would wait for a rank that is gone.
         if not lost and not joined:
+            # A model under DDP holds the group, and is held by a cycle; gloo's threads must not outlive Python.
+            gc.collect()
             distributed.destroy_process_group()
 
 

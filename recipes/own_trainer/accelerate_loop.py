@@ -14,7 +14,16 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, batches, finish, make_pairs
+from pairs import (
+    LEARNING_RATE,
+    LOSS,
+    SmallDualEncoder,
+    arguments,
+    batches,
+    end_process_group,
+    finish,
+    make_pairs,
+)
 
 from clipkit.losses import create_loss
 
@@ -39,10 +48,10 @@ def main() -> None:
         losses.append(terms["loss"].item())
     if accelerator.is_main_process:
         finish(losses)
-    # gloo's threads end with the last that holds the group: one that outlives Python takes the process with it.
+    # Accelerate holds what it has prepared until it is told.
     accelerator.free_memory()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    end_process_group()

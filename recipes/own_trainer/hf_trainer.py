@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 import torch
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
+from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, end_process_group, finish, make_pairs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -64,3 +64,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process_group()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import lightning
 import torch
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, finish, make_pairs
+from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, end_process_group, finish, make_pairs
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clipkit.losses import create_loss
@@ -58,3 +58,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process_group()

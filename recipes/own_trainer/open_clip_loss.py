@@ -17,7 +17,17 @@ import os
 import open_clip
 import torch
 import torch.distributed as dist
-from pairs import COLORS, FILLERS, LEARNING_RATE, PLACES, arguments, batches, finish, make_pairs
+from pairs import (
+    COLORS,
+    FILLERS,
+    LEARNING_RATE,
+    PLACES,
+    arguments,
+    batches,
+    end_process_group,
+    finish,
+    make_pairs,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.losses import InfoNCE
@@ -62,9 +72,8 @@ def main() -> None:
         losses.append(value.item())
     if rank == 0:
         finish(losses)
-    if ranks > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process_group()

@@ -7,10 +7,12 @@ Nothing here is needed to use clipkit's losses: it stands where your data and yo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -89,3 +91,14 @@ class SmallDualEncoder(nn.Module):
 def finish(losses: list[float], **more: object) -> None:
     """Print the loss of every step as the last line, JSON."""
     print(json.dumps({"losses": losses, **more}))
+
+
+def end_process_group() -> None:
+    """Take the process group down, once no variable holds anything of the training.
+
+    gloo's threads end with the last that holds the group, and one that lets go of a tensor while Python ends
+    aborts the process. A model under DDP holds the group, and is itself held by a cycle.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,12 +12,20 @@ the optimizer.
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
 import torch.distributed as dist
-from pairs import LEARNING_RATE, LOSS, SmallDualEncoder, arguments, batches, finish, make_pairs
+from pairs import (
+    LEARNING_RATE,
+    LOSS,
+    SmallDualEncoder,
+    arguments,
+    batches,
+    end_process_group,
+    finish,
+    make_pairs,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.grad_cache import cached_backward
@@ -28,41 +36,31 @@ def main() -> None:
     given = arguments(
         micro_batch_size={"type": int, "default": None, "help": "rows a rank holds activations for"}
     )
-    with process_group():
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if ranks > 1 else 0
-        loss = create_loss(LOSS)
-        model = SmallDualEncoder()
-        if ranks > 1:
-            model = DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        losses = []
-        for batch in batches(
-            make_pairs(given.steps * given.batch_size), given.batch_size, rank=rank, ranks=ranks
-        ):
-            if given.micro_batch_size:
-                terms = cached_backward(model, loss, batch, micro_batch_size=given.micro_batch_size)
-            else:
-                terms = loss(model(batch))
-                terms["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(terms["loss"].item())
-        if rank == 0:
-            finish(losses)
-
-
-@contextlib.contextmanager
-def process_group():
-    """torchrun's process group, where there is one."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if ranks > 1 else 0
+    loss = create_loss(LOSS)
+    model = SmallDualEncoder()
+    if ranks > 1:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    losses = []
+    for batch in batches(
+        make_pairs(given.steps * given.batch_size), given.batch_size, rank=rank, ranks=ranks
+    ):
+        if given.micro_batch_size:
+            terms = cached_backward(model, loss, batch, micro_batch_size=given.micro_batch_size)
+        else:
+            terms = loss(model(batch))
+            terms["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(terms["loss"].item())
+    if rank == 0:
+        finish(losses)
 
 
 if __name__ == "__main__":
     main()
+    end_process_group()

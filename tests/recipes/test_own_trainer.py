@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,7 @@ def needs(*packages):
 def curve(script, *options, ranks=1):
     """The losses that an example prints as its last line."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    start.append(Path(__file__).with_name("ending.py"))
     arguments = [*(start if ranks > 1 else []), FOLDER / script]
     arguments += ["--steps", str(STEPS), "--batch-size", str(BATCH), *options]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
