@@ -122,7 +122,13 @@ def _read_small(url: str, limit: int) -> bytes | None:
         if -1 < size <= limit and len(raw) != size:
             raise OSError(f"{len(raw)} of {size} bytes came")
     elif (found := _filesystem(url)) is not None:
-        raw = found[0].cat_file(found[1], 0, limit + 1)
+        # Servers refuse ranges that end beyond a file, or any range of an empty one.
+        size = _described(*found).size
+        if size > limit:
+            return None
+        raw = found[0].cat_file(found[1])
+        if -1 < size != len(raw):
+            raise OSError(f"{len(raw)} of {size} bytes came")
     else:
         return None
     return raw if len(raw) <= limit else None
