@@ -291,6 +291,24 @@ def test_a_schedule_goes_on_by_other_settings_where_the_steps_taken_had_the_same
     assert seen == whole[done:]
 
 
+def test_a_schedule_goes_on_at_the_rates_of_the_optimizer_that_was_loaded():
+    def made(lr):
+        optimizer = create_optimizer(nn.Linear(2, 2), lr=lr)
+        return optimizer, create_schedule(optimizer, name="linear", warmup_steps=0, total_steps=10)
+
+    optimizer, schedule = made(0.5)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    later, continued = made(0.1)
+    later.load_state_dict(optimizer.state_dict())
+    continued.load_state_dict(schedule.state_dict())
+    later.step()
+    continued.step()
+    # 1 - 5/10 of the rate that was saved.
+    assert [group["lr"] for group in later.param_groups] == pytest.approx([0.25] * len(later.param_groups))
+
+
 def test_schedule_scales_every_group_by_the_same_factor():
     dual = model()
     optimizer = create_optimizer(dual, lr=1.0, layer_decay=0.5)

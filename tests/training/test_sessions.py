@@ -94,6 +94,18 @@ def test_clipkits_own_repository_is_told_apart(tmp_path, repository, monkeypatch
     assert set(code_state()) == {"working_directory"}
 
 
+def test_a_hook_that_starts_a_run_leads_git_to_no_other_repository(tmp_path, repository, monkeypatch):
+    """git sets these for its hooks, and `git rebase --exec` for what it runs."""
+    before, other = code_state(), tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q")
+    git(other, "commit", "-qm", "another", "--allow-empty")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    assert code_state() == before and before["working_directory"][0]["branch"] == "main"
+
+
 def test_without_git_a_repository_or_a_commit_there_is_nothing_and_no_error(
     tmp_path, repository, monkeypatch
 ):

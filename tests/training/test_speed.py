@@ -102,6 +102,14 @@ def test_the_operations_are_those_that_torch_counts_in_a_step():
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_a_rank_takes_its_share_of_the_operations(monkeypatch):
+    tokenizer = create_tokenizer({"name": "words", "context_length": 8}, captions=["a red star"])
+    batch_size = CONFIG["batch_size"]
+    third = speed.step_flops({**CONFIG, "batch_size": batch_size // 3}, tokenizer)
+    monkeypatch.setattr(speed, "world_size", lambda: 3)
+    assert speed.step_flops({**CONFIG, "batch_size": batch_size // 3 * 3}, tokenizer) == third
+
+
 def test_what_cannot_be_counted_is_said_and_left_out(monkeypatch):
     tokenizer = create_tokenizer({"name": "words", "context_length": 8}, captions=["a red star"])
 
