@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +63,34 @@ def sigmoid(images, captions, scale, bias):
     return total / len(images)
 
 
-def test_it_is_the_mean_over_whole_batches_by_the_formulas(shards):
+@pytest.fixture(scope="module")
+def captioned_thrice(shards, tmp_path_factory) -> list[str]:
+    """The same pictures, each with two more captions."""
+    paths = []
+    for path in map(Path, shards):
+        paths.append(str(tmp_path_factory.mktemp("thrice") / path.name))
+        with tarfile.open(path) as source, tarfile.open(paths[-1], "w") as target:
+            for member in source:
+                data = source.extractfile(member).read()
+                stem, kind = member.name.rsplit(".", 1)
+                if kind == "json":
+                    continue
+                if kind == "txt":
+                    data = json.dumps([data.decode(), "another caption", "and a third"]).encode()
+                    member.name = f"{stem}.json"
+                member.size = len(data)
+                target.addfile(member, io.BytesIO(data))
+    return paths
+
+
+@pytest.mark.parametrize("captions_each", [1, 3])
+def test_it_is_the_mean_over_whole_batches_by_the_formulas(shards, captioned_thrice, captions_each):
+    shards = shards if captions_each == 1 else captioned_thrice
+    assert all(
+        len(one) == captions_each
+        for batch in iter_eval(shards, image_size=32, batch_size=8)
+        for one in batch["captions"]
+    )
     dual = model(init_logit_bias=-3.0).train()
     loss = {"infonce": {"weight": 2.0}, "sigmoid": {"weight": 0.5}}
     tasks = {"val": {"kind": "validation_loss", "shards": shards, "loss": loss, "batch_size": 8}}

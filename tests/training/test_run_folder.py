@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import yaml
 
+from clipkit.command.compose import resolved
 from clipkit.command.values import SETTINGS
-from clipkit.settings import EXECUTION, LOCATION
+from clipkit.settings import EXECUTION, LENGTH, LOCATION
 from clipkit.training import run_folder
 from tests.damage import DAMAGE
+from tests.test_conf import composed
 
 CONFIG = {
     "seed": 0,
@@ -91,6 +94,33 @@ def test_a_run_goes_on_with_another_way_of_carrying_it_out(key, tmp_path, capsys
     assert ("goes on with" in out) == (key in LOCATION) and "s3cret" not in out
     with pytest.raises(ValueError, match="other settings"):
         run_folder.open_run(folder, changed(changed(settings, key, value), "optim.lr", 0.2))
+
+
+def test_every_other_setting_makes_another_run(tmp_path):
+    """Whatever pretrain.yaml and its groups hold, a key at a time."""
+    settings = resolved(composed(), "pretrain")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert run_folder.open_run(folder, settings) is None
+    may_differ = {*EXECUTION, *LOCATION, *LENGTH, "name"}
+    seen = 0
+    for key, value in leaves(settings):
+        named = {key.rpartition(".")[0], key, key.partition(".")[0]}
+        if named & may_differ or key.startswith("eval."):
+            continue
+        seen += 1
+        with pytest.raises(ValueError, match=f"other settings .*{re.escape(key)}: "):
+            run_folder.open_run(folder, changed(settings, key, "another" if value != "another" else 7))
+    # By hand: batch_size, seed, loss, towers, optimizer, augmentation, data.
+    assert seen > 60
+
+
+def leaves(settings: dict, prefix: str = ""):
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def test_every_setting_that_a_run_may_change_is_one():
