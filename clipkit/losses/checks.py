@@ -284,9 +284,11 @@ def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     )
 
 
-def kernel_precision(features: Tensor) -> str:
-    """The kernels' precision for features as they were given; `Ranks.wide` hands them on in fp32."""
-    return "half" if features.dtype in (torch.float16, torch.bfloat16) else "auto"
+def kernel_settings(loss: Any, features: Tensor) -> dict[str, Any]:
+    """The kernels' `impl`, which is the loss's, and `precision` for features as they were given; `Ranks.wide`
+    hands them on in fp32."""
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    return {"impl": loss.impl, "precision": "half" if half else "auto"}
 
 
 def softplus(x: Tensor) -> Tensor:

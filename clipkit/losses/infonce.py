@@ -13,19 +13,15 @@ from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
-    check_not_empty,
     check_number,
     check_pairs,
     check_scalar,
-    kernel_precision,
-    meet,
     paired_logits,
-    scalar,
     softplus,
 )
 from clipkit.losses.duplicates import NearContent, SameIds, check_false_negatives, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
-from clipkit.losses.options import check_options
+from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 from clipkit.losses.ring import check_overlap, check_ring_ids, ring_lse, runs_ring
@@ -82,13 +78,7 @@ class InfoNCE(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
-    optional_inputs = (
-        "pair_ids",
-        "content_features",
-        "hard_negative_features",
-        "hard_negative_image_features",
-        "sample_weight",
-    )
+    optional_inputs = OPTIONS
 
     def __init__(
         self,
@@ -167,24 +157,13 @@ class InfoNCE(nn.Module):
             "hard_negative_image_features": hard_negative_image_features,
             "sample_weight": sample_weight,
         }
-        options = {name: value for name, value in options.items() if value is not None}
-        ranks = meet(
-            self,
-            ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            **options,
+        ranks, x, y, scale, kernel = meet_pairs(
+            self, ranks, image_features, text_features, logit_scale, **options
         )
-        check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, own = scalar(logit_scale, x), ranks.own(len(x))
-        if ranks.group is None and reduction == "mean" and not options and self._is_plain:
-            if runs_small(x, y, scale, self.impl):
+        if ranks.group is None and reduction == "mean" and self._is_plain:
+            if all(value is None for value in options.values()) and runs_small(x, y, scale, self.impl):
                 return small_infonce(x, y, scale)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": precision}
-        ring = runs_ring(self, ranks)
+        ring, own = runs_ring(self, ranks), ranks.own(len(x))
         same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
         masked = (self.false_negatives or self.same_ids) == "mask"
         if ring:

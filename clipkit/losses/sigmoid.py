@@ -12,19 +12,16 @@ from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
-    check_not_empty,
     check_number,
     check_pairs,
     check_scalar,
-    kernel_precision,
-    meet,
     paired_logits,
     scalar,
     softplus,
 )
 from clipkit.losses.duplicates import check_false_negatives, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives
-from clipkit.losses.options import check_options
+from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 from clipkit.losses.ring import check_overlap, check_ring_ids, ring_softplus, runs_ring
@@ -59,13 +56,7 @@ class Sigmoid(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
-    optional_inputs = (
-        "pair_ids",
-        "content_features",
-        "hard_negative_features",
-        "hard_negative_image_features",
-        "sample_weight",
-    )
+    optional_inputs = OPTIONS
     supplied_by = {
         "logit_bias": (
             "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"
@@ -148,27 +139,20 @@ class Sigmoid(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 no bias.
         """
-        options: dict[str, Any] = {
-            "pair_ids": pair_ids,
-            "content_features": content_features,
-            "hard_negative_features": hard_negative_features,
-            "hard_negative_image_features": hard_negative_image_features,
-            "sample_weight": sample_weight,
-        }
-        ranks = meet(
+        ranks, x, y, scale, kernel = meet_pairs(
             self,
             ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
+            image_features,
+            text_features,
+            logit_scale,
             logit_bias=logit_bias,
-            **{name: value for name, value in options.items() if value is not None},
+            pair_ids=pair_ids,
+            content_features=content_features,
+            hard_negative_features=hard_negative_features,
+            hard_negative_image_features=hard_negative_image_features,
+            sample_weight=sample_weight,
         )
-        check_not_empty(image_features)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, bias, own = scalar(logit_scale, x), scalar(logit_bias, x), ranks.own(len(x))
-        ring = runs_ring(self, ranks)
+        bias, ring, own = scalar(logit_bias, x), runs_ring(self, ranks), ranks.own(len(x))
         same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
         masked = (self.false_negatives or self.same_ids) == "mask"
         if ring:

@@ -17,7 +17,7 @@ from clipkit.losses.checks import (
     check_number,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     reads_values,
@@ -118,13 +118,11 @@ class SimCSE(nn.Module):
         ranks = meet(self, ranks, text_features=text_features, text_features_view2=text_features_view2)
         check_not_empty(text_features)
         first, second = self._project(text_features), self._project(text_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
         others = ranks.gather(second)
         scale = constant(1 / self.temperature, first)
-        row_lse, _ = pair_lse(
-            first, others, scale, row_offset=ranks.own(len(first)).start, impl=self.impl, precision=precision
-        )
+        row_lse, _ = pair_lse(first, others, scale, row_offset=ranks.own(len(first)).start, **kernel)
         loss = softplus(row_lse - paired_logits(first, second, scale))
         return all_reduce_sum(loss.sum() / len(others), ranks.group)
 

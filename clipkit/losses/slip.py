@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
@@ -17,13 +17,14 @@ from clipkit.losses.checks import (
     check_number,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     logaddexp,
     meet,
     paired_logits,
     reads_values,
     softplus,
 )
+from clipkit.losses.pairs import lse_both_ways
 from clipkit.losses.registry import register_loss
 
 _VIEWS = (
@@ -135,27 +136,19 @@ class SLIP(nn.Module):
         )
         check_not_empty(image_features_view1)
         first, second = self._project(image_features_view1), self._project(image_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
-        all_first, all_second = ranks.gather(first), ranks.gather(second)
         offset = ranks.own(len(first)).start
         scale = constant(1 / self.temperature, first)
         # Excluding column offset + i leaves out the partner in the block between views and the row itself
         # within one.
-        to_second, to_first = pair_lse(
-            first, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_first, _ = pair_lse(
-            first, all_first, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_second, _ = pair_lse(
-            second, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        to_first = logsumexp_over_ranks(to_first, ranks.group)
+        to_second, to_first = lse_both_ways(first, second, scale, ranks, **kernel)
+        within_first, _ = pair_lse(first, ranks.gather(first), scale, row_offset=offset, **kernel)
+        within_second, _ = pair_lse(second, ranks.gather(second), scale, row_offset=offset, **kernel)
         positive = paired_logits(first, second, scale)
         loss = softplus(logaddexp(to_second, within_first) - positive)
         loss = loss + softplus(logaddexp(to_first, within_second) - positive)
-        return all_reduce_sum(loss.sum() / (2 * len(all_first)), ranks.group)
+        return all_reduce_sum(loss.sum() / (2 * ranks.size * len(first)), ranks.group)
 
     def _project(self, features: Tensor) -> Tensor:
         """(B, D) features through the training-only head, unit norm again; themselves without one."""
