@@ -19,7 +19,7 @@ from clipkit.losses.checks import (
     paired_logits,
     softplus,
 )
-from clipkit.losses.duplicates import NearContent, SameIds, check_false_negatives, same_content
+from clipkit.losses.duplicates import NearContent, SameIds, check_same_content, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
 from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
@@ -94,13 +94,10 @@ class InfoNCE(nn.Module):
     ):
         super().__init__()
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
-        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
-        check_false_negatives(false_negatives, impl)
-        self.false_negatives = false_negatives
-        self.false_negative_threshold = check_number(
-            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        self.same_ids, self.false_negatives, self.false_negative_threshold = check_same_content(
+            same_ids, false_negatives, false_negative_threshold, impl
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.overlap = check_overlap(overlap, false_negatives)
@@ -164,12 +161,11 @@ class InfoNCE(nn.Module):
             if all(value is None for value in options.values()) and runs_small(x, y, scale, self.impl):
                 return small_infonce(x, y, scale)
         ring, own = runs_ring(self, ranks), ranks.own(len(x))
-        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
-        masked = (self.false_negatives or self.same_ids) == "mask"
+        masked, shared = same_content(self, pair_ids, content_features, y, ranks)
         if ring:
-            row_lse, col_lse = ring_lse(x, y, scale, ranks, same, **kernel)
-        elif same is not None and masked:
-            row_lse, col_lse = same.lse(x, ranks.gather(y), scale, own, **kernel)
+            row_lse, col_lse = ring_lse(x, y, scale, ranks, masked, **kernel)
+        elif masked is not None:
+            row_lse, col_lse = masked.lse(x, ranks.gather(y), scale, own, **kernel)
         else:
             row_lse, col_lse = pair_lse(x, ranks.gather(y), scale, row_offset=own.start, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
@@ -180,9 +176,9 @@ class InfoNCE(nn.Module):
         row_lse, col_lse = joined(row_lse, more_texts, x, scale), joined(col_lse, more_images, y, scale)
         positive = paired_logits(x, y, scale)
         loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
-        if self.label_smoothing > 0 or (same is not None and not masked):
-            by_image = self._target(y, ranks, ring, same, masked, more_texts)
-            by_text = self._target(x, ranks, ring, same, masked, more_images)
+        if self.label_smoothing > 0 or shared is not None:
+            by_image = self._target(y, ranks, ring, masked, shared, more_texts)
+            by_text = self._target(x, ranks, ring, masked, shared, more_images)
             loss = (
                 loss + positive - (paired_logits(x, by_image, scale) + paired_logits(y, by_text, scale)) / 2
             )
@@ -193,8 +189,8 @@ class InfoNCE(nn.Module):
         rows: Tensor,
         ranks: Ranks,
         ring: bool,
-        same: SameIds | NearContent | None,
-        masked: bool,
+        masked: SameIds | NearContent | None,
+        shared: SameIds | NearContent | None,
         hard: HardNegatives | None,
     ) -> Tensor:
         """(B, D): the mean of everyone's rows, and hard negatives, under the target of each own row; own ones
@@ -203,16 +199,15 @@ class InfoNCE(nn.Module):
         if ring:
             # Ids are refused here, but where they mask and nothing is smoothed.
             target, total = rows.to(dtype), sum_over_ranks(rows.to(dtype).sum(0), ranks.group)
-            same = None
         else:
             everyone, own = ranks.gather(rows).to(dtype), ranks.own(len(rows))
             target, total = everyone[own], everyone.sum(0)
-        if same is not None:
-            shared, counts = same.sums(everyone, own)
-            if masked:
-                total, columns = total - shared + everyone[own], columns - counts + 1
-            else:
-                target = shared / counts
+            if masked is not None:
+                sums, counts = masked.sums(everyone, own)
+                total, columns = total - sums + everyone[own], columns - counts + 1
+            if shared is not None:
+                sums, counts = shared.sums(everyone, own)
+                target = sums / counts
         if self.label_smoothing == 0:
             return target
         if hard is not None:

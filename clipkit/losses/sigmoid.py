@@ -12,14 +12,13 @@ from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
-    check_number,
     check_pairs,
     check_scalar,
     paired_logits,
     scalar,
     softplus,
 )
-from clipkit.losses.duplicates import check_false_negatives, same_content
+from clipkit.losses.duplicates import check_same_content, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives
 from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
@@ -75,13 +74,10 @@ class Sigmoid(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
-        check_false_negatives(false_negatives, impl)
-        self.false_negatives = false_negatives
-        self.false_negative_threshold = check_number(
-            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        self.same_ids, self.false_negatives, self.false_negative_threshold = check_same_content(
+            same_ids, false_negatives, false_negative_threshold, impl
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.overlap = check_overlap(overlap, false_negatives)
@@ -153,20 +149,19 @@ class Sigmoid(nn.Module):
             sample_weight=sample_weight,
         )
         bias, ring, own = scalar(logit_bias, x), runs_ring(self, ranks), ranks.own(len(x))
-        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
-        masked = (self.false_negatives or self.same_ids) == "mask"
+        masked, shared = same_content(self, pair_ids, content_features, y, ranks)
         if ring:
-            loss = ring_softplus(x, y, scale, bias, ranks, same, **kernel)
-        elif same is not None and masked:
-            loss = same.softplus(x, ranks.gather(y), scale, bias, own, **kernel)
+            loss = ring_softplus(x, y, scale, bias, ranks, masked, **kernel)
+        elif masked is not None:
+            loss = masked.softplus(x, ranks.gather(y), scale, bias, own, **kernel)
         else:
             loss = pair_softplus(x, ranks.gather(y), scale, bias, row_offset=own.start, **kernel)
         positive = paired_logits(x, y, scale)
         loss = loss + softplus(-(positive + bias))
-        if same is not None and not masked:
+        if shared is not None:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
-            shared, counts = same.sums(ranks.gather(y).to(positive.dtype), own)
-            loss = loss - (paired_logits(x, shared, scale) - positive) - (counts[:, 0] - 1) * bias
+            sums, counts = shared.sums(ranks.gather(y).to(positive.dtype), own)
+            loss = loss - (paired_logits(x, sums, scale) - positive) - (counts[:, 0] - 1) * bias
         for anchors, hard in ((x, hard_negative_features), (y, hard_negative_image_features)):
             if hard is not None:
                 more = HardNegatives(hard, ranks, self.hard_negatives, **kernel)
