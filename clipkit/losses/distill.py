@@ -79,8 +79,7 @@ class Distill(nn.Module):
         sample_weight: Any = None,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_scalar("dist_logit_scale", dist_logit_scale)
         like = ("dist_image_features", dist_image_features)
         check_matrix(*like)

@@ -17,7 +17,6 @@ from clipkit.losses.checks import (
     check_negatives,
     check_number,
     check_pairs,
-    check_scalar,
     constant,
     integers,
     paired_logits,
@@ -134,8 +133,7 @@ class FastCLIP(nn.Module):
         text_index: Tensor | None = None,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_ids("sample_index", sample_index, len(image_features))
         if text_index is not None:
             check_ids("text_index", text_index, len(image_features))

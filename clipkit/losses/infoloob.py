@@ -13,7 +13,6 @@ from clipkit.losses.checks import (
     check_impl,
     check_negatives,
     check_pairs,
-    check_scalar,
     paired_logits,
 )
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
@@ -61,8 +60,7 @@ class InfoLOOB(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_options(self, image_features, **options)
 
     def forward(

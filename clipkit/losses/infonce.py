@@ -15,7 +15,6 @@ from clipkit.losses.checks import (
     check_impl,
     check_number,
     check_pairs,
-    check_scalar,
     paired_logits,
     softplus,
 )
@@ -111,8 +110,7 @@ class InfoNCE(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_options(self, image_features, **options)
         check_ring_ids(self, options.get("pair_ids"))
 

@@ -1,4 +1,4 @@
-"""What every loss of image-text pairs does with its inputs before its formula starts."""
+"""What losses of pairs share: the meeting of ranks, what it checks, and log-sum-exps in both directions."""
 
 from __future__ import annotations
 

@@ -91,8 +91,7 @@ class Sigmoid(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         if logit_bias is None:
             raise ValueError(
                 f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"

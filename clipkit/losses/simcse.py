@@ -16,7 +16,9 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_unit_norm,
+    check_width,
     constant,
+    head_width,
     kernel_settings,
     meet,
     paired_logits,
@@ -74,12 +76,8 @@ class SimCSE(nn.Module):
         self.impl = check_impl(impl)
         self.head = None
         if head:
-            if embed_dim is None:
-                raise ValueError(
-                    "simcse's head needs embed_dim, the features' width: set loss.simcse.embed_dim, or "
-                    "head=False"
-                )
-            self.head = nn.Linear(int(embed_dim), int(embed_dim))
+            width = head_width("simcse", embed_dim)
+            self.head = nn.Linear(width, width)
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
@@ -87,11 +85,8 @@ class SimCSE(nn.Module):
         """ValueError for what forward refuses, as far as this process can see it."""
         check_matrix("text_features", text_features)
         check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
-        if self.head is not None and text_features.shape[1] != self.head.in_features:
-            raise ValueError(
-                f"simcse's head was built for embed_dim={self.head.in_features}, but features are "
-                f"{text_features.shape[1]} wide"
-            )
+        if self.head is not None:
+            check_width("simcse's head", self.head.in_features, text_features)
         if reads_values(self, text_features.device):
             check_unit_norm(text_features=text_features, text_features_view2=text_features_view2)
             if len(text_features) and torch.equal(text_features, text_features_view2):

@@ -16,7 +16,9 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_unit_norm,
+    check_width,
     constant,
+    head_width,
     kernel_settings,
     logaddexp,
     meet,
@@ -82,13 +84,9 @@ class SLIP(nn.Module):
         self.impl = check_impl(impl)
         self.head = None
         if head:
-            if embed_dim is None:
-                raise ValueError(
-                    "slip's head needs embed_dim, the features' width: set loss.slip.embed_dim, or head=False"
-                )
-            hidden = int(hidden_dim)
+            width, hidden = head_width("slip", embed_dim), int(hidden_dim)
             self.head = nn.Sequential(
-                nn.Linear(int(embed_dim), hidden),
+                nn.Linear(width, hidden),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
                 nn.ReLU(),
@@ -102,11 +100,7 @@ class SLIP(nn.Module):
         check_matrix("image_features_view2", second, like=("image_features_view1", first))
         if self.head is not None:
             # The first layer's, (hidden_dim, embed_dim).
-            width = next(self.head.parameters()).shape[1]
-            if first.shape[1] != width:
-                raise ValueError(
-                    f"slip's head was built for embed_dim={width}, but features are {first.shape[1]} wide"
-                )
+            check_width("slip's head", next(self.head.parameters()).shape[1], first)
         if reads_values(self, first.device):
             check_unit_norm(image_features_view1=first, image_features_view2=second)
             if len(first) and torch.equal(first, second):
