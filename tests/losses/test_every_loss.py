@@ -252,6 +252,17 @@ def test_sample_weights_make_a_weighted_mean_of_the_rows(name):
         assert value(weights, reduction="none").tolist() == pytest.approx(weighted, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", list_losses())
+def test_a_sum_hands_a_loss_all_that_its_forward_takes(name):
+    loss = build(name).terms[name]
+    taken = inspect.signature(loss.forward).parameters.values()
+    if any(value.kind is value.VAR_KEYWORD for value in taken):
+        return
+    needed = tuple(value.name for value in taken if value.default is value.empty)
+    optional = {value.name for value in taken if value.default is None} - {"ranks"}
+    assert needed == tuple(loss.inputs) and optional == set(getattr(loss, "optional_inputs", ()))
+
+
 @pytest.mark.parametrize("name", [n for n in list_losses() if build(n).optional_inputs])
 def test_optional_inputs_that_do_not_fit_are_refused_by_name(name):
     few, zeros = torch.zeros(4, dtype=torch.int64), torch.zeros(5, D)
