@@ -48,6 +48,22 @@ def check_matrix(name: str, features: Tensor, like: tuple[str, Tensor] | None = 
         )
 
 
+def check_width(what: str, embed_dim: int, features: Tensor) -> None:
+    """ValueError unless (B, D) `features` have the width that `what` was built for."""
+    width = features.shape[1]
+    if width != embed_dim:
+        raise ValueError(f"{what} was built for embed_dim={embed_dim}, but features are {width} wide")
+
+
+def head_width(loss: str, embed_dim: int | None) -> int:
+    """`embed_dim` for a loss's head; ValueError where it was not given."""
+    if embed_dim is None:
+        raise ValueError(
+            f"{loss}'s head needs embed_dim, the features' width: set loss.{loss}.embed_dim, or head=False"
+        )
+    return int(embed_dim)
+
+
 def check_scalar(name: str, value: Tensor | float) -> None:
     """ValueError unless `value` is a number or a tensor with one element."""
     if isinstance(value, Tensor):
@@ -244,12 +260,17 @@ def check_unit_norm(**features: Tensor) -> None:
             )
 
 
-def check_pairs(module: nn.Module, image_features: Tensor, text_features: Tensor) -> None:
-    """ValueError unless both are (B, D) of one shape and device and, where values may be read, of unit norm."""
+def check_pairs(
+    module: nn.Module, image_features: Tensor, text_features: Tensor, **scales: Tensor | float
+) -> None:
+    """ValueError unless both are (B, D) of one shape and device and, where values may be read, of unit norm, and
+    each of the scales has one element."""
     check_matrix("image_features", image_features)
     check_matrix("text_features", text_features, like=("image_features", image_features))
     if reads_values(module, image_features.device):
         check_unit_norm(image_features=image_features, text_features=text_features)
+    for name, value in scales.items():
+        check_scalar(name, value)
 
 
 def check_number(
@@ -284,9 +305,11 @@ def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     )
 
 
-def kernel_precision(features: Tensor) -> str:
-    """The kernels' precision for features as they were given; `Ranks.wide` hands them on in fp32."""
-    return "half" if features.dtype in (torch.float16, torch.bfloat16) else "auto"
+def kernel_settings(loss: Any, features: Tensor) -> dict[str, Any]:
+    """The kernels' `impl`, which is the loss's, and `precision` for features as they were given; `Ranks.wide`
+    hands them on in fp32."""
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    return {"impl": loss.impl, "precision": "half" if half else "auto"}
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -8,23 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, logsumexp_over_ranks
-from clipkit.kernels import pair_lse
+from clipkit.distributed import Group, Ranks
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_impl,
     check_matrix,
-    check_not_empty,
     check_pairs,
     check_scalar,
     check_unit_norm,
-    kernel_precision,
-    meet,
     paired_logits,
     scalar,
     value_checks,
 )
 from clipkit.losses.duplicates import refuse_second_derivative
+from clipkit.losses.pairs import lse_both_ways, meet_pairs
 from clipkit.losses.reduction import check_weight, reduced
 from clipkit.losses.registry import register_loss
 
@@ -82,8 +79,7 @@ class Distill(nn.Module):
         sample_weight: Any = None,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_scalar("dist_logit_scale", dist_logit_scale)
         like = ("dist_image_features", dist_image_features)
         check_matrix(*like)
@@ -126,37 +122,22 @@ class Distill(nn.Module):
         Raises:
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B.
         """
-        more = {} if sample_weight is None else {"sample_weight": sample_weight}
-        ranks = meet(
+        ranks, x, y, scale, kernel = meet_pairs(
             self,
             ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
+            image_features,
+            text_features,
+            logit_scale,
             dist_image_features=dist_image_features,
             dist_text_features=dist_text_features,
             dist_logit_scale=dist_logit_scale,
-            **more,
+            sample_weight=sample_weight,
         )
-        check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, own = scalar(logit_scale, x), ranks.own(len(x))
-        images, texts = ranks.gather(x), ranks.gather(y)
-        row_lse, col_lse = pair_lse(
-            x,
-            texts,
-            scale,
-            row_offset=own.start,
-            exclude_positives=False,
-            impl=self.impl,
-            precision=precision,
-        )
-        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
+        row_lse, col_lse = lse_both_ways(x, y, scale, ranks, exclude_positives=False, **kernel)
         u, v = ranks.wide(dist_image_features), ranks.wide(dist_text_features)
         temperature = scalar(dist_logit_scale, u).detach()
-        by_image = _TeachersMean.apply(u.detach(), ranks.gather(v).detach(), temperature, texts)
-        by_text = _TeachersMean.apply(v.detach(), ranks.gather(u).detach(), temperature, images)
+        by_image = _TeachersMean.apply(u.detach(), ranks.gather(v).detach(), temperature, ranks.gather(y))
+        by_text = _TeachersMean.apply(v.detach(), ranks.gather(u).detach(), temperature, ranks.gather(x))
         loss = row_lse - paired_logits(x, by_image, scale) + col_lse - paired_logits(y, by_text, scale)
         return reduced(loss / 2, ranks, sample_weight, reduction)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipkit.distributed import Ranks
 from clipkit.kernels import pair_lse, pair_softplus
-from clipkit.losses.checks import integers
+from clipkit.losses.checks import check_choice, check_number, integers
 
 # Entries of one block of similarities.
 _BLOCK = 1 << 22
@@ -142,22 +142,32 @@ class NearContent:
 
 
 def same_content(
-    loss: Any, ids: Tensor | Sequence[int] | None, content: Tensor, ranks: Ranks
-) -> SameIds | NearContent | None:
-    """What tells rows of one content to a loss: similar `content` and ids where it has `false_negatives`, else
-    ids, or nothing."""
-    own = None if ids is None else integers(ids, content)
+    loss: Any, ids: Tensor | Sequence[int] | None, content: Tensor | None, texts: Tensor, ranks: Ranks
+) -> tuple[SameIds | NearContent | None, SameIds | NearContent | None]:
+    """(what a loss leaves out as false negatives, what it takes for further positives); one at most is not None.
+
+    Rows of one content are told by similar `content` (or texts) and ids where the loss has `false_negatives`, else
+    by ids.
+    """
+    own = None if ids is None else integers(ids, texts)
     if loss.false_negatives is not None:
-        return NearContent(content, loss.false_negative_threshold, own, ranks)
-    return None if own is None else SameIds(own, ranks)
+        same = NearContent(texts if content is None else content, loss.false_negative_threshold, own, ranks)
+    else:
+        same = None if own is None else SameIds(own, ranks)
+    return (same, None) if (loss.false_negatives or loss.same_ids) == "mask" else (None, same)
 
 
-def check_false_negatives(mode: Any, impl: str) -> None:
-    """ValueError unless `mode` is None, "mask" or "share", in an implementation that has it."""
-    if mode not in (None, "mask", "share"):
-        raise ValueError(f'false_negatives is {mode!r}: give "mask", "share" or None')
-    if mode is not None and impl == "triton":
+def check_same_content(
+    same_ids: str, false_negatives: str | None, false_negative_threshold: float, impl: str
+) -> tuple[str, str | None, float]:
+    """The first three if rows of one content can be treated so by `impl`; ValueError otherwise."""
+    check_choice("same_ids", same_ids, ("positive", "mask"))
+    if false_negatives not in (None, "mask", "share"):
+        raise ValueError(f'false_negatives is {false_negatives!r}: give "mask", "share" or None')
+    if false_negatives is not None and impl == "triton":
         raise ValueError('false_negatives has no Triton kernel: use impl="auto", "chunked" or "dense"')
+    threshold = check_number("false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True)
+    return same_ids, false_negatives, threshold
 
 
 def refuse_second_derivative() -> None:

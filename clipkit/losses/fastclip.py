@@ -9,25 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
-from clipkit.kernels import pair_lse
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.losses.checks import (
     check_choice,
     check_ids,
     check_impl,
     check_negatives,
-    check_not_empty,
     check_number,
     check_pairs,
-    check_scalar,
     constant,
     integers,
-    kernel_precision,
-    meet,
     paired_logits,
     reads_values,
-    scalar,
 )
+from clipkit.losses.pairs import lse_both_ways, meet_pairs
 from clipkit.losses.registry import register_loss
 
 _STATE = ("log_u1", "log_u2")
@@ -138,8 +133,7 @@ class FastCLIP(nn.Module):
         text_index: Tensor | None = None,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_ids("sample_index", sample_index, len(image_features))
         if text_index is not None:
             check_ids("text_index", text_index, len(image_features))
@@ -169,35 +163,25 @@ class FastCLIP(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 a single pair in the group, an index out of range.
         """
-        ranks = meet(
+        ranks, x, y, logit_scale, kernel = meet_pairs(
             self,
             ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
+            image_features,
+            text_features,
+            logit_scale,
             sample_index=sample_index,
             text_index=text_index,
         )
-        check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
-        logit_scale = scalar(logit_scale, image_features)
-        texts = ranks.gather(text_features)
-        total = len(texts)
+        total = ranks.size * len(x)
         check_negatives("fastclip", total)
-        offset = ranks.own(len(image_features)).start
         scale = logit_scale
         if self.temperature_gradient == "released_code":
             # Its value, with twice the gradient.
             scale = 2 * logit_scale - logit_scale.detach()
-        row_lse, col_lse = pair_lse(
-            image_features, texts, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
-        positive = paired_logits(image_features, text_features, scale)
-        log_g = torch.stack([row_lse, col_lse]) - positive - constant(total - 1, positive).log()
+        log_g = torch.stack(lse_both_ways(x, y, scale, ranks, **kernel))
+        log_g = log_g - paired_logits(x, y, scale) - constant(total - 1, log_g).log()
 
-        own = integers(sample_index, image_features)
+        own = integers(sample_index, x)
         index = torch.stack([own, own if text_index is None else integers(text_index, own)], 1)
         all_index = ranks.gather(index)
         self._reserve(all_index)

@@ -7,22 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, logsumexp_over_ranks
-from clipkit.kernels import pair_lse
+from clipkit.distributed import Group, Ranks
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
     check_negatives,
-    check_not_empty,
     check_pairs,
-    check_scalar,
-    kernel_precision,
-    meet,
     paired_logits,
-    scalar,
 )
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
-from clipkit.losses.options import check_options
+from clipkit.losses.pairs import check_options, lse_both_ways, meet_pairs
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 
@@ -66,8 +60,7 @@ class InfoLOOB(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_options(self, image_features, **options)
 
     def forward(
@@ -98,27 +91,18 @@ class InfoLOOB(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 or a single pair in the group, which has no negative.
         """
-        options: dict[str, Any] = {
-            "hard_negative_features": hard_negative_features,
-            "hard_negative_image_features": hard_negative_image_features,
-            "sample_weight": sample_weight,
-        }
-        ranks = meet(
+        ranks, x, y, scale, kernel = meet_pairs(
             self,
             ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            **{name: value for name, value in options.items() if value is not None},
+            image_features,
+            text_features,
+            logit_scale,
+            hard_negative_features=hard_negative_features,
+            hard_negative_image_features=hard_negative_image_features,
+            sample_weight=sample_weight,
         )
-        check_not_empty(image_features)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, own = scalar(logit_scale, x), ranks.own(len(x))
-        texts = ranks.gather(y)
-        check_negatives("infoloob", len(texts))
-        row_lse, col_lse = pair_lse(x, texts, scale, row_offset=own.start, **kernel)
-        col_lse = logsumexp_over_ranks(col_lse, ranks.group)
+        check_negatives("infoloob", ranks.size * len(x))
+        row_lse, col_lse = lse_both_ways(x, y, scale, ranks, **kernel)
         more_texts, more_images = (
             None if hard is None else HardNegatives(hard, ranks, self.hard_negatives, **kernel)
             for hard in (hard_negative_features, hard_negative_image_features)

@@ -13,19 +13,14 @@ from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
-    check_not_empty,
     check_number,
     check_pairs,
-    check_scalar,
-    kernel_precision,
-    meet,
     paired_logits,
-    scalar,
     softplus,
 )
-from clipkit.losses.duplicates import NearContent, SameIds, check_false_negatives, same_content
+from clipkit.losses.duplicates import NearContent, SameIds, check_same_content, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
-from clipkit.losses.options import check_options
+from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 from clipkit.losses.ring import check_overlap, check_ring_ids, ring_lse, runs_ring
@@ -82,13 +77,7 @@ class InfoNCE(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale")
-    optional_inputs = (
-        "pair_ids",
-        "content_features",
-        "hard_negative_features",
-        "hard_negative_image_features",
-        "sample_weight",
-    )
+    optional_inputs = OPTIONS
 
     def __init__(
         self,
@@ -104,13 +93,10 @@ class InfoNCE(nn.Module):
     ):
         super().__init__()
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
-        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
-        check_false_negatives(false_negatives, impl)
-        self.false_negatives = false_negatives
-        self.false_negative_threshold = check_number(
-            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        self.same_ids, self.false_negatives, self.false_negative_threshold = check_same_content(
+            same_ids, false_negatives, false_negative_threshold, impl
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.overlap = check_overlap(overlap, false_negatives)
@@ -124,8 +110,7 @@ class InfoNCE(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         check_options(self, image_features, **options)
         check_ring_ids(self, options.get("pair_ids"))
 
@@ -167,30 +152,18 @@ class InfoNCE(nn.Module):
             "hard_negative_image_features": hard_negative_image_features,
             "sample_weight": sample_weight,
         }
-        options = {name: value for name, value in options.items() if value is not None}
-        ranks = meet(
-            self,
-            ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            **options,
+        ranks, x, y, scale, kernel = meet_pairs(
+            self, ranks, image_features, text_features, logit_scale, **options
         )
-        check_not_empty(image_features)
-        precision = kernel_precision(image_features)
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, own = scalar(logit_scale, x), ranks.own(len(x))
-        if ranks.group is None and reduction == "mean" and not options and self._is_plain:
-            if runs_small(x, y, scale, self.impl):
+        if ranks.group is None and reduction == "mean" and self._is_plain:
+            if all(value is None for value in options.values()) and runs_small(x, y, scale, self.impl):
                 return small_infonce(x, y, scale)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": precision}
-        ring = runs_ring(self, ranks)
-        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
-        masked = (self.false_negatives or self.same_ids) == "mask"
+        ring, own = runs_ring(self, ranks), ranks.own(len(x))
+        masked, shared = same_content(self, pair_ids, content_features, y, ranks)
         if ring:
-            row_lse, col_lse = ring_lse(x, y, scale, ranks, same, **kernel)
-        elif same is not None and masked:
-            row_lse, col_lse = same.lse(x, ranks.gather(y), scale, own, **kernel)
+            row_lse, col_lse = ring_lse(x, y, scale, ranks, masked, **kernel)
+        elif masked is not None:
+            row_lse, col_lse = masked.lse(x, ranks.gather(y), scale, own, **kernel)
         else:
             row_lse, col_lse = pair_lse(x, ranks.gather(y), scale, row_offset=own.start, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
@@ -201,9 +174,9 @@ class InfoNCE(nn.Module):
         row_lse, col_lse = joined(row_lse, more_texts, x, scale), joined(col_lse, more_images, y, scale)
         positive = paired_logits(x, y, scale)
         loss = (softplus(row_lse - positive) + softplus(col_lse - positive)) / 2
-        if self.label_smoothing > 0 or (same is not None and not masked):
-            by_image = self._target(y, ranks, ring, same, masked, more_texts)
-            by_text = self._target(x, ranks, ring, same, masked, more_images)
+        if self.label_smoothing > 0 or shared is not None:
+            by_image = self._target(y, ranks, ring, masked, shared, more_texts)
+            by_text = self._target(x, ranks, ring, masked, shared, more_images)
             loss = (
                 loss + positive - (paired_logits(x, by_image, scale) + paired_logits(y, by_text, scale)) / 2
             )
@@ -214,8 +187,8 @@ class InfoNCE(nn.Module):
         rows: Tensor,
         ranks: Ranks,
         ring: bool,
-        same: SameIds | NearContent | None,
-        masked: bool,
+        masked: SameIds | NearContent | None,
+        shared: SameIds | NearContent | None,
         hard: HardNegatives | None,
     ) -> Tensor:
         """(B, D): the mean of everyone's rows, and hard negatives, under the target of each own row; own ones
@@ -224,16 +197,15 @@ class InfoNCE(nn.Module):
         if ring:
             # Ids are refused here, but where they mask and nothing is smoothed.
             target, total = rows.to(dtype), sum_over_ranks(rows.to(dtype).sum(0), ranks.group)
-            same = None
         else:
             everyone, own = ranks.gather(rows).to(dtype), ranks.own(len(rows))
             target, total = everyone[own], everyone.sum(0)
-        if same is not None:
-            shared, counts = same.sums(everyone, own)
-            if masked:
-                total, columns = total - shared + everyone[own], columns - counts + 1
-            else:
-                target = shared / counts
+            if masked is not None:
+                sums, counts = masked.sums(everyone, own)
+                total, columns = total - sums + everyone[own], columns - counts + 1
+            if shared is not None:
+                sums, counts = shared.sums(everyone, own)
+                target = sums / counts
         if self.label_smoothing == 0:
             return target
         if hard is not None:

@@ -16,7 +16,7 @@ from clipkit.losses.checks import (
     check_number,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     logaddexp,
     meet,
     paired_logits,
@@ -120,21 +120,17 @@ class NLIContrastive(nn.Module):
             contradiction_features=contradiction_features,
         )
         check_not_empty(premise_features)
-        precision = kernel_precision(premise_features)
+        kernel = kernel_settings(self, premise_features)
         premise_features = ranks.wide(premise_features)
         entailment_features = ranks.wide(entailment_features)
         contradiction_features = ranks.wide(contradiction_features)
         entailed, contradicted = ranks.gather(entailment_features), ranks.gather(contradiction_features)
         offset = ranks.own(len(premise_features)).start
         scale = constant(1 / self.temperature, premise_features)
-        negatives, _ = pair_lse(
-            premise_features, entailed, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
+        negatives, _ = pair_lse(premise_features, entailed, scale, row_offset=offset, **kernel)
         # (M, D) is K = 1.
         for own, everyone in zip(_each(contradiction_features), _each(contradicted)):
-            others, _ = pair_lse(
-                premise_features, everyone, scale, row_offset=offset, impl=self.impl, precision=precision
-            )
+            others, _ = pair_lse(premise_features, everyone, scale, row_offset=offset, **kernel)
             negatives = logaddexp(negatives, others)
             if self.hard_negative_weight > 0:
                 weight = math.log(self.hard_negative_weight)

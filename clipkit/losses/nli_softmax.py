@@ -14,6 +14,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_width,
     constant,
     integers,
     meet,
@@ -69,10 +70,7 @@ class NLISoftmax(nn.Module):
         check_matrix("pair_premise_features", u)
         check_matrix("pair_hypothesis_features", v, like=("pair_premise_features", u))
         check_ids("nli_labels", nli_labels, len(u))
-        if u.shape[1] != self.embed_dim:
-            raise ValueError(
-                f"nli_softmax was built for embed_dim={self.embed_dim}, but features are {u.shape[1]} wide"
-            )
+        check_width("nli_softmax", self.embed_dim, u)
         if len(u) and reads_values(self, u.device):
             labels = integers(nli_labels, u)
             if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels:

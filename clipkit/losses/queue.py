@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, Ranks
-from clipkit.losses.checks import check_number, meet
+from clipkit.losses.checks import check_number, check_width, meet
 from clipkit.losses.compose import build
 from clipkit.losses.registry import register_loss
 
@@ -76,9 +76,7 @@ class MemoryQueue(nn.Module):
     def check(self, **features: Any) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
         self.loss.check(**features)
-        width = features["image_features"].shape[1]
-        if width != self.embed_dim:
-            raise ValueError(f"queue was built for embed_dim={self.embed_dim}, but features are {width} wide")
+        check_width("queue", self.embed_dim, features["image_features"])
 
     def forward(self, *, ranks: Ranks | None = None, **features: Any) -> Tensor:
         """The group's loss, (); in training mode its pairs join the queue.

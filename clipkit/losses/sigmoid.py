@@ -12,19 +12,15 @@ from clipkit.kernels import pair_softplus
 from clipkit.losses.checks import (
     check_choice,
     check_impl,
-    check_not_empty,
-    check_number,
     check_pairs,
     check_scalar,
-    kernel_precision,
-    meet,
     paired_logits,
     scalar,
     softplus,
 )
-from clipkit.losses.duplicates import check_false_negatives, same_content
+from clipkit.losses.duplicates import check_same_content, same_content
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives
-from clipkit.losses.options import check_options
+from clipkit.losses.pairs import OPTIONS, check_options, meet_pairs
 from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
 from clipkit.losses.ring import check_overlap, check_ring_ids, ring_softplus, runs_ring
@@ -59,13 +55,7 @@ class Sigmoid(nn.Module):
 
     __call__: Callable[..., Tensor]
     inputs = ("image_features", "text_features", "logit_scale", "logit_bias")
-    optional_inputs = (
-        "pair_ids",
-        "content_features",
-        "hard_negative_features",
-        "hard_negative_image_features",
-        "sample_weight",
-    )
+    optional_inputs = OPTIONS
     supplied_by = {
         "logit_bias": (
             "the model's init_logit_bias (init_logit_bias: -10 and init_logit_scale: 10 in the paper)"
@@ -84,13 +74,10 @@ class Sigmoid(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
-        check_false_negatives(false_negatives, impl)
-        self.false_negatives = false_negatives
-        self.false_negative_threshold = check_number(
-            "false_negative_threshold", false_negative_threshold, 0.0, 1.0, open_low=True
+        self.same_ids, self.false_negatives, self.false_negative_threshold = check_same_content(
+            same_ids, false_negatives, false_negative_threshold, impl
         )
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.overlap = check_overlap(overlap, false_negatives)
@@ -104,8 +91,7 @@ class Sigmoid(nn.Module):
         **options: Any,
     ) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_pairs(self, image_features, text_features)
-        check_scalar("logit_scale", logit_scale)
+        check_pairs(self, image_features, text_features, logit_scale=logit_scale)
         if logit_bias is None:
             raise ValueError(
                 f"sigmoid needs logit_bias, a learned tensor of shape (): {self.supplied_by['logit_bias']}"
@@ -148,41 +134,33 @@ class Sigmoid(nn.Module):
             ValueError: shapes that differ or are not (B, D), features off unit norm, ranks with different B,
                 no bias.
         """
-        options: dict[str, Any] = {
-            "pair_ids": pair_ids,
-            "content_features": content_features,
-            "hard_negative_features": hard_negative_features,
-            "hard_negative_image_features": hard_negative_image_features,
-            "sample_weight": sample_weight,
-        }
-        ranks = meet(
+        ranks, x, y, scale, kernel = meet_pairs(
             self,
             ranks,
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
+            image_features,
+            text_features,
+            logit_scale,
             logit_bias=logit_bias,
-            **{name: value for name, value in options.items() if value is not None},
+            pair_ids=pair_ids,
+            content_features=content_features,
+            hard_negative_features=hard_negative_features,
+            hard_negative_image_features=hard_negative_image_features,
+            sample_weight=sample_weight,
         )
-        check_not_empty(image_features)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
-        x, y = ranks.wide(image_features), ranks.wide(text_features)
-        scale, bias, own = scalar(logit_scale, x), scalar(logit_bias, x), ranks.own(len(x))
-        ring = runs_ring(self, ranks)
-        same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
-        masked = (self.false_negatives or self.same_ids) == "mask"
+        bias, ring, own = scalar(logit_bias, x), runs_ring(self, ranks), ranks.own(len(x))
+        masked, shared = same_content(self, pair_ids, content_features, y, ranks)
         if ring:
-            loss = ring_softplus(x, y, scale, bias, ranks, same, **kernel)
-        elif same is not None and masked:
-            loss = same.softplus(x, ranks.gather(y), scale, bias, own, **kernel)
+            loss = ring_softplus(x, y, scale, bias, ranks, masked, **kernel)
+        elif masked is not None:
+            loss = masked.softplus(x, ranks.gather(y), scale, bias, own, **kernel)
         else:
             loss = pair_softplus(x, ranks.gather(y), scale, bias, row_offset=own.start, **kernel)
         positive = paired_logits(x, y, scale)
         loss = loss + softplus(-(positive + bias))
-        if same is not None and not masked:
+        if shared is not None:
             # softplus(-z) = softplus(z) - z: what makes a positive of a negative is linear in the features.
-            shared, counts = same.sums(ranks.gather(y).to(positive.dtype), own)
-            loss = loss - (paired_logits(x, shared, scale) - positive) - (counts[:, 0] - 1) * bias
+            sums, counts = shared.sums(ranks.gather(y).to(positive.dtype), own)
+            loss = loss - (paired_logits(x, sums, scale) - positive) - (counts[:, 0] - 1) * bias
         for anchors, hard in ((x, hard_negative_features), (y, hard_negative_image_features)):
             if hard is not None:
                 more = HardNegatives(hard, ranks, self.hard_negatives, **kernel)

@@ -16,8 +16,10 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_unit_norm,
+    check_width,
     constant,
-    kernel_precision,
+    head_width,
+    kernel_settings,
     meet,
     paired_logits,
     reads_values,
@@ -74,12 +76,8 @@ class SimCSE(nn.Module):
         self.impl = check_impl(impl)
         self.head = None
         if head:
-            if embed_dim is None:
-                raise ValueError(
-                    "simcse's head needs embed_dim, the features' width: set loss.simcse.embed_dim, or "
-                    "head=False"
-                )
-            self.head = nn.Linear(int(embed_dim), int(embed_dim))
+            width = head_width("simcse", embed_dim)
+            self.head = nn.Linear(width, width)
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
@@ -87,11 +85,8 @@ class SimCSE(nn.Module):
         """ValueError for what forward refuses, as far as this process can see it."""
         check_matrix("text_features", text_features)
         check_matrix("text_features_view2", text_features_view2, like=("text_features", text_features))
-        if self.head is not None and text_features.shape[1] != self.head.in_features:
-            raise ValueError(
-                f"simcse's head was built for embed_dim={self.head.in_features}, but features are "
-                f"{text_features.shape[1]} wide"
-            )
+        if self.head is not None:
+            check_width("simcse's head", self.head.in_features, text_features)
         if reads_values(self, text_features.device):
             check_unit_norm(text_features=text_features, text_features_view2=text_features_view2)
             if len(text_features) and torch.equal(text_features, text_features_view2):
@@ -118,13 +113,11 @@ class SimCSE(nn.Module):
         ranks = meet(self, ranks, text_features=text_features, text_features_view2=text_features_view2)
         check_not_empty(text_features)
         first, second = self._project(text_features), self._project(text_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
         others = ranks.gather(second)
         scale = constant(1 / self.temperature, first)
-        row_lse, _ = pair_lse(
-            first, others, scale, row_offset=ranks.own(len(first)).start, impl=self.impl, precision=precision
-        )
+        row_lse, _ = pair_lse(first, others, scale, row_offset=ranks.own(len(first)).start, **kernel)
         loss = softplus(row_lse - paired_logits(first, second, scale))
         return all_reduce_sum(loss.sum() / len(others), ranks.group)
 

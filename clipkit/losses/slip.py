@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clipkit.distributed import Group, Ranks, all_reduce_sum, logsumexp_over_ranks
+from clipkit.distributed import Group, Ranks, all_reduce_sum
 from clipkit.kernels import pair_lse
 from clipkit.kernels.reference import compute_dtype
 from clipkit.losses.checks import (
@@ -16,14 +16,17 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_unit_norm,
+    check_width,
     constant,
-    kernel_precision,
+    head_width,
+    kernel_settings,
     logaddexp,
     meet,
     paired_logits,
     reads_values,
     softplus,
 )
+from clipkit.losses.pairs import lse_both_ways
 from clipkit.losses.registry import register_loss
 
 _VIEWS = (
@@ -81,13 +84,9 @@ class SLIP(nn.Module):
         self.impl = check_impl(impl)
         self.head = None
         if head:
-            if embed_dim is None:
-                raise ValueError(
-                    "slip's head needs embed_dim, the features' width: set loss.slip.embed_dim, or head=False"
-                )
-            hidden = int(hidden_dim)
+            width, hidden = head_width("slip", embed_dim), int(hidden_dim)
             self.head = nn.Sequential(
-                nn.Linear(int(embed_dim), hidden),
+                nn.Linear(width, hidden),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
                 nn.ReLU(),
@@ -101,11 +100,7 @@ class SLIP(nn.Module):
         check_matrix("image_features_view2", second, like=("image_features_view1", first))
         if self.head is not None:
             # The first layer's, (hidden_dim, embed_dim).
-            width = next(self.head.parameters()).shape[1]
-            if first.shape[1] != width:
-                raise ValueError(
-                    f"slip's head was built for embed_dim={width}, but features are {first.shape[1]} wide"
-                )
+            check_width("slip's head", next(self.head.parameters()).shape[1], first)
         if reads_values(self, first.device):
             check_unit_norm(image_features_view1=first, image_features_view2=second)
             if len(first) and torch.equal(first, second):
@@ -135,27 +130,19 @@ class SLIP(nn.Module):
         )
         check_not_empty(image_features_view1)
         first, second = self._project(image_features_view1), self._project(image_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
-        all_first, all_second = ranks.gather(first), ranks.gather(second)
         offset = ranks.own(len(first)).start
         scale = constant(1 / self.temperature, first)
         # Excluding column offset + i leaves out the partner in the block between views and the row itself
         # within one.
-        to_second, to_first = pair_lse(
-            first, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_first, _ = pair_lse(
-            first, all_first, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_second, _ = pair_lse(
-            second, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        to_first = logsumexp_over_ranks(to_first, ranks.group)
+        to_second, to_first = lse_both_ways(first, second, scale, ranks, **kernel)
+        within_first, _ = pair_lse(first, ranks.gather(first), scale, row_offset=offset, **kernel)
+        within_second, _ = pair_lse(second, ranks.gather(second), scale, row_offset=offset, **kernel)
         positive = paired_logits(first, second, scale)
         loss = softplus(logaddexp(to_second, within_first) - positive)
         loss = loss + softplus(logaddexp(to_first, within_second) - positive)
-        return all_reduce_sum(loss.sum() / (2 * len(all_first)), ranks.group)
+        return all_reduce_sum(loss.sum() / (2 * ranks.size * len(first)), ranks.group)
 
     def _project(self, features: Tensor) -> Tensor:
         """(B, D) features through the training-only head, unit norm again; themselves without one."""

@@ -17,7 +17,7 @@ from clipkit.losses.checks import (
     check_number,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     meet,
     reads_values,
 )
@@ -92,15 +92,13 @@ class Uniformity(nn.Module):
         return torch.stack([self._potential(features[name], ranks) for name in self.inputs]).mean()
 
     def _potential(self, x: Tensor, ranks: Ranks) -> Tensor:
-        precision = kernel_precision(x)
+        kernel = kernel_settings(self, x)
         x = ranks.wide(x)
         columns = ranks.gather(x)
         total = len(columns)
         check_negatives("uniformity", total)
         offset = ranks.own(len(x)).start
-        row_lse, _ = pair_lse(
-            x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl, precision=precision
-        )
+        row_lse, _ = pair_lse(x, columns, constant(2 * self.t, x), row_offset=offset, **kernel)
         # No potential exceeds 1, so the plain sum over rows and ranks cannot overflow.
         mean = all_reduce_sum((row_lse - 2 * self.t).exp().sum(), ranks.group) / (total * (total - 1))
         return mean.log()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
+from clipkit.kernels import pairs
 from clipkit.losses import create_loss, list_losses
 
 D, SCALES, INTEGERS = (
@@ -230,3 +232,64 @@ def test_an_empty_batch_is_refused(name):
     loss = build(name)
     with pytest.raises(ValueError, match="empty"):
         loss({key: value[:0] if value.ndim else value for key, value in make(loss).items()})
+
+
+@pytest.mark.parametrize("name", [n for n in list_losses() if "sample_weight" in build(n).optional_inputs])
+def test_sample_weights_make_a_weighted_mean_of_the_rows(name):
+    loss = build(name).double().eval()
+    given = make(loss, dtype=torch.float64, grad=False)
+
+    def value(weight, **call):
+        return loss.terms[name](**given, sample_weight=torch.as_tensor(weight), **call)
+
+    rows = [float(value(row)) for row in torch.eye(5)]
+    weights = [0.5, 0.0, 2.0, 1.0, 0.25]
+    weighted = [w * row for w, row in zip(weights, rows)]
+    assert max(rows) - min(rows) > 1e-3
+    assert float(value(weights)) == pytest.approx(sum(weighted) / sum(weights), rel=1e-12)
+    assert float(loss(given)["loss"]) == pytest.approx(sum(rows) / 5, rel=1e-12)
+    if "reduction" in inspect.signature(loss.terms[name].forward).parameters:
+        assert value(weights, reduction="none").tolist() == pytest.approx(weighted, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_a_sum_hands_a_loss_all_that_its_forward_takes(name):
+    loss = build(name).terms[name]
+    taken = inspect.signature(loss.forward).parameters.values()
+    if any(value.kind is value.VAR_KEYWORD for value in taken):
+        return
+    needed = tuple(value.name for value in taken if value.default is value.empty)
+    optional = {value.name for value in taken if value.default is None} - {"ranks"}
+    assert needed == tuple(loss.inputs) and optional == set(getattr(loss, "optional_inputs", ()))
+
+
+@pytest.mark.parametrize("name", [n for n in list_losses() if build(n).optional_inputs])
+def test_optional_inputs_that_do_not_fit_are_refused_by_name(name):
+    few, zeros = torch.zeros(4, dtype=torch.int64), torch.zeros(5, D)
+    bad = {
+        "pair_ids": few, "text_index": few, "sample_weight": few, "content_features": zeros,
+        "hard_negative_features": zeros, "hard_negative_image_features": zeros,
+    }  # fmt: skip
+    for key in build(name).optional_inputs:
+        given = {**make(build(name)), key: bad[key]}
+        for call in (build(name), lambda given: build(name).terms[name](**given)):
+            with pytest.raises(ValueError, match=key):
+                call(given)
+
+
+# CLOOB's rows are averages, in fp32 whatever was given.
+@pytest.mark.parametrize(
+    "name", [n for n in list_losses() if hasattr(build(n).terms[n], "impl") and n != "cloob"]
+)
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "auto"), (torch.bfloat16, "half")])
+def test_the_kernels_get_the_impl_and_the_precision_of_what_was_given(name, dtype, precision, monkeypatch):
+    choose, seen = pairs.choose_implementation, set()
+
+    def spy(impl, precision, *rest):
+        seen.add((impl, precision))
+        return choose(impl, precision, *rest)
+
+    monkeypatch.setattr(pairs, "choose_implementation", spy)
+    loss = create_loss({name: {"impl": "chunked"}})
+    loss(make(loss, dtype=dtype))
+    assert seen == {("chunked", precision)}
