@@ -112,6 +112,13 @@ class ImageSource:
         """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta, faults}, each with its
         place among those of all ranks. `faults` are the items left out, as DataErrors; B may be 0.
         """
+        how = {"resize_mode": resize_mode, "interpolation": interpolation}
+        return self._batches(image_size, batch_size, rank, world_size, how)
+
+    def _batches(
+        self, image_size: int, batch_size: int, rank: int, world_size: int, how: dict[str, Any]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`batches`; `how` is the resize_mode and interpolation of the pictures."""
         raise NotImplementedError
 
 
@@ -151,24 +158,13 @@ class Items(ImageSource):
     def read(self, key: str) -> bytes:
         raise NotImplementedError
 
-    def batches(
-        self,
-        image_size,
-        batch_size,
-        *,
-        rank=0,
-        world_size=1,
-        resize_mode="shortest",
-        interpolation="bicubic",
-    ):
+    def _batches(self, image_size, batch_size, rank, world_size, how):
         self.count = len(self.items) + len(self.lost)
         for number in range(rank, -(-len(self.items) // batch_size), world_size):
             rows, faults = [], list(self.lost) if number == 0 else []
             for key, label, captions in self.items[number * batch_size : (number + 1) * batch_size]:
                 try:
-                    image = load_image(
-                        self.read(key), image_size, resize_mode=resize_mode, interpolation=interpolation
-                    )
+                    image = load_image(self.read(key), image_size, **how)
                 except DataError as error:
                     faults.append(DataError(error.cause, error.detail, shard=self.identity, key=key))
                     continue

@@ -46,16 +46,7 @@ class Shards(ImageSource):
         self.identity += f" by {label_key}" if label_key else ""
         self.label_keys = (label_key,) if label_key else ("cls", "label")
 
-    def batches(
-        self,
-        image_size,
-        batch_size,
-        *,
-        rank=0,
-        world_size=1,
-        resize_mode="shortest",
-        interpolation="bicubic",
-    ):
+    def _batches(self, image_size, batch_size, rank, world_size, how):
         with closing(open_set(self.shards)) as data:
             lost = [
                 DataError(cause, *((key,) if cause in SHARD_CAUSES else ()), shard=shard, key=key)
@@ -72,8 +63,7 @@ class Shards(ImageSource):
                 rank=rank,
                 world_size=world_size,
                 on_bad=faults.append,
-                resize_mode=resize_mode,
-                interpolation=interpolation,
+                **how,
             )
             for batch in read:
                 samples = batch["index"].tolist()
