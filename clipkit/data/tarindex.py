@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import stat
@@ -303,45 +302,31 @@ def _compressed(file: IO[bytes]) -> str:
 
 def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
     """The next block that is not all zeros, or the end; holes of a sparse file are not read."""
+    while (position := _past_hole(file, position, size)) + _BLOCK <= size:
+        file.seek(position)
+        chunk = file.read(1 << 20)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        position += zeros // _BLOCK * _BLOCK
+        if zeros < len(chunk):
+            return position
+        if not zeros:
+            return size
+    return position
+
+
+def _past_hole(file: IO[bytes], position: int, size: int) -> int:
+    """The block in which the next byte is stored, as far as the file system tells, or the end."""
     try:
         descriptor = file.fileno()
-    except io.UnsupportedOperation:
-        return _past_zeros_read(file, position, size)
-    while position + _BLOCK <= size:
         # The buffered file keeps account of where its descriptor stands.
         before = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
-            data = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError as error:
-            # Nothing but a hole is left; or a file system that does not tell.
-            if error.errno == errno.ENXIO:
-                return size
-            data = position
+            return max(position, os.lseek(descriptor, position, os.SEEK_DATA) // _BLOCK * _BLOCK)
         finally:
             os.lseek(descriptor, before, os.SEEK_SET)
-        position = max(position, data // _BLOCK * _BLOCK)
-        chunk = os.pread(descriptor, 1 << 20, position)
-        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        position += zeros // _BLOCK * _BLOCK
-        if zeros < len(chunk):
-            return position
-        if not zeros:
-            return size
-    return position
-
-
-def _past_zeros_read(file: IO[bytes], position: int, size: int) -> int:
-    """`_past_zeros` of what is no file of this machine."""
-    while position + _BLOCK <= size:
-        file.seek(position)
-        chunk = file.read(1 << 16)
-        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        position += zeros // _BLOCK * _BLOCK
-        if zeros < len(chunk):
-            return position
-        if not zeros:
-            return size
-    return position
+    except OSError as error:
+        # Nothing but a hole is left; or what does not tell, such as no file of this machine.
+        return size if error.errno == errno.ENXIO else position
 
 
 def _valid(header: bytes) -> int | None:
