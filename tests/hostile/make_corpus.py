@@ -28,6 +28,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.damage import nest
 from tests.recipes.runs import SMALL, run
 
 # In files that no output may quote.
@@ -747,14 +748,8 @@ def addresses_with_tokens(place: Place) -> None:
 
 @kind(report=0, table=0)
 def folders_very_deep(place: Place) -> None:
-    """Below the run; made from inside, because the whole path is too long to be named."""
-    inner = os.open(place.run, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=inner)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=inner)
-        os.close(inner)
-        inner = deeper
-    os.close(inner)
+    """Below the run."""
+    nest(place.run, 1500)
 
 
 @kind(report=0, table=0)
