@@ -6,6 +6,7 @@ Chance is 1/2, and a tie counts as half, so a model that cannot tell the two apa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data.decode import read_image
+from clipkit.data.order import number
 from clipkit.evals.encoder import EncodedImages, check_features
 from clipkit.evals.items import Items
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, parse_json, permit, read_json, read_text
@@ -59,8 +61,9 @@ class NamedImages(Items):
 
     def __init__(self, folder: str | Path, pairs: Sequence[dict[str, str]]):
         permit(folder, "folder")
-        self.folder, self.identity = Path(folder), f"images in {folder} of {len(pairs)} pairs"
         names = sorted({pair["filename"] for pair in pairs if "filename" in pair})
+        self.folder = Path(folder)
+        self.identity = f"images in {folder} of {len(pairs)} pairs ({number(*names):016x})"
         for name in names:
             # The pairs, which others wrote, name images of this folder alone.
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -93,6 +96,11 @@ def pairs_left(pairs: Sequence[dict[str, str]], images: EncodedImages) -> list[d
 def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
     """(P,) the row of `images` each pair is about, by key, or by file name."""
     rows: dict[Any, int] = {key: row for row, key in enumerate(images.keys)}
+    if len(rows) < len(images.keys):
+        named = {pair.get(name) for pair in pairs for name in ("key", "filename")}
+        twice = next((key for key, n in Counter(images.keys).items() if n > 1 and key in named), None)
+        if twice is not None:
+            raise ValueError(f"a pair is about image {twice[:200]!r}, and several images have that key")
     found = [rows.get(pair.get("key"), rows.get(pair.get("filename"))) for pair in pairs]
     if None in found:
         pair = pairs[found.index(None)]
