@@ -28,7 +28,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from clipkit.data.faults import CAUSES
+from clipkit.data.faults import CAUSES, DataError
 from clipkit.data.order import number
 from clipkit.foreign import BrokenFile, parse_json
 
@@ -171,23 +171,68 @@ def probe_file(file: int) -> int:
     return probe(lambda length, offset: os.pread(file, length, offset), os.fstat(file).st_size)
 
 
-def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
-    """(name, offset and size of its contents) of every regular file in a tar, in order; for reading what is no shard.
+@dataclass(frozen=True)
+class Member:
+    """Where a file of a tar lies.
+
+    Attributes:
+        name: its path in the tar.
+        offset, size: of its contents.
+        head: CRC-32 of the 512-byte header right before them.
+    """
+
+    name: str
+    offset: int
+    size: int
+    head: int
+
+
+class TarFiles:
+    """A tar that is no shard: its regular files, read by their places.
 
     Links, devices, sparse files and names that lead out are left out.
+
+    Attributes:
+        path: of the tar.
+        members: in order.
 
     Raises:
         BrokenFile: no tar, one cut short, or a header in it that is broken.
         OSError: the file cannot be opened.
     """
-    faults: list[tuple[str, str]] = []
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        members = [(name, offset, length) for name, offset, length, _ in _members(file, size, faults)]
-    for cause, where in faults:
-        if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
-            raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
-    return members
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        faults: list[tuple[str, str]] = []
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            self.members = [Member(*found) for found in _members(file, status.st_size, faults)]
+            self._written, self._probe = _written(status), probe_file(file.fileno())
+        for cause, where in faults:
+            if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
+                raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
+
+    def read(self, member: Member) -> bytes:
+        """A member's contents. DataError changed_shard where the tar is another one than was listed."""
+        with open(self.path, "rb") as file:
+            if (written := _written(os.fstat(file.fileno()))) != self._written:
+                if probe_file(file.fileno()) != self._probe:
+                    raise self._changed()
+                self._written = written
+            data = os.pread(file.fileno(), _BLOCK + member.size, member.offset - _BLOCK)
+        if len(data) < _BLOCK + member.size or zlib.crc32(data[:_BLOCK]) != member.head:
+            raise self._changed()
+        return data[_BLOCK:]
+
+    def _changed(self) -> DataError:
+        return DataError(
+            "changed_shard", "it was written anew since its members were listed", shard=str(self.path)
+        )
+
+
+def _written(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells that a file was written again."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _complete(

@@ -15,6 +15,7 @@ import pytest
 from clipkit.data.tarindex import (
     ShardIndex,
     Summary,
+    TarFiles,
     cached_index,
     index_stream,
     index_tar,
@@ -22,7 +23,6 @@ from clipkit.data.tarindex import (
     probe,
     read_summary,
     store_index,
-    tar_members,
 )
 from clipkit.foreign import BrokenFile
 
@@ -50,7 +50,7 @@ def test_an_index_is_that_of_pythons_own_tarfile(tmp_path, write_tar, sample):
     path = write_tar(tmp_path / "a.tar", [m for i in range(5) for m in sample(f"k{i}", i)])
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar]
-    assert tar_members(path) == expected
+    assert [(m.name, m.offset, m.size) for m in TarFiles(path).members] == expected
 
 
 def test_an_index_holds_the_checksum_of_each_member_s_header(tmp_path, write_tar, sample):
@@ -133,7 +133,7 @@ def test_what_is_no_whole_tar_has_no_members(tmp_path, good):
     for raw in (b"noise" * 1000, good[:-700], good[:512] + b"\xaa" * 512 * 40 + good, b"x" * 100):
         path.write_bytes(raw)
         with pytest.raises(BrokenFile, match=str(path)):
-            tar_members(path)
+            TarFiles(path)
 
 
 INDEX = ShardIndex(
