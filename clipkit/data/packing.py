@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from PIL import Image
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import MAX_PIXELS, decode, read_image
 from clipkit.data.faults import DataError
 from clipkit.data.tables import SUFFIXES, read_table
@@ -326,7 +327,7 @@ def _members(
             captions = _beside(path)
     else:
         raise DataError("missing_image", "the row has no image")
-    texts = [text.strip() for text in captions or [] if text.strip()]
+    texts = [text for text in map(clean_caption, captions or []) if text]
     if not texts:
         raise DataError("empty_caption" if captions else "missing_caption")
     try:

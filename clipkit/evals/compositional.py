@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import read_image
 from clipkit.data.order import number
 from clipkit.evals.encoder import EncodedImages, check_features
@@ -49,6 +50,9 @@ def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
     out = []
     for where, row in rows:
         used = {name: row[name] for name in (*_NEEDED, "key", "filename") if row.get(name)}
+        for name in ("caption", "negative_caption"):
+            if isinstance(used.get(name), str) and not clean_caption(used[name]):
+                del used[name]
         missing = [name for name in _NEEDED if name not in used]
         if missing or not ("key" in used or "filename" in used):
             raise BrokenFile(f"{where} lacks {', '.join(missing) or 'key or filename'}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import read_image
 from clipkit.data.evalset import open_set, read_set
 from clipkit.data.faults import SHARD_CAUSES, DataError
@@ -225,7 +226,7 @@ class ClipBenchmark(Items):
             if isinstance(label, DataError):
                 raise BrokenFile(f"{tar.path}: the class id of sample {name[:200]} is no whole number")
             self._where[key] = (tar, sample["image"])
-            captions = [line.strip() for line in sample.get("txt", "").splitlines() if line.strip()]
+            captions = [text for text in map(clean_caption, sample.get("txt", "").splitlines()) if text]
             self.items.append((key, label, captions))
 
     def read(self, key):
