@@ -24,8 +24,8 @@ from clipkit.data.faults import DataError
 from clipkit.data.order import number
 from clipkit.data.samples import SampleSet
 from clipkit.data.spec import KINDS, kinds, sources
+from clipkit.data.spool import locked
 from clipkit.data.tables import read_table
-from clipkit.data.urls import locked
 from clipkit.foreign import IMAGE_BYTES, BrokenFile, permit, read_bytes
 
 BLOCK = 1_000
