@@ -261,3 +261,16 @@ def test_what_is_no_table_is_said(tmp_path, name):
     path = put(tmp_path / name, "x")
     with pytest.raises(ValueError, match="decompress" if name[-3:] in (".gz", "zst") else "is not .csv"):
         read(path)
+
+
+def test_quotes_that_would_join_two_rows_into_one_of_more_fields_are_letters(tmp_path):
+    """By hand: as letters every line has two fields; as quotes the two lines are one row of three."""
+    path = put(
+        tmp_path / "t.tsv",
+        'file\tcaption\na.jpg\t"tall\nb.jpg"\tsmall\n"c.jpg"\t"x\ty"\n'.replace("\ty", " y"),
+    )
+    assert [tuple(row.values()) for _, row in read_table(path)] == [
+        ("a.jpg", '"tall'),
+        ('b.jpg"', "small"),
+        ('"c.jpg"', '"x y"'),
+    ]
