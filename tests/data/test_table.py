@@ -209,7 +209,7 @@ def test_rows_that_are_kept_are_those_of_the_columns_and_of_the_way_of_reading(t
         '"caf\u00e9"': {"quotes": "none"},
         "caf\u00e9": {"quotes": "csv"},
         "caf\u00c3\u00a9": {"quotes": "csv", "encoding": "cp1252"},
-        "name": {"caption": "other"},
+        "name": {"caption": "other", "quotes": "csv"},
     }
     for _ in range(2):
         for text, way in ways.items():
