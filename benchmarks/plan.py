@@ -27,6 +27,7 @@ CPU = GPU("cpu", None, None, None, None, 5.0, 1.25, 1, None)
 TINY = {"name": "transformer", "width": 256, "layers": 2, "heads": 4, "dropout": 0.1}
 CLIP = {"name": "transformer", "dropout": 0.0}
 RESNET = {"name": "timm", "model": "resnet10t", "image_size": 64}
+SMALL = {"name": "timm", "model": "test_resnet", "image_size": 32}
 MODEL = ("embed_dim", "image_tower", "text_tower")
 SAVING = {"activation_checkpointing": True}
 # name -> (towers, tokens a text, vocabulary, pairs, micro-batch, loss, steps)
@@ -34,26 +35,8 @@ CASES: dict[str, tuple] = {
     "resnet10t 64 px, 512 pairs": (RESNET, TINY, 24, 3000, 512, None, "dense", 2),
     "the same, micro-batches of 64": (RESNET, TINY, 24, 3000, 512, 64, "dense", 2),
     "the same, checkpointed, 512 pairs": (RESNET | SAVING, TINY | SAVING, 24, 3000, 512, None, "dense", 2),
-    "test_resnet 32 px, 4,096 pairs, dense": (
-        {"name": "timm", "model": "test_resnet", "image_size": 32},
-        TINY,
-        16,
-        100,
-        4096,
-        256,
-        "dense",
-        2,
-    ),
-    "the same, chunked": (
-        {"name": "timm", "model": "test_resnet", "image_size": 32},
-        TINY,
-        16,
-        100,
-        4096,
-        256,
-        "chunked",
-        2,
-    ),
+    "test_resnet 32 px, 4,096 pairs, dense": (SMALL, TINY, 16, 100, 4096, 256, "dense", 2),
+    "the same, chunked": (SMALL, TINY, 16, 100, 4096, 256, "chunked", 2),
     "CLIP RN50 224 px, 8 pairs": ({"name": "clip_resnet50"}, CLIP, 77, 49408, 8, None, "dense", 2),
     "CLIP ViT-B/32 224 px, 16 pairs": ({"name": "clip_vit"}, CLIP, 77, 49408, 16, None, "dense", 2),
 }

@@ -155,7 +155,8 @@ def index(job: dict) -> dict:
 
 
 def measure_sets(folder: Path, steps: int) -> dict:
-    from clipkit.data.tarindex import identity, index_file, index_tar, store_index
+    from clipkit.data.index_cache import identity, index_file, store_index
+    from clipkit.data.tarindex import index_tar
 
     template, warm = folder / "template.tar", folder / "warm"
     write_shard(template, SAMPLES, pictures=[picture(32)])

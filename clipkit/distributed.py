@@ -378,9 +378,7 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.ranks = dist.get_world_size(group)
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _summed(x, group)
 
     @staticmethod
     @first_derivative_only
@@ -392,16 +390,12 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _summed(x, group)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad):
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _summed(grad, ctx.group), None
 
 
 class _LogSumExpOverRanks(torch.autograd.Function):
@@ -430,6 +424,12 @@ def _is_half(x: torch.Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
+def _summed(x: torch.Tensor, group: Group) -> torch.Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     ranks = dist.get_world_size(group)
     out = x.new_empty((ranks * len(x), *x.shape[1:]))
@@ -445,9 +445,7 @@ def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
         dist.reduce_scatter_tensor(out, x, group=group)
         return out
     # gloo has no reduce-scatter in every torch release that clipkit runs on.
-    total = x.clone()
-    dist.all_reduce(total, group=group)
-    return _own_rows(total, group).clone()
+    return _own_rows(_summed(x, group), group).clone()
 
 
 def _own_rows(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -173,13 +173,17 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
         )
         parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
     elif path.suffix == ".npy":
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+        parts = [path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("npy", "json")]
         try:
-            numpy.save(temporary, features.numpy())
-            path.with_suffix(".keys.json").write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
-            os.replace(temporary, path)
+            numpy.save(parts[0], features.numpy())
+            parts[1].write_text(json.dumps(list(keys), indent=0), encoding="utf-8")
+            # In this order: features never stand beside others' keys.
+            path.unlink(missing_ok=True)
+            os.replace(parts[1], path.with_suffix(".keys.json"))
+            os.replace(parts[0], path)
         finally:
-            temporary.unlink(missing_ok=True)
+            for part in parts:
+                part.unlink(missing_ok=True)
     else:
         raise ValueError(f"embeddings go to a .npy or .parquet file; got {path.name!r}")
 

@@ -78,3 +78,14 @@ def copy(folder: Path, to: Path) -> Path:
     """A copy of a folder to be damaged."""
     shutil.copytree(folder, to)
     return to
+
+
+def nest(folder: Path, depth: int) -> None:
+    """Folders `d` in folders; made from inside, because the whole path is too long to be named."""
+    inner = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=inner)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=inner)
+        os.close(inner)
+        inner = deeper
+    os.close(inner)

@@ -155,24 +155,3 @@ assert not gloo_threads(), gloo_threads()
 def test_launch_needs_a_rank():
     with pytest.raises(ValueError, match="world_size is 0"):
         launch(gloo_primitives.square, 0, 3)
-
-
-def test_imports_torch_alone():
-    script = (
-        "import sys, torch, torch.distributed; before = set(sys.modules); import clipkit.distributed\n"
-        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    heavy = {
-        "hydra",
-        "omegaconf",
-        "wandb",
-        "webdataset",
-        "timm",
-        "open_clip",
-        "transformers",
-        "torchvision",
-        "triton",
-    }
-    assert not heavy & set(eval(done.stdout))

@@ -20,7 +20,7 @@ import numpy as np
 
 from clipkit.data.batches import Batches
 from clipkit.data.shardset import ShardSet
-from clipkit.data.urls import Spool
+from clipkit.data.spool import Spool
 
 # Shards that the ranks of a machine fetch at once, all together.
 _AT_ONCE = 8

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from clipkit.data.decode import MAX_PIXELS, decode, read_size
-from clipkit.data.faults import DataError
+from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder
 from clipkit.data.tarindex import index_tar
@@ -111,7 +111,9 @@ def stats(shards: str | Path | Iterable[str]) -> dict[str, Any]:
         try:
             texts.add(data.captions(sample))
             height, width = read_size(data.image(sample))
-        except DataError:
+        except DataError as error:
+            if error.cause in SHARD_CAUSES:
+                raise
             continue
         widths.append(width)
         heights.append(height)

@@ -178,8 +178,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Stored height and width by the header alone. Raises as `decode_train`."""
-    return _header(data, sys.maxsize)[:2]
+    """Height and width of the upright picture, by the header alone. Raises as `decode_train`."""
+    height, width, jpeg, turn = _header(data, sys.maxsize)
+    if not jpeg:
+        image = open_image(data, max_pixels=sys.maxsize)
+        try:
+            # Pillow gives a TIFF's sides upright.
+            turn = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+        except Exception as error:  # a fuzzed header can make Pillow raise nearly anything
+            raise DataError("corrupt_image", f"{type(error).__name__}: {error}") from None
+    return (width, height) if turn in (5, 6, 7, 8) else (height, width)
 
 
 def read_image(path: str | Path) -> bytes:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from clipkit.data.decode import check_resizing, decode_eval
-from clipkit.data.faults import DataError
+from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.formats import MAX_PIXELS
+from clipkit.data.samples import SampleSet
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder
 from clipkit.data.urls import expand_shards
@@ -40,7 +41,7 @@ def iter_eval(
         rank, world_size: rank r reads the r-th of `world_size` contiguous pieces.
         limit: read only the first so many samples of the set.
         on_bad: "error" raises at the first bad sample; "skip" leaves it out; a function is given its DataError,
-            which names shard and key, and it is left out.
+            which names shard and key, and it is left out. A shard that cannot be read ends it in any case.
         cache_dir: folder for indexes and fetched shards.
         max_pixels: larger pictures are bad samples.
         resize_mode: shortest (the shorter side is resized to `image_size` and the centre kept), longest or squash.
@@ -100,6 +101,9 @@ def read_set(
             )
             rows.append((image, data.captions(sample), data.key(sample), meta, sample))
         except DataError as error:
+            if error.cause in SHARD_CAUSES:
+                # No sample of it will come.
+                raise
             shard, key = data.where(sample)
             on_bad(DataError(error.cause, error.detail, shard=shard, key=key))
         if len(rows) == batch_size:
@@ -137,15 +141,20 @@ def iter_captions(
     shards: str | Path | Iterable[str], *, cache_dir: str | Path | None = None, on_bad_shard: str = "error"
 ) -> Iterator[str]:
     """Every caption once, in file order; samples without a readable one are passed over, bad shards under
-    "skip".
+    "skip". DataError for a shard that is gone, or another one, when its captions are read.
     """
-    data = open_set(shards, cache_dir, on_bad_shard)
+    with closing(open_set(shards, cache_dir, on_bad_shard)) as data:
+        yield from set_captions(data)
+
+
+def set_captions(data: ShardSet | SampleSet) -> Iterator[str]:
+    """`iter_captions` of a set that is open."""
     for sample in data:
         try:
             yield from data.captions(sample)
-        except DataError:
-            continue
-    data.close()
+        except DataError as error:
+            if error.cause in SHARD_CAUSES:
+                raise
 
 
 def open_set(shards: Any, cache_dir: str | Path | None = None, on_bad_shard: str = "error") -> ShardSet:

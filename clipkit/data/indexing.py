@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.faults import DataError
+from clipkit.data.index_cache import index_file, load_index, renew_index
 from clipkit.data.remote import open_ranges
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import cache_folder
-from clipkit.data.tarindex import index_file, index_stream, load_index, probe, renew_index
+from clipkit.data.tarindex import index_stream, probe
 from clipkit.data.urls import expand_shards, is_stream
 
 _SAY_EVERY_S = 5.0

@@ -2,13 +2,15 @@
 
 Row number r of the source becomes key `r` with nine digits, in shard r div `samples_per_shard`: what a key
 came from is never a question, and a shard that is finished (its `_stats.json` is written last) is not done
-again. Image bytes are stored as they are, unless `resize` asks for smaller ones; every image is decoded once,
-and rows that a training run would skip are left out, counted by the same causes and named. The rows of the table, the
-samples and what is left out are added up: a row that is neither is an error.
+again while its rows, and the times and sizes of their files, are what they were. Image bytes are stored as they are,
+unless `resize` asks for smaller ones; every image is decoded once, and rows that a training run would skip are left
+out, counted by the same causes and named. The rows of the table, the samples and what is left out are added up: a row
+that is neither is an error.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from PIL import Image
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import MAX_PIXELS, decode, read_image
 from clipkit.data.faults import DataError
 from clipkit.data.tables import SUFFIXES, read_table
@@ -85,7 +88,7 @@ def pack(
 
     Raises:
         ValueError: no such source or column, a table that is broken (names file and line), or a folder with shards
-            made from other arguments.
+            made from other arguments, or from more rows than there are now.
         RuntimeError: rows that are neither samples nor skipped.
     """
     source, folder = Path(source), Path(folder)
@@ -133,6 +136,14 @@ def pack(
         _add(running, total, skipped, examples)
     if not total["rows"]:
         raise ValueError(f"{source} has no rows")
+    more = [
+        tar for tar in sorted(folder.glob("*.tar")) if tar.stem.isdigit() and int(tar.stem) >= total["shards"]
+    ]
+    if more:
+        raise ValueError(
+            f"{folder} holds {len(more)} more shards, from {more[0].name} on, than the {total['rows']} rows that {source} "
+            "has now make: remove these, or give an empty folder"
+        )
     if not rows_read == total["rows"] == total["samples"] + sum(skipped.values()):
         raise RuntimeError(
             f"{source} has {rows_read} rows, of which {total['rows']} were written, as {total['samples']} samples and "
@@ -247,6 +258,7 @@ class _Stats(TypedDict):
     """What is written beside a shard when it is finished."""
 
     rows: int
+    of: str
     samples: int
     skipped: dict[str, int]
     left_out: list[tuple[int, str, str]]
@@ -264,9 +276,10 @@ def _write_shard(
 ) -> _Stats:
     """Write one shard whole, then its statistics; a finished one is left as it is."""
     tar_path, stats_path = folder / f"{number:06d}.tar", folder / f"{number:06d}_stats.json"
+    of = _digest(rows, root)
     try:
         stats: _Stats = read_json(stats_path, _Stats)
-        if stats["rows"] == len(rows) and tar_path.stat().st_size == stats["bytes"]:
+        if stats["of"] == of and tar_path.stat().st_size == stats["bytes"]:
             return stats
     except (OSError, BrokenFile):
         # Not finished, or damaged: it is made again.
@@ -290,6 +303,7 @@ def _write_shard(
     os.replace(part, tar_path)
     stats = {
         "rows": len(rows),
+        "of": of,
         "samples": samples,
         "skipped": dict(Counter(cause for _, cause, _ in left_out)),
         "left_out": left_out,
@@ -299,6 +313,33 @@ def _write_shard(
     stats_part.write_text(json.dumps(stats))
     os.replace(stats_part, stats_path)
     return stats
+
+
+def _digest(rows: list[_Source], root: Path) -> str:
+    """Of what a shard is made from: its rows, and size and time of the files that they name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        image, files = row.image, []
+        if isinstance(image, (bytes, bytearray)):
+            digest.update(image)
+            image = len(image)
+        elif isinstance(image, str) and image:
+            files = (
+                [root / image]
+                if row.captions is not None
+                else [root / image, (root / image).with_suffix(".txt")]
+            )
+        said = (row.line, image, row.captions, row.kept, row.broken, [*map(_size_and_time, files)])
+        digest.update(repr(said).encode("utf-8", "backslashreplace") + b"\0")
+    return digest.hexdigest()
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _named(row: _Source, error: DataError) -> str:
@@ -326,7 +367,7 @@ def _members(
             captions = _beside(path)
     else:
         raise DataError("missing_image", "the row has no image")
-    texts = [text.strip() for text in captions or [] if text.strip()]
+    texts = [text for text in map(clean_caption, captions or []) if text]
     if not texts:
         raise DataError("empty_caption" if captions else "missing_caption")
     try:

@@ -21,6 +21,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
 from clipkit.data.shardset import ShardSet
@@ -143,7 +144,7 @@ def _content(meta: Mapping[str, Any], name: str) -> str | None:
 def _negatives(meta: Mapping[str, Any], name: str) -> list[str]:
     value = meta.get(name)
     listed = value if isinstance(value, list) else [value]
-    found = [one.strip() for one in listed if isinstance(one, str) and one.strip()]
+    found = [text for text in (clean_caption(one) for one in listed if isinstance(one, str)) if text]
     if not found:
         raise DataError("missing_hard_negative", f"{name!r} holds no text")
     try:

@@ -41,10 +41,12 @@ class Version:
     size: int = -1
 
     def is_of(self, now: Version) -> bool:
-        """Whether a file that had this version then is the one that the server has now, as far as both tell."""
+        """Whether a file that had this version then is the one that the server has now, by what both tell: an ETag, or the
+        time and size. Size alone tells nothing, for tars are padded.
+        """
         if self.etag or now.etag:
             return self.etag.removeprefix("W/") == now.etag.removeprefix("W/")
-        return self.modified == now.modified and self.size == now.size
+        return bool(self.modified) and self.modified == now.modified and self.size == now.size
 
 
 def scheme(url: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.order import EpochOrder
 from clipkit.data.tables import SUFFIXES, read_table
 from clipkit.foreign import permit
@@ -202,7 +203,7 @@ def _read(path: Path, names: tuple[tuple[str, ...], ...], left_out: dict[str, Co
             value = row.get(column)
             if column in ("label", "gold_label"):
                 value = _label(value, path, line)
-            elif (value is None and column in row) or (isinstance(value, str) and not value.strip()):
+            elif (value is None and column in row) or (isinstance(value, str) and not clean_caption(value)):
                 blank = True
             elif not isinstance(value, str):
                 found = "missing" if value is None else repr(value)[:100]

@@ -33,8 +33,9 @@ from clipkit.data.faults import SHARD_CAUSES, FaultCounter
 from clipkit.data.order import EpochOrder, Mixture
 from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import KINDS, cache_folder, check_kind, plain, resolve_data, sources
+from clipkit.data.spool import Spool
 from clipkit.data.table import open_registered, open_tables
-from clipkit.data.urls import Spool, expand_shards
+from clipkit.data.urls import expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
 
 _FIRST_WARNING_S = 30.0

@@ -23,22 +23,13 @@ import numpy as np
 from clipkit.data.captions import clean_caption, decode_caption, listed, parse_meta
 from clipkit.data.counts import declared_counts
 from clipkit.data.faults import DataError
-from clipkit.data.tarindex import (
-    ShardIndex,
-    identity,
-    index_file,
-    index_stream,
-    load_index,
-    probe_file,
-    read_summary,
-    renew_index,
-)
-from clipkit.data.urls import Spool, is_stream, locked
+from clipkit.data.index_cache import identity, index_file, load_index, read_summary, renew_index
+from clipkit.data.spool import Spool, locked
+from clipkit.data.tarindex import BLOCK, ShardIndex, index_stream, probe_file
+from clipkit.data.urls import is_stream
 from clipkit.foreign import IMAGE_BYTES, JSON_BYTES
 
 _OPEN_FILES, _OPEN_INDEXES = 64, 64
-# A member's header, right before its contents.
-_HEADER = 512
 # Bytes of an image, a caption and a json that are read, and what more is.
 _MOST = ((IMAGE_BYTES, "image_too_large"), (JSON_BYTES, "caption_not_utf8"), (JSON_BYTES, "broken_json"))
 _WHOLE_SHARD = ("empty_shard", "unreadable_shard")
@@ -338,10 +329,11 @@ class ShardSet:
         limit, cause = _MOST[part]
         if size > limit:
             raise DataError(cause, f"{size} bytes, more than the {limit} that are read")
-        data = os.pread(self._file(shard), _HEADER + size, offset - _HEADER)
-        if len(data) < _HEADER + size or zlib.crc32(data[:_HEADER]) != index.heads[row, part]:
+        # With the member's header, right before its contents.
+        data = os.pread(self._file(shard), BLOCK + size, offset - BLOCK)
+        if len(data) < BLOCK + size or zlib.crc32(data[:BLOCK]) != index.heads[row, part]:
             raise self._changed(shard, f"another member is where that of key {index.keys[row][:200]!r} was")
-        return data[_HEADER:]
+        return data[BLOCK:]
 
     def late_faults(self, sample: int) -> list[tuple[str, str, str]]:
         """(shard, cause, key) of what the index of a sample's shard left out, if nothing had been read of the shard when

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.captions import clean_caption, listed
-from clipkit.data.evalset import iter_captions
+from clipkit.data.evalset import iter_captions, set_captions
 from clipkit.data.faults import DataError
 from clipkit.data.order import number
 from clipkit.data.samples import SampleSet
 from clipkit.data.spec import KINDS, kinds, sources
+from clipkit.data.spool import locked
 from clipkit.data.tables import read_table
-from clipkit.data.urls import locked
 from clipkit.foreign import IMAGE_BYTES, BrokenFile, permit, read_bytes
 
 BLOCK = 1_000
@@ -187,11 +187,7 @@ def iter_training_captions(spec: Mapping[str, Any], names: Any, cache_dir: Path)
         yield from iter_captions(names, cache_dir=cache_dir, on_bad_shard=spec["on_bad_shard"])
         return
     for samples in data:
-        for sample in samples:
-            try:
-                yield from samples.captions(sample)
-            except DataError:
-                continue
+        yield from set_captions(samples)
 
 
 def _rows(

@@ -286,13 +286,24 @@ def _decoded(path: Path, raw: bytes, encoding: str) -> str:
         raise BrokenFile(_not_text(path, encoding, error)) from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which json itself keeps the last of two equal names."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)[:50]!r} twice")
+    return found
+
+
 def _json_row(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise BrokenFile(_not_text(path, None, error, number)) from None
     except (ValueError, RecursionError) as error:
-        raise BrokenFile(f"{path}, line {number}: not JSON, or nested too deep ({str(error)[:80]})") from None
+        raise BrokenFile(
+            f"{path}, line {number}: not JSON, nested too deep, or ambiguous ({str(error)[:80]})"
+        ) from None
     if not isinstance(row, dict):
         raise BrokenFile(f"{path}, line {number}: expected an object, got {type(row).__name__}")
     return row
@@ -306,6 +317,9 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         there = list(file.schema_arrow.names)
+        twice = {name for name in there if there.count(name) > 1}
+        if twice & {*columns} or (twice and not columns):
+            raise BrokenFile(f"{path}: it has the column {sorted(twice)[0]!r} twice")
         missing = [name for name in columns if name not in there]
         if missing:
             raise BrokenFile(

@@ -4,22 +4,15 @@ The parser reads 512-byte headers and skips the contents. It never extracts, fol
 link, a device, an absolute path or a pickle is a name and a number of bytes, nothing more. A broken header
 does not lose the rest of the shard: reading resumes at the next block whose checksum is right.
 
-An index is kept as one file under `cache_dir`, named by the tar's path, size, modification and change time, and is read
-by memory map: the processes of a machine share it. It holds what shows that the tar is still the one that was read: a
-digest over pieces of it (`probe`), and each member's header as a checksum, which is compared whenever the member is read.
+An index holds what shows that the tar is still the one that was read: a digest over pieces of it (`probe`), and each
+member's header as a checksum, which is compared whenever the member is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import io
-import json
 import os
-import stat
-import struct
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,18 +20,16 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 
-from clipkit.data.faults import CAUSES
-from clipkit.data.order import number
-from clipkit.foreign import BrokenFile, parse_json
+from clipkit.data.faults import CAUSES, DataError
+from clipkit.foreign import BrokenFile
 
 IMAGES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif"),
     *("avif", "heic", "heif", "jp2", "jxl"),
 )
-_BLOCK = 512
-_VERSION = 5
+# Bytes of a header, and of what contents are padded to.
+BLOCK = 512
 # How compressed files begin, and what undoes it.
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -49,13 +40,10 @@ _COMPRESSED = {
     b"PK\x03\x04": ("zip", "unzip"),
 }
 _COLUMNS = ("image", "text", "json")
-# Bytes of a long name or extended header, and of an index; digits of a number in an extended header.
-_NAME_BYTES, _INDEX_BYTES, _DIGITS = 1 << 20, 1 << 31, 18
+# Bytes of a long name or extended header; digits of a number in an extended header.
+_NAME_BYTES, _DIGITS = 1 << 20, 18
 # Pieces of a tar that its probe reads, and bytes of each.
 _PIECES, _PIECE = 8, 4096
-# The beginning of a stored index: its kind; the tar's size and probe; samples, bytes of keys and of faults, faults.
-_HEAD = struct.Struct("<16sqQqqqq")
-_MAGIC = b"clipkit index 04"
 
 
 @dataclass
@@ -78,38 +66,6 @@ class ShardIndex:
     size: int = 0
     probe: int = 0
     heads: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint32))
-
-
-@dataclass
-class Summary:
-    """What a stored index says at its beginning.
-
-    Attributes:
-        size, probe: of the tar that was indexed.
-        count: samples.
-        faults: how many things indexing left out.
-    """
-
-    size: int
-    probe: int
-    count: int
-    faults: int
-
-
-class _Keys(Sequence[str]):
-    """Names that lie end to end in one array, so that processes share them."""
-
-    def __init__(self, blob: np.ndarray, ends: np.ndarray):
-        self._blob, self._ends = blob, ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, place):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        start = int(self._ends[place - 1]) if place else 0
-        return _decode(self._blob[start : int(self._ends[place])].tobytes())
 
 
 def index_tar(path: str | Path) -> ShardIndex:
@@ -163,7 +119,7 @@ def probe(read: Callable[[int, int], bytes], size: int) -> int:
     """
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
     for piece in range(_PIECES):
-        digest.update(read(_PIECE, size * piece // _PIECES // _BLOCK * _BLOCK))
+        digest.update(read(_PIECE, size * piece // _PIECES // BLOCK * BLOCK))
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -172,23 +128,68 @@ def probe_file(file: int) -> int:
     return probe(lambda length, offset: os.pread(file, length, offset), os.fstat(file).st_size)
 
 
-def tar_members(path: str | Path) -> list[tuple[str, int, int]]:
-    """(name, offset and size of its contents) of every regular file in a tar, in order; for reading what is no shard.
+@dataclass(frozen=True)
+class Member:
+    """Where a file of a tar lies.
+
+    Attributes:
+        name: its path in the tar.
+        offset, size: of its contents.
+        head: CRC-32 of the 512-byte header right before them.
+    """
+
+    name: str
+    offset: int
+    size: int
+    head: int
+
+
+class TarFiles:
+    """A tar that is no shard: its regular files, read by their places.
 
     Links, devices, sparse files and names that lead out are left out.
+
+    Attributes:
+        path: of the tar.
+        members: in order.
 
     Raises:
         BrokenFile: no tar, one cut short, or a header in it that is broken.
         OSError: the file cannot be opened.
     """
-    faults: list[tuple[str, str]] = []
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        members = [(name, offset, length) for name, offset, length, _ in _members(file, size, faults)]
-    for cause, where in faults:
-        if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
-            raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
-    return members
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        faults: list[tuple[str, str]] = []
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            self.members = [Member(*found) for found in _members(file, status.st_size, faults)]
+            self._written, self._probe = _written(status), probe_file(file.fileno())
+        for cause, where in faults:
+            if cause in ("unreadable_shard", "truncated_shard", "corrupt_header"):
+                raise BrokenFile(f"{path}: {CAUSES[cause]}{f' ({where[:200]})' if where else ''}")
+
+    def read(self, member: Member) -> bytes:
+        """A member's contents. DataError changed_shard where the tar is another one than was listed."""
+        with open(self.path, "rb") as file:
+            if (written := _written(os.fstat(file.fileno()))) != self._written:
+                if probe_file(file.fileno()) != self._probe:
+                    raise self._changed()
+                self._written = written
+            data = os.pread(file.fileno(), BLOCK + member.size, member.offset - BLOCK)
+        if len(data) < BLOCK + member.size or zlib.crc32(data[:BLOCK]) != member.head:
+            raise self._changed()
+        return data[BLOCK:]
+
+    def _changed(self) -> DataError:
+        return DataError(
+            "changed_shard", "it was written anew since its members were listed", shard=str(self.path)
+        )
+
+
+def _written(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells that a file was written again."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _complete(
@@ -231,14 +232,14 @@ def _members(
 ) -> Iterator[tuple[str, int, int, int]]:
     """Yield (name, offset, length, CRC-32 of its header) of every regular member; offsets are of the contents."""
     position, started, extended = 0, False, _Extended()
-    while position + _BLOCK <= size:
+    while position + BLOCK <= size:
         file.seek(position)
-        header = file.read(_BLOCK)
-        if len(header) < _BLOCK:
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
             break
         if not header.strip(b"\0"):
             # Two zero blocks end a tar, but concatenated tars go on: skip zeros to the end.
-            position = _past_zeros(file, position + _BLOCK, size)
+            position = _past_zeros(file, position + BLOCK, size)
             continue
         length = _valid(header)
         if length is None:
@@ -246,26 +247,26 @@ def _members(
                 faults.append(("unreadable_shard", _compressed(file)))
                 return
             faults.append(("corrupt_header", f"byte {position}"))
-            position, extended = _resync(file, position + _BLOCK, size), _Extended()
+            position, extended = _resync(file, position + BLOCK, size), _Extended()
             continue
         started = True
         kind = header[156:157]
         name = _name(header) if extended.path is None else extended.path
         if kind in (b"L", b"x", b"X"):
-            if position + _BLOCK + length > size:
+            if position + BLOCK + length > size:
                 faults.append(("truncated_shard", name))
                 return
             if length > _NAME_BYTES:
                 faults.append(("corrupt_header", f"byte {position}"))
             elif kind == b"L":
-                extended.path = _decode(file.read(length).split(b"\0", 1)[0])
+                extended.path = decode_name(file.read(length).split(b"\0", 1)[0])
             else:
                 extended = _pax(file.read(length), extended.path)
-            position += _BLOCK + _padded(length)
+            position += BLOCK + _padded(length)
             continue
         if extended.size is not None:
             length = extended.size
-        offset, sparse, extended = position + _BLOCK, extended.sparse, _Extended()
+        offset, sparse, extended = position + BLOCK, extended.sparse, _Extended()
         if kind == b"g" or kind == b"K":
             position = offset + _padded(length)
             continue
@@ -282,9 +283,9 @@ def _members(
             faults.append(("unsafe_path", name))
         else:
             yield name.removeprefix("./"), offset, length, zlib.crc32(header)
-    if position < size and size - position < _BLOCK and started:
+    if position < size and size - position < BLOCK and started:
         faults.append(("truncated_shard", ""))
-    elif not started and size % _BLOCK:
+    elif not started and size % BLOCK:
         faults.append(("unreadable_shard", _compressed(file)))
 
 
@@ -303,45 +304,31 @@ def _compressed(file: IO[bytes]) -> str:
 
 def _past_zeros(file: IO[bytes], position: int, size: int) -> int:
     """The next block that is not all zeros, or the end; holes of a sparse file are not read."""
+    while (position := _past_hole(file, position, size)) + BLOCK <= size:
+        file.seek(position)
+        chunk = file.read(1 << 20)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        position += zeros // BLOCK * BLOCK
+        if zeros < len(chunk):
+            return position
+        if not zeros:
+            return size
+    return position
+
+
+def _past_hole(file: IO[bytes], position: int, size: int) -> int:
+    """The block in which the next byte is stored, as far as the file system tells, or the end."""
     try:
         descriptor = file.fileno()
-    except io.UnsupportedOperation:
-        return _past_zeros_read(file, position, size)
-    while position + _BLOCK <= size:
         # The buffered file keeps account of where its descriptor stands.
         before = os.lseek(descriptor, 0, os.SEEK_CUR)
         try:
-            data = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError as error:
-            # Nothing but a hole is left; or a file system that does not tell.
-            if error.errno == errno.ENXIO:
-                return size
-            data = position
+            return max(position, os.lseek(descriptor, position, os.SEEK_DATA) // BLOCK * BLOCK)
         finally:
             os.lseek(descriptor, before, os.SEEK_SET)
-        position = max(position, data // _BLOCK * _BLOCK)
-        chunk = os.pread(descriptor, 1 << 20, position)
-        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        position += zeros // _BLOCK * _BLOCK
-        if zeros < len(chunk):
-            return position
-        if not zeros:
-            return size
-    return position
-
-
-def _past_zeros_read(file: IO[bytes], position: int, size: int) -> int:
-    """`_past_zeros` of what is no file of this machine."""
-    while position + _BLOCK <= size:
-        file.seek(position)
-        chunk = file.read(1 << 16)
-        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        position += zeros // _BLOCK * _BLOCK
-        if zeros < len(chunk):
-            return position
-        if not zeros:
-            return size
-    return position
+    except OSError as error:
+        # Nothing but a hole is left; or what does not tell, such as no file of this machine.
+        return size if error.errno == errno.ENXIO else position
 
 
 def _valid(header: bytes) -> int | None:
@@ -365,23 +352,24 @@ def _valid(header: bytes) -> int | None:
 
 def _resync(file, position: int, size: int) -> int:
     """The next block with a right checksum, or the end."""
-    while position + _BLOCK <= size:
+    while position + BLOCK <= size:
         file.seek(position)
-        header = file.read(_BLOCK)
-        if len(header) == _BLOCK and header.strip(b"\0") and _valid(header) is not None:
+        header = file.read(BLOCK)
+        if len(header) == BLOCK and header.strip(b"\0") and _valid(header) is not None:
             return position
-        position += _BLOCK
+        position += BLOCK
     return size
 
 
-def _decode(raw: bytes) -> str:
+def decode_name(raw: bytes) -> str:
+    """A name as Python gives file names: bytes that are no UTF-8 come back by "surrogateescape"."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _decode(prefix + b"/" + name if prefix else name)
+    return decode_name(prefix + b"/" + name if prefix else name)
 
 
 @dataclass
@@ -406,7 +394,7 @@ def _pax(payload: bytes, path: str | None) -> _Extended:
         position += int(head)
         name, _, value = record.partition(b"=")
         if name == b"path":
-            found.path = _decode(value.split(b"\0", 1)[0])
+            found.path = decode_name(value.split(b"\0", 1)[0])
         elif name == b"size" and value.isdigit() and len(value) <= _DIGITS:
             found.size = int(value)
         elif name.startswith(b"GNU.sparse."):
@@ -415,153 +403,4 @@ def _pax(payload: bytes, path: str | None) -> _Extended:
 
 
 def _padded(length: int) -> int:
-    return -(-length // _BLOCK) * _BLOCK
-
-
-def cached_index(path: str, cache_dir: Path) -> ShardIndex:
-    """`index_tar` of a local file, kept under `cache_dir` until the file changes."""
-    status = os.stat(path)
-    file = index_file(cache_dir, *identity(path, status))
-    index = load_index(file, size=status.st_size)
-    return index if index is not None else renew_index(file, lambda: index_tar(path))
-
-
-def identity(path: str, status: os.stat_result, folder: str | None = None) -> tuple[str | int, ...]:
-    """What a local tar's index is named by: that it was written again, even at equal size and modification time, shows in
-    the time of its last change, which no program can set.
-
-    Args:
-        folder: the real path of the folder of `path`, when it is known.
-    """
-    folder = os.path.realpath(os.path.dirname(path)) if folder is None else folder
-    name = os.path.join(folder, os.path.basename(path))
-    return name, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def index_file(cache_dir: Path, *identity: str | int) -> Path:
-    """Where the index of a tar with this identity is kept."""
-    return cache_dir / f"{number(_VERSION, *identity):016x}.index"
-
-
-def renew_index(file: Path, make: Callable[[], ShardIndex]) -> ShardIndex:
-    """Make an index, store it, and return it as it is stored, so that processes share its memory."""
-    index = make()
-    store_index(file, index)
-    stored = load_index(file, size=index.size)
-    return stored if stored is not None and stored.probe == index.probe else index
-
-
-def read_summary(file: Path) -> Summary | None:
-    """The beginning of a stored index, or None when there is none."""
-    try:
-        with _opened(file) as opened:
-            kind, size, found, count, keys, faults, listed = _HEAD.unpack(os.read(opened, _HEAD.size))
-            whole = os.fstat(opened).st_size == _length(count, keys, faults)
-    except (OSError, ValueError, struct.error):
-        return None
-    valid = kind == _MAGIC and min(size, count, keys, faults, listed) >= 0 and whole
-    return Summary(size, found, count, listed) if valid else None
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    """A descriptor of a regular file; OSError for anything else."""
-    opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(file))
-        yield opened
-    finally:
-        os.close(opened)
-
-
-def _length(count: int, keys: int, faults: int) -> int:
-    """Bytes of a stored index: its head, spans, ends of keys, checksums, keys and faults."""
-    return _HEAD.size + count * (48 + 8 + 12) + keys + faults
-
-
-def load_index(file: Path, *, size: int | None = None) -> ShardIndex | None:
-    """A stored index as a memory map, or None when there is none or it is broken: not what `store_index` writes for any
-    tar.
-
-    Args:
-        size: bytes of the tar that it must be of; None where that is not known yet.
-    """
-    try:
-        with _opened(file) as opened:
-            length = os.fstat(opened).st_size
-        if not _HEAD.size <= length <= _INDEX_BYTES:
-            return None
-        # A private mapping, which processes share while none writes; Python's own would keep a file open.
-        raw = torch.from_file(str(file), shared=False, size=length, dtype=torch.uint8).numpy().data
-        kind, found, probed, count, key_bytes, fault_bytes, listed = _HEAD.unpack(raw[: _HEAD.size])
-        if kind != _MAGIC or size not in (None, found) or min(found, count, key_bytes, fault_bytes) < 0:
-            return None
-        if len(raw) != _length(count, key_bytes, fault_bytes):
-            return None
-        at = _HEAD.size
-
-        def take(kind: str, many: int) -> np.ndarray:
-            nonlocal at
-            array = np.frombuffer(raw, kind, many, at)
-            at += array.nbytes
-            return array
-
-        spans, ends = take("<i8", count * 6).reshape(count, 3, 2), take("<i8", count)
-        heads, blob = take("<u4", count * 3).reshape(count, 3), take("<u1", key_bytes)
-        if not _are_spans(spans, count, found):
-            return None
-        starts = np.concatenate([[0], ends])
-        if (np.diff(starts) < 0).any() or starts[-1] != key_bytes:
-            return None
-        faults = parse_json(bytes(raw[at:]), list[tuple[str, str]], name=str(file))
-        if len(faults) != listed or not all(cause in CAUSES for cause, _ in faults):
-            return None
-        return ShardIndex(_Keys(blob, ends), spans, faults, found, probed, heads)
-    except (OSError, ValueError, struct.error, OverflowError, RuntimeError):
-        # Whatever is wrong with it, the tar is read again.
-        return None
-
-
-def _are_spans(spans: np.ndarray, count: int, size: int) -> bool:
-    """Whether these can be the places of `count` samples in a tar: inside, behind a header, apart, each with an image and
-    a caption."""
-    offset, length = spans[..., 0], spans[..., 1]
-    there = offset >= 0
-    inside = (offset >= _BLOCK) & (length >= 0) & (offset <= size) & (length <= size - offset)
-    if not np.where(there, inside, (offset == -1) & (length == 0)).all():
-        return False
-    if not (there[:, 0] & (length[:, 0] > 0) & (there[:, 1] | there[:, 2])).all():
-        return False
-    order = np.argsort(offset[there], kind="stable")
-    starts, ends = offset[there][order], (offset + length)[there][order]
-    return bool((ends[:-1] <= starts[1:]).all())
-
-
-def store_index(file: Path, index: ShardIndex) -> None:
-    """Write in one step; a cache that cannot be written is no error."""
-    keys = [key.encode("utf-8", "surrogateescape") for key in index.keys]
-    faults = json.dumps(
-        [(cause, key.encode("utf-8", "backslashreplace").decode()) for cause, key in index.faults]
-    ).encode()
-    blob, ends = b"".join(keys), np.cumsum([len(key) for key in keys], dtype="<i8")
-    head = _HEAD.pack(_MAGIC, index.size, index.probe, len(keys), len(blob), len(faults), len(index.faults))
-    part = file.with_name(f"{file.stem}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as out:
-            for piece in (
-                head,
-                np.asarray(index.spans, "<i8").tobytes(),
-                ends.tobytes(),
-                np.asarray(index.heads, "<u4").tobytes(),
-                blob,
-                faults,
-            ):
-                out.write(piece)
-        os.replace(part, file)
-    except OSError:
-        return
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    return -(-length // BLOCK) * BLOCK

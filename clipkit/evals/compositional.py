@@ -6,6 +6,7 @@ Chance is 1/2, and a tie counts as half, so a model that cannot tell the two apa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import read_image
+from clipkit.data.order import number
 from clipkit.evals.encoder import EncodedImages, check_features
 from clipkit.evals.items import Items
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, parse_json, permit, read_json, read_text
@@ -47,6 +50,9 @@ def read_pairs(pairs: str | Path) -> list[dict[str, str]]:
     out = []
     for where, row in rows:
         used = {name: row[name] for name in (*_NEEDED, "key", "filename") if row.get(name)}
+        for name in ("caption", "negative_caption"):
+            if isinstance(used.get(name), str) and not clean_caption(used[name]):
+                del used[name]
         missing = [name for name in _NEEDED if name not in used]
         if missing or not ("key" in used or "filename" in used):
             raise BrokenFile(f"{where} lacks {', '.join(missing) or 'key or filename'}")
@@ -59,8 +65,9 @@ class NamedImages(Items):
 
     def __init__(self, folder: str | Path, pairs: Sequence[dict[str, str]]):
         permit(folder, "folder")
-        self.folder, self.identity = Path(folder), f"images in {folder} of {len(pairs)} pairs"
         names = sorted({pair["filename"] for pair in pairs if "filename" in pair})
+        self.folder = Path(folder)
+        self.identity = f"images in {folder} of {len(pairs)} pairs ({number(*names):016x})"
         for name in names:
             # The pairs, which others wrote, name images of this folder alone.
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -93,6 +100,11 @@ def pairs_left(pairs: Sequence[dict[str, str]], images: EncodedImages) -> list[d
 def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
     """(P,) the row of `images` each pair is about, by key, or by file name."""
     rows: dict[Any, int] = {key: row for row, key in enumerate(images.keys)}
+    if len(rows) < len(images.keys):
+        named = {pair.get(name) for pair in pairs for name in ("key", "filename")}
+        twice = next((key for key, n in Counter(images.keys).items() if n > 1 and key in named), None)
+        if twice is not None:
+            raise ValueError(f"a pair is about image {twice[:200]!r}, and several images have that key")
     found = [rows.get(pair.get("key"), rows.get(pair.get("filename"))) for pair in pairs]
     if None in found:
         pair = pairs[found.index(None)]

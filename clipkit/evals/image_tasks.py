@@ -11,6 +11,7 @@ Every task reads one data source, given by exactly one of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from clipkit.evals.classification import (
@@ -30,8 +31,33 @@ from clipkit.evals.sources import ClipBenchmark, open_source
 from clipkit.evals.tasks import register_task
 
 
+class _Captioned:
+    """A captioned data set and what is measured of it: `measure` takes image features (N, D), text features (M, D) and
+    the image (M,) of each text.
+    """
+
+    what: str
+    measure: Callable[..., dict[str, float]]
+
+    def __init__(
+        self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
+    ):
+        self.source = open_source(
+            self.what, shards=shards, clip_benchmark=clip_benchmark, split=split, captioned=True
+        )
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        text_features, index = encoder.captions(self.source)
+        encoded = encoder.images(self.source)
+        images = encoded.image_features.to(encoder.ranking_device)
+        metrics = self.measure(
+            images, text_features.to(images.device), index.to(images.device), group=encoder.group
+        )
+        return {**metrics, **encoded.skipped}
+
+
 @register_task("retrieval")
-class Retrieval:
+class Retrieval(_Captioned):
     """Image-text retrieval over one captioned data set; see clipkit.evals.retrieval for metrics and tie rule."""
 
     metrics = tuple(
@@ -39,45 +65,15 @@ class Retrieval:
         for direction in ("image_to_text", "text_to_image")
         for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")
     )
-
-    def __init__(
-        self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
-    ):
-        self.source = open_source(
-            "retrieval", shards=shards, clip_benchmark=clip_benchmark, split=split, captioned=True
-        )
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        text_features, index = encoder.captions(self.source)
-        encoded = encoder.images(self.source)
-        images = encoded.image_features.to(encoder.ranking_device)
-        metrics = retrieval_metrics(
-            images, text_features.to(images.device), index.to(images.device), group=encoder.group
-        )
-        return {**metrics, **encoded.skipped}
+    what, measure = "retrieval", staticmethod(retrieval_metrics)
 
 
 @register_task("geometry")
-class Geometry:
+class Geometry(_Captioned):
     """Alignment, uniformity and modality gap over one captioned data set; see clipkit.evals.geometry."""
 
     metrics = ("align_l2", "uniform_i", "uniform_t", "uniform_it", "modality_gap")
-
-    def __init__(
-        self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
-    ):
-        self.source = open_source(
-            "geometry", shards=shards, clip_benchmark=clip_benchmark, split=split, captioned=True
-        )
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        text_features, index = encoder.captions(self.source)
-        encoded = encoder.images(self.source)
-        images = encoded.image_features.to(encoder.ranking_device)
-        metrics = geometry_metrics(
-            images, text_features.to(images.device), index.to(images.device), group=encoder.group
-        )
-        return {**metrics, **encoded.skipped}
+    what, measure = "geometry", staticmethod(geometry_metrics)
 
 
 class _Labelled:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clipkit.data.decode import centre, read_image, resized_shape, seen
 from clipkit.data.faults import DataError, FaultCounter
 from clipkit.data.formats import MAX_PIXELS, decode_pillow, open_image
+from clipkit.data.order import number
 from clipkit.data.tarindex import IMAGES
 from clipkit.foreign import BrokenFile
 from clipkit.registry import suggest
@@ -112,6 +113,13 @@ class ImageSource:
         """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta, faults}, each with its
         place among those of all ranks. `faults` are the items left out, as DataErrors; B may be 0.
         """
+        how = {"resize_mode": resize_mode, "interpolation": interpolation}
+        return self._batches(image_size, batch_size, rank, world_size, how)
+
+    def _batches(
+        self, image_size: int, batch_size: int, rank: int, world_size: int, how: dict[str, Any]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`batches`; `how` is the resize_mode and interpolation of the pictures."""
         raise NotImplementedError
 
 
@@ -151,24 +159,13 @@ class Items(ImageSource):
     def read(self, key: str) -> bytes:
         raise NotImplementedError
 
-    def batches(
-        self,
-        image_size,
-        batch_size,
-        *,
-        rank=0,
-        world_size=1,
-        resize_mode="shortest",
-        interpolation="bicubic",
-    ):
+    def _batches(self, image_size, batch_size, rank, world_size, how):
         self.count = len(self.items) + len(self.lost)
-        for number in range(rank, -(-len(self.items) // batch_size), world_size):
-            rows, faults = [], list(self.lost) if number == 0 else []
-            for key, label, captions in self.items[number * batch_size : (number + 1) * batch_size]:
+        for place in range(rank, -(-len(self.items) // batch_size), world_size):
+            rows, faults = [], list(self.lost) if place == 0 else []
+            for key, label, captions in self.items[place * batch_size : (place + 1) * batch_size]:
                 try:
-                    image = load_image(
-                        self.read(key), image_size, resize_mode=resize_mode, interpolation=interpolation
-                    )
+                    image = load_image(self.read(key), image_size, **how)
                 except DataError as error:
                     faults.append(DataError(error.cause, error.detail, shard=self.identity, key=key))
                     continue
@@ -176,7 +173,7 @@ class Items(ImageSource):
                     faults.append(DataError("missing_image", str(error), shard=self.identity, key=key))
                     continue
                 rows.append({"image": image, "captions": captions, "labels": label, "keys": key, "meta": {}})
-            yield number, batch_of(rows, faults, image_size, labelled=False)
+            yield place, batch_of(rows, faults, image_size, labelled=False)
 
     def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
         """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
@@ -185,6 +182,9 @@ class Items(ImageSource):
             # As ImageNet's folders of wnids under a list of names: both in the same order.
             folders = None
         self.classes = list(folders) if folders is not None else found
+        if self.classes != found:
+            # Other labels than the same pictures have without the list.
+            self.identity += f" by {len(self.classes)} classes ({number(*self.classes):016x})"
         for name in found:
             if name not in self.classes:
                 raise ValueError(

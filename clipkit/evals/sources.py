@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipkit.data.captions import clean_caption
 from clipkit.data.decode import read_image
 from clipkit.data.evalset import open_set, read_set
 from clipkit.data.faults import SHARD_CAUSES, DataError
-from clipkit.data.tarindex import tar_members
+from clipkit.data.tarindex import Member, TarFiles
 from clipkit.data.urls import expand_shards
 from clipkit.evals.items import IMAGE_SUFFIXES, WHOLE, ImageSource, Items, batch_of, check_faults, class_id
 from clipkit.evals.plain_pickle import PickledArray, read_pickle
@@ -46,16 +46,7 @@ class Shards(ImageSource):
         self.identity += f" by {label_key}" if label_key else ""
         self.label_keys = (label_key,) if label_key else ("cls", "label")
 
-    def batches(
-        self,
-        image_size,
-        batch_size,
-        *,
-        rank=0,
-        world_size=1,
-        resize_mode="shortest",
-        interpolation="bicubic",
-    ):
+    def _batches(self, image_size, batch_size, rank, world_size, how):
         with closing(open_set(self.shards)) as data:
             lost = [
                 DataError(cause, *((key,) if cause in SHARD_CAUSES else ()), shard=shard, key=key)
@@ -72,8 +63,7 @@ class Shards(ImageSource):
                 rank=rank,
                 world_size=world_size,
                 on_bad=faults.append,
-                resize_mode=resize_mode,
-                interpolation=interpolation,
+                **how,
             )
             for batch in read:
                 samples = batch["index"].tolist()
@@ -139,15 +129,16 @@ class ClassTar(Items):
         self.path, self.identity = Path(tar), f"tar {tar}"
         if not self.path.is_file():
             raise ValueError(f"tar {tar} does not exist, or is not a regular file")
+        self._tar = TarFiles(self.path)
         self._where = {
-            name: (offset, size)
-            for name, offset, size in tar_members(self.path)
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES
+            member.name: member
+            for member in self._tar.members
+            if Path(member.name).suffix.lower() in IMAGE_SUFFIXES
         }
         self._label_by_folder(list(self._where), folders)
 
     def read(self, key):
-        return _read_at(self.path, *self._where[key])
+        return self._tar.read(self._where[key])
 
 
 class ClipBenchmark(Items):
@@ -171,10 +162,10 @@ class ClipBenchmark(Items):
         self._check_count(self.folder / split / "nshards.txt", len(tars))
         self.classes = self.lines("classnames.txt")
         self.templates = self.lines("zeroshot_classification_templates.txt")
-        self._where: dict[str, tuple[Path, int, int]] = {}
+        self._where: dict[str, tuple[TarFiles, Member]] = {}
         self.items, self.lost = [], []
         for tar in expand_shards(tars, what="clip_benchmark"):
-            self._index(Path(tar))
+            self._index(TarFiles(tar))
         if captioned:
             self.identity += " with captions"
             self.lost += [
@@ -205,42 +196,42 @@ class ClipBenchmark(Items):
         permit(path, name)
         return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
-    def _index(self, tar: Path) -> None:
+    def _index(self, tar: TarFiles) -> None:
         samples: dict[str, dict[str, Any]] = {}
-        for member, offset, size in tar_members(tar):
-            stem, _, suffix = Path(member).name.partition(".")
-            name = str(Path(member).parent / stem)
+        for member in tar.members:
+            path = Path(member.name)
+            stem, _, suffix = path.name.partition(".")
+            name = str(path.parent / stem)
             sample = samples.setdefault(name, {})
-            if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                sample["image"] = (offset, size)
-            elif suffix in ("cls", "txt"):
-                if size > _MEMBER_BYTES:
+            part = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else suffix
+            if part in sample:
+                self.lost = [*self.lost, self._fault("duplicate_key", f"{tar.path.name}/{name}")]
+            elif part == "image":
+                sample["image"] = member
+            elif part in ("cls", "txt"):
+                if member.size > _MEMBER_BYTES:
                     raise BrokenFile(
-                        f"{tar}: {member[:200]} has {size} bytes, which is no class id or caption"
+                        f"{tar.path}: {member.name[:200]} has {member.size} bytes, which is no class id or caption"
                     )
                 try:
-                    sample[suffix] = _read_at(tar, offset, size).decode("utf-8").strip()
+                    sample[part] = tar.read(member).decode("utf-8").strip()
                 except UnicodeDecodeError:
-                    raise BrokenFile(f"{tar}: {member[:200]} is not UTF-8 text") from None
+                    raise BrokenFile(f"{tar.path}: {member.name[:200]} is not UTF-8 text") from None
         for name, sample in samples.items():
-            key = f"{tar.name}/{name}"
+            key = f"{tar.path.name}/{name}"
             if "image" not in sample:
                 self.lost = [*self.lost, self._fault("missing_image", key)]
                 continue
             label = class_id(sample.get("cls"))
             if isinstance(label, DataError):
-                raise BrokenFile(f"{tar}: the class id of sample {name[:200]} is no whole number")
-            self._where[key] = (tar, *sample["image"])
-            captions = [line.strip() for line in sample.get("txt", "").splitlines() if line.strip()]
+                raise BrokenFile(f"{tar.path}: the class id of sample {name[:200]} is no whole number")
+            self._where[key] = (tar, sample["image"])
+            captions = [text for text in map(clean_caption, sample.get("txt", "").splitlines()) if text]
             self.items.append((key, label, captions))
 
     def read(self, key):
-        return _read_at(*self._where[key])
-
-
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return os.pread(file.fileno(), size, offset)
+        tar, member = self._where[key]
+        return tar.read(member)
 
 
 class Cifar(Items):

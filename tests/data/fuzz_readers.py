@@ -36,11 +36,12 @@ import torch
 
 from clipkit.data.bpe import BytePairs
 from clipkit.data.faults import DataError
+from clipkit.data.index_cache import load_index, read_summary, store_index
 from clipkit.data.packing import _members as sample_members
 from clipkit.data.packing import _rows as table_rows
 from clipkit.data.packing import _same_settings
 from clipkit.data.sentences import create_sentences
-from clipkit.data.tarindex import ShardIndex, index_tar, load_index, read_summary, store_index, tar_members
+from clipkit.data.tarindex import ShardIndex, TarFiles, index_tar
 from clipkit.data.tokenizers import load_tokenizer
 from clipkit.evals.classification import read_classes, read_templates
 from clipkit.evals.compositional import read_pairs
@@ -167,7 +168,9 @@ def tar(folder: Path, rng: random.Random) -> None:
         tar_bytes({f"k{i}.{end}": b"data" * 200 for i in range(3) for end in ("jpg", "txt")}, rng)
     )
     index_tar(path)
-    tar_members(path)
+    files = TarFiles(path)
+    for member in files.members:
+        files.read(member)
 
 
 def tokenizer(folder: Path, rng: random.Random) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import tarfile
 
 import pytest
+import torch
 
-from clipkit.data import check, create_stream, create_tokenizer, iter_eval
+from clipkit.data import check, create_sentences, create_stream, create_tokenizer, iter_eval, pack
 from clipkit.data.captions import clean_caption
 from clipkit.data.faults import DataError
+from clipkit.data.pairs import Pairs
 from clipkit.data.shardset import ShardSet
+from clipkit.data.spec import resolve_data
+from clipkit.data.table import TableSet
+from clipkit.evals.compositional import read_pairs
+from clipkit.evals.sources import ClipBenchmark
+from clipkit.foreign import BrokenFile
 
 
 @pytest.fixture
@@ -141,3 +149,97 @@ def test_pictures_of_newer_formats_are_samples(extension, tmp_path, write_tar, b
     report = check(shard)
     assert report["samples"] == 2 and set(report["faults"]) == {"unsupported_image"}
     assert "pip install pillow-heif" in report["examples"]["unsupported_image"][0]
+
+
+def from_shard(folder, texts, write_tar, jpeg):
+    path = write_tar(
+        folder / "a.tar", [("k.jpg", jpeg(1)), ("k.json", json.dumps({"captions": texts}).encode())]
+    )
+    return ShardSet([str(path)], cache_dir=folder / "cache").captions(0)
+
+
+def from_a_table(folder, texts, write_tar, jpeg):
+    (folder / "k.jpg").write_bytes(jpeg(1))
+    (folder / "t.jsonl").write_text(json.dumps({"image": "k.jpg", "caption": texts}) + "\n")
+    return TableSet([str(folder / "t.jsonl")], cache_dir=folder / "cache").captions(0)
+
+
+def hard_negatives(folder, texts, write_tar, jpeg):
+    meta = json.dumps({"caption": "a", "wrong": texts}).encode()
+    path = write_tar(folder / "a.tar", [("k.jpg", jpeg(1)), ("k.json", meta)])
+    pairs = Pairs(resolve_data({"train": "x", "hard_negatives": "wrong"}), seed=0)
+    return pairs.read(ShardSet([str(path)], cache_dir=folder / "cache"), 0).hard_negatives
+
+
+def packed_captions(source, folder):
+    report = pack(source, folder / "shards")
+    with tarfile.open(folder / "shards" / "000000.tar") as tar:
+        found = [
+            json.loads(tar.extractfile(one).read())["captions"] for one in tar if one.name.endswith("json")
+        ]
+    return [text for one in found for text in one], report["skipped"]
+
+
+def packed_from_a_table(folder, texts, write_tar, jpeg):
+    (folder / "k.jpg").write_bytes(jpeg(1))
+    (folder / "t.jsonl").write_text(
+        "".join(json.dumps({"image": "k.jpg", "caption": t}) + "\n" for t in texts)
+    )
+    captions, skipped = packed_captions(folder / "t.jsonl", folder)
+    assert skipped == {"empty_caption": len(texts) - 2}
+    return captions
+
+
+def packed_from_a_folder(folder, texts, write_tar, jpeg):
+    (folder / "in").mkdir()
+    (folder / "in" / "k.jpg").write_bytes(jpeg(1))
+    (folder / "in" / "k.txt").write_text("\n".join(texts))
+    return packed_captions(folder / "in", folder)[0]
+
+
+def sentences(folder, texts, write_tar, jpeg):
+    rows = [{"sent0": "a", "sent1": text, "hard_neg": "b"} for text in texts]
+    (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read: list[list[str]] = []
+
+    def tokenizer(given):
+        read.append(given)
+        return torch.zeros(len(given), 3, dtype=torch.int64)
+
+    stream = create_sentences(
+        {"triplets": str(folder / "s.jsonl")}, tokenizer=tokenizer, batch_size=2, seed=0
+    )
+    assert [*stream.left_out.values()] == [{"blank sentence": len(texts) - 2}]
+    next(iter(stream))
+    return sorted(read[1])
+
+
+def captions_of_clip_benchmark(folder, texts, write_tar, jpeg):
+    members = [("k.jpg", jpeg(1)), ("k.txt", "\n".join(texts).encode())]
+    write_tar(folder / "test" / "0.tar", members)
+    return ClipBenchmark(folder, captioned=True).items[0][2]
+
+
+def compositional_pairs(folder, texts, write_tar, jpeg):
+    good = []
+    for text in texts:
+        row = {"filename": "k.jpg", "caption": "a", "negative_caption": text, "task": "add"}
+        (folder / "pairs.jsonl").write_text(json.dumps(row))
+        try:
+            good += [pair["negative_caption"] for pair in read_pairs(folder / "pairs.jsonl")]
+        except BrokenFile as error:
+            assert "lacks negative_caption" in str(error)
+    return good
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        from_shard, from_a_table, hard_negatives, packed_from_a_table, packed_from_a_folder, sentences,
+        captions_of_clip_benchmark, compositional_pairs,
+    ],
+)  # fmt: skip
+def test_no_reader_takes_a_text_that_nobody_can_see(reader, tmp_path, write_tar, jpeg):
+    unseen = ["\x07", "\x00\x1b[0m", "\u200b", "\u200b \ufeff", "\u00a0", " "]
+    texts = ["a dog", *unseen, "b dog"]
+    assert reader(tmp_path, texts, write_tar, jpeg) == ["a dog", "b dog"]

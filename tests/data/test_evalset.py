@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from clipkit.data import count_samples, iter_captions, iter_eval
+from clipkit.data import count_samples, create_tokenizer, iter_captions, iter_eval, stats, train_captions
 from clipkit.data.faults import DataError
+from clipkit.data.shardset import ShardSet
 
 
 @pytest.fixture
@@ -82,3 +85,46 @@ def test_real_photographs_are_the_files_in_the_shard(test_data):
             pillow = Image.open(io.BytesIO(tar.extractfile(f"{key}.jpg").read())).convert("RGB")
             expected = torch.frombuffer(bytearray(pillow.tobytes()), dtype=torch.uint8).reshape(192, 192, 3)
             assert (image.permute(1, 2, 0).int() - expected.int()).abs().max() <= 2
+
+
+def gone(path):
+    path.unlink()
+
+
+def cut(path):
+    os.truncate(path, 700)
+
+
+def another(path):
+    """As many bytes, and the time that it had."""
+    before, raw = path.stat(), bytearray(path.read_bytes())
+    raw[: len(raw) // 2] = raw[: len(raw) // 2][::-1]
+    path.write_bytes(raw)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+READERS = {
+    "captions": lambda names: list(iter_captions(names)),
+    "pictures": lambda names: list(iter_eval(names, image_size=8, batch_size=2, on_bad="skip")),
+    "statistics": lambda names: stats(names),
+    "a tokenizer": lambda names: create_tokenizer("words", captions=train_captions({"train": names})),
+}
+
+
+@pytest.mark.parametrize("damage", [gone, cut, another])
+@pytest.mark.parametrize("reader", READERS)
+def test_no_reader_passes_over_a_whole_shard(reader, damage, tmp_path, write_tar, sample, monkeypatch):
+    """A shard that was there when the set was opened and is not when it is read: the rest is not all of it."""
+    names = [
+        str(write_tar(tmp_path / f"{s}.tar", [m for i in range(3) for m in sample(f"{s}{i}", i)]))
+        for s in range(2)
+    ]
+    opened = ShardSet.__init__
+
+    def then_damaged(self, *args, **kwargs):
+        opened(self, *args, **kwargs)
+        damage(Path(names[1]))
+
+    monkeypatch.setattr(ShardSet, "__init__", then_damaged)
+    with pytest.raises(DataError, match=r"1\.tar.*(unreadable_shard|changed_shard)"):
+        READERS[reader](names)

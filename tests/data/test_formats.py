@@ -93,7 +93,7 @@ def test_every_way_of_reading_turns_a_picture_upright(form, mode):
         ):
             # Training crops do without smoothing a JPEG's colours; two decoders round by 1, which bicubic may double.
             assert far(make(data), make(plain)) <= 4, (orientation, make)
-        assert sorted(read_size(data)) == [20, 36]
+        assert read_size(data) == upright.shape[:2]
 
 
 def test_a_circle_stays_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 
 import pytest
 
@@ -124,3 +125,67 @@ def test_broken_statistics_mean_that_the_shard_is_made_again(tmp_path, pictures,
     (tmp_path / "out" / "pack.json").write_bytes(raw)
     with pytest.raises(ValueError, match=r"pack.json.*give an empty folder|made with other settings"):
         pack(source, tmp_path / "out", root=pictures)
+
+
+def contents(folder):
+    """What the tars of a folder hold, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found[path.name] = {one.name: tar.extractfile(one).read() for one in tar}
+    return found
+
+
+def rewritten(path, data):
+    """At equal length, a second later than before."""
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+CHANGES = {
+    "nothing": lambda rows, pictures: None,
+    "a caption": lambda rows, pictures: rows[1].update(caption="picture X"),
+    "the order": lambda rows, pictures: rows.reverse(),
+    "which picture": lambda rows, pictures: rows[0].update(image="3.jpg"),
+    "a picture": lambda rows, pictures: rewritten(pictures / "2.jpg", (pictures / "1.jpg").read_bytes()),
+    "a picture that was not there": lambda rows, pictures: (pictures / "4.jpg").write_bytes(
+        (pictures / "0.jpg").read_bytes()
+    ),
+    "an id": lambda rows, pictures: rows[3].update(id=99),
+    "more rows": lambda rows, pictures: rows.append({"image": "0.jpg", "caption": "more", "id": 5}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_packing_again_gives_what_packing_anew_gives(change, tmp_path, pictures):
+    rows = [{"image": f"{i}.jpg", "caption": f"picture {i}", "id": i} for i in range(5)]
+    settings = {"root": pictures, "samples_per_shard": 2, "keep": ["id"]}
+    pack(table(tmp_path / "t.jsonl", rows), tmp_path / "out", **settings)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    CHANGES[change](rows, pictures)
+    again = pack(table(tmp_path / "t.jsonl", rows), tmp_path / "out", **settings)
+    assert again == pack(tmp_path / "t.jsonl", tmp_path / "anew", **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+    if change == "nothing":
+        assert before == {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+
+
+def test_captions_beside_pictures_that_changed_are_packed_again(tmp_path, pictures):
+    for i in range(4):
+        (pictures / f"{i}.txt").write_text(f"picture {i}")
+    pack(pictures, tmp_path / "out")
+    rewritten(pictures / "1.txt", b"picture X")
+    pack(pictures, tmp_path / "out")
+    assert contents(tmp_path / "out")["000000.tar"]["000000001.txt"] == b"picture X"
+
+
+def test_a_table_that_became_shorter_leaves_no_shard_of_its_old_rows(tmp_path, pictures):
+    rows = [{"image": f"{i}.jpg", "caption": f"picture {i}"} for i in range(4)]
+    settings = {"root": pictures, "samples_per_shard": 2}
+    pack(table(tmp_path / "t.jsonl", rows), tmp_path / "out", **settings)
+    table(tmp_path / "t.jsonl", rows[:2])
+    with pytest.raises(ValueError, match="1 more shards, from 000001.tar on, than the 2 rows"):
+        pack(tmp_path / "t.jsonl", tmp_path / "out", **settings)
+    (tmp_path / "out" / "000001.tar").unlink()
+    assert pack(tmp_path / "t.jsonl", tmp_path / "out", **settings)["samples"] == 2

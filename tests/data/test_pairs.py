@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clipkit.data import create_stream
 from clipkit.data.faults import DataError
-from clipkit.data.pairs import _content, content_id, plain_caption
-from clipkit.data.spec import complete
+from clipkit.data.pairs import Known, Pairs, _content, content_id, plain_caption
+from clipkit.data.spec import complete, resolve_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -34,6 +35,9 @@ PLAIN = {
     "...": "...",
     "a\u00a0b": "a b",
     "\u0130": "i\u0307",
+    # Folding its capitals takes it apart.
+    "\u0390": "\u0390",
+    "\u0390".upper(): "\u0390",
 }
 
 
@@ -117,8 +121,33 @@ def test_keys_are_told_apart_by_shard_and_their_stems_by_folder(folder, byte_tok
     assert classes(batch, place) == sorted(
         [[(part, stem)] * 2 for part in (0, 1) for stem in ("00", "01", "10", "11")]
     )
+    pairs = Pairs(resolve_data({"train": "x", "pair_ids": "key:#"}), seed=0)
+    places = [("a/0.tar", "7#0"), ("a/1.tar", "7#1"), ("b/0.tar", "7#0")]
+    ids = [
+        pairs.id(Known([], None, []), "", SimpleNamespace(where=lambda _, at=at: at), 0, 0) for at in places
+    ]
+    assert ids[0] == ids[1] != ids[2], "of one folder, whatever the shard"
     (batch,) = batches(1, folder, byte_tokenizer, pair_ids="key:_")
     assert len(set(batch["pair_ids"].tolist())) == 16, "a key without the sign is its own stem"
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_all_captions_come_equally_often_whatever_is_joined_in_a_step(together):
+    """Of six captions, m a step: each comes once in 6 / m epochs."""
+    spec = {"train": "x", "captions": "all", "captions_per_image": together}
+    pairs, known = Pairs(resolve_data(spec), seed=0), Known(list("abcdef"), None, [])
+    for begin in range(0, 18, 6 // together):
+        epochs = range(begin, begin + 6 // together)
+        assert sorted(text for epoch in epochs for text in pairs.draw(known, 0.5, epoch, "key")[0]) == list(
+            "abcdef"
+        )
+
+
+def test_a_caption_of_no_weight_fills_no_place_among_several():
+    spec = {"train": "x", "captions_per_image": 3, "caption_weights": [1, 0, 2, 0]}
+    pairs, known = Pairs(resolve_data(spec), seed=0), Known(list("abcd"), None, [])
+    drawn = [pairs.draw(known, 0.5, epoch, "key")[0] for epoch in range(60)]
+    assert {"".join(sorted(set(one))) for one in drawn} == {"ac"} and {len(one) for one in drawn} == {3}
 
 
 def test_a_field_of_the_json_names_the_content(folder, byte_tokenizer):

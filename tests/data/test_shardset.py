@@ -17,7 +17,7 @@ import clipkit.data.shardset
 from clipkit.data import create_stream, iter_eval
 from clipkit.data.faults import DataError
 from clipkit.data.shardset import ShardSet
-from clipkit.data.urls import Spool
+from clipkit.data.spool import Spool
 from clipkit.foreign import BrokenFile
 from tests.data.shard_server import Server
 

@@ -188,3 +188,30 @@ def test_pictures_are_read_as_files_and_nothing_else(tmp_path, rows):
         with pytest.raises(DataError, match="missing_image"):
             data.image(sample)
     assert isinstance(torch.frombuffer(bytearray(data.image(2)), dtype=torch.uint8), torch.Tensor)
+
+
+def test_each_of_several_tables_names_pictures_of_its_own_folder(tmp_path, jpeg):
+    for seed, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(jpeg(seed))
+        (tmp_path / name / "t.jsonl").write_text(
+            json.dumps({"image": "0.jpg", "caption": f"of {name}"}) + "\n"
+        )
+    data = TableSet([str(tmp_path / name / "t.jsonl") for name in ("a", "b")], cache_dir=tmp_path / "cache")
+    assert [(data.captions(i), data.image(i)) for i in range(2)] == [(["of a"], jpeg(0)), (["of b"], jpeg(1))]
+
+
+def test_rows_that_are_kept_are_those_of_the_columns_and_of_the_way_of_reading(tmp_path, jpeg):
+    """One table, read in several ways beside each other: the cache gives none the rows of another."""
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "t.tsv").write_bytes('image\tcaption\tother\n0.jpg\t"caf\u00e9"\tname\n'.encode())
+    ways = {
+        '"caf\u00e9"': {"quotes": "none"},
+        "caf\u00e9": {"quotes": "csv"},
+        "caf\u00c3\u00a9": {"quotes": "csv", "encoding": "cp1252"},
+        "name": {"caption": "other", "quotes": "csv"},
+    }
+    for _ in range(2):
+        for text, way in ways.items():
+            data = TableSet([str(tmp_path / "t.tsv")], cache_dir=tmp_path / "cache", **way)
+            assert data.captions(0) == [text]

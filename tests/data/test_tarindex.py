@@ -12,19 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipkit.data.tarindex import (
-    ShardIndex,
+from clipkit.data.index_cache import (
     Summary,
-    cached_index,
-    index_stream,
-    index_tar,
+    identity,
+    index_file,
     load_index,
-    probe,
     read_summary,
+    renew_index,
     store_index,
-    tar_members,
 )
+from clipkit.data.tarindex import ShardIndex, TarFiles, index_stream, index_tar, probe
 from clipkit.foreign import BrokenFile
+
+
+def cached_index(path: Path, folder: Path) -> ShardIndex:
+    """As a run finds it, and makes it where there is none."""
+    file = index_file(folder, *identity(str(path), path.stat()))
+    return load_index(file) or renew_index(file, lambda: index_tar(path))
 
 
 def header(name: str, kind: bytes, content: bytes, size: int | None = None) -> bytes:
@@ -50,7 +54,7 @@ def test_an_index_is_that_of_pythons_own_tarfile(tmp_path, write_tar, sample):
     path = write_tar(tmp_path / "a.tar", [m for i in range(5) for m in sample(f"k{i}", i)])
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar]
-    assert tar_members(path) == expected
+    assert [(m.name, m.offset, m.size) for m in TarFiles(path).members] == expected
 
 
 def test_an_index_holds_the_checksum_of_each_member_s_header(tmp_path, write_tar, sample):
@@ -121,7 +125,7 @@ def test_many_faults_and_one_long_name_take_little_room(tmp_path, good):
     path = tmp_path / "a.tar"
     links = header("l" * 90, b"2", b"") * 2000
     path.write_bytes(header("x", b"L", b"n" * (1 << 19)) + links + good)
-    index = cached_index(str(path), tmp_path / "cache")
+    index = cached_index(path, tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
     # An array of strings would have taken 8 GB.
     assert len(index.faults) == 2000 and stored.stat().st_size < 2_000_000
@@ -133,7 +137,7 @@ def test_what_is_no_whole_tar_has_no_members(tmp_path, good):
     for raw in (b"noise" * 1000, good[:-700], good[:512] + b"\xaa" * 512 * 40 + good, b"x" * 100):
         path.write_bytes(raw)
         with pytest.raises(BrokenFile, match=str(path)):
-            tar_members(path)
+            TarFiles(path)
 
 
 INDEX = ShardIndex(
@@ -224,10 +228,10 @@ def test_an_index_that_claims_much_memory_is_none(tmp_path):
 def test_a_damaged_index_is_made_again(tmp_path, write_tar, sample):
     path = write_tar(tmp_path / "a.tar", [m for i in range(3) for m in sample(f"k{i}", i)])
     before = index_tar(path)
-    cached_index(str(path), tmp_path / "cache")
+    cached_index(path, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-30])
-    again = cached_index(str(path), tmp_path / "cache")
+    again = cached_index(path, tmp_path / "cache")
     assert list(again.keys) == list(before.keys) and np.array_equal(again.spans, before.spans)
     assert list(load_index(file).keys) == list(before.keys)
 
@@ -245,7 +249,7 @@ def test_an_index_is_written_whole_readable_by_others_or_not_at_all(tmp_path, mo
     store_index(tmp_path / "b.index", INDEX)
     if Path("/dev/full").exists():
         monkeypatch.setattr(
-            "clipkit.data.tarindex.open", lambda *given: open("/dev/full", "wb"), raising=False
+            "clipkit.data.index_cache.open", lambda *given: open("/dev/full", "wb"), raising=False
         )
         store_index(tmp_path / "b.index", INDEX)
     assert [path.name for path in tmp_path.iterdir()] == ["a.index"]

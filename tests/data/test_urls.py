@@ -12,7 +12,8 @@ import pytest
 
 from clipkit.data import create_stream, expand_shards, iter_eval
 from clipkit.data.faults import DataError
-from clipkit.data.urls import Expanded, Spool
+from clipkit.data.spool import Spool
+from clipkit.data.urls import Expanded
 from clipkit.foreign import BrokenFile, named_by
 from tests.data.shard_server import Server
 from tests.processes import PATIENCE
@@ -273,12 +274,12 @@ def test_a_stream_stops_before_the_disk_is_full(shards, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     # As the older shard goes, the disk has room again.
     monkeypatch.setattr(
-        "clipkit.data.urls.shutil.disk_usage",
+        "clipkit.data.spool.shutil.disk_usage",
         lambda path: usage._replace(free=1000 if kept[0].exists() else usage.total // 2),
     )
     assert Path(spool.path(f"pipe:cat {shards[1]}")).read_bytes() == shards[1].read_bytes()
     assert not kept[0].exists()
-    monkeypatch.setattr("clipkit.data.urls.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("clipkit.data.spool.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match=r"disk of .* is full .* lower data.spool_gb, or set data.cache_dir"):
         Spool(tmp_path / "other", retries=2, backoff_s=10.0).path(f"pipe:cat {shards[2]}")
     assert not [path for path in (tmp_path / "other").iterdir() if path.suffix != ".lock"]

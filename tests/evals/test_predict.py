@@ -51,6 +51,34 @@ def test_embeddings_come_back(tmp_path, name):
     assert keys == ["x", "y", "\u00e9"] and torch.equal(found, features)
 
 
+@pytest.mark.parametrize("step", range(5))
+def test_embeddings_whose_writing_ends_early_never_stand_beside_other_keys(step, tmp_path, monkeypatch):
+    features = torch.eye(3)
+    save_embeddings(tmp_path / "a.npy", ["x", "y", "z"], features)
+    left = [step]
+
+    def dying(call):
+        def until_then(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return call(*args, **kwargs)
+
+        return until_then
+
+    for owner, name in ((np, "save"), (Path, "write_text"), (Path, "unlink"), (os, "replace")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    with pytest.raises(KeyboardInterrupt):
+        save_embeddings(tmp_path / "a.npy", ["z", "y", "x"], features.flip(0))
+    monkeypatch.undo()
+    if step < 3:
+        keys, found = load_embeddings(tmp_path / "a.npy")
+        assert keys == ["x", "y", "z"] and torch.equal(found, features)
+    else:
+        with pytest.raises(ValueError, match="there is no file of embeddings"):
+            load_embeddings(tmp_path / "a.npy")
+
+
 def npy(array) -> bytes:
     out = io.BytesIO()
     np.save(out, array, allow_pickle=True)

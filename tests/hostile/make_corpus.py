@@ -28,6 +28,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.damage import nest
 from tests.recipes.runs import SMALL, run
 
 # In files that no output may quote.
@@ -99,6 +100,18 @@ class Place:
         """A file of the checkpoint, sealed."""
         (self.step / name).write_bytes(content.encode() if isinstance(content, str) else content)
         self.seal()
+
+    @staticmethod
+    def fifo(path: Path) -> None:
+        """A FIFO in the place of a file."""
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+
+    @staticmethod
+    def of_50_gb(path: Path) -> None:
+        """A file made as long, without taking the disk's room."""
+        with path.open("ab") as file:
+            file.truncate(50 << 30)
 
     def seal(self, change: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Write the manifest that fits the checkpoint's files; `change` it at the end."""
@@ -295,13 +308,13 @@ def data_link_beside(place: Place) -> None:
 
 @kind(evaluate=1, report=0)
 def shards_fifo(place: Place) -> None:
-    os.mkfifo(place.run / "x.tar")
+    place.fifo(place.run / "x.tar")
     place.tasks(**_captioned("runs/theirs/*.tar"))
 
 
 @kind(evaluate=1, report=0)
 def classes_fifo(place: Place) -> None:
-    os.mkfifo(place.run / "classes.txt")
+    place.fifo(place.run / "classes.txt")
     place.tasks(**_zero_shot(place, classes="runs/theirs/classes.txt"))
 
 
@@ -419,14 +432,13 @@ for _name, _text in TOKENIZERS.items():
 
 @kind(predict=1)
 def tokenizer_fifo(place: Place) -> None:
-    (place.step / "tokenizer.json").unlink()
-    os.mkfifo(place.step / "tokenizer.json")
+    place.fifo(place.step / "tokenizer.json")
 
 
 @kind(predict=1)
 def tokenizer_of_50_gb(place: Place) -> None:
-    with (place.step / "tokenizer.json").open("wb") as file:
-        file.truncate(50 << 30)
+    (place.step / "tokenizer.json").unlink()
+    place.of_50_gb(place.step / "tokenizer.json")
 
 
 # Settings of the model: {kind: what is changed of the config}.
@@ -589,8 +601,7 @@ def weights_not_finite(place: Place) -> None:
 
 @kind(predict=1)
 def weights_of_50_gb(place: Place) -> None:
-    with (place.step / "model.safetensors").open("r+b") as file:
-        file.truncate(50 << 30)
+    place.of_50_gb(place.step / "model.safetensors")
 
 
 @kind(resume=None, evaluate=None)
@@ -613,25 +624,22 @@ def state_of_another_shape(place: Place) -> None:
 @kind(predict=1, resume=None, report=0)
 def checkpoint_a_fifo(place: Place) -> None:
     shutil.rmtree(place.step)
-    os.mkfifo(place.step)
+    place.fifo(place.step)
 
 
 @kind(predict=1, resume=None, report=0)
 def manifest_a_fifo(place: Place) -> None:
-    (place.step / "manifest.json").unlink()
-    os.mkfifo(place.step / "manifest.json")
+    place.fifo(place.step / "manifest.json")
 
 
 @kind(predict=1, resume=None)
 def config_a_fifo(place: Place) -> None:
-    (place.step / "config.json").unlink()
-    os.mkfifo(place.step / "config.json")
+    place.fifo(place.step / "config.json")
 
 
 @kind(predict=1)
 def manifest_of_50_gb(place: Place) -> None:
-    with (place.step / "manifest.json").open("r+b") as file:
-        file.truncate(50 << 30)
+    place.of_50_gb(place.step / "manifest.json")
 
 
 @kind(predict=None, report=None, table=None)
@@ -684,8 +692,7 @@ for _name, (_file, _content) in RECORDS.items():
 for _file in ("config.yaml", "metrics.jsonl", "summary.json"):
 
     def _fifo(place: Place, file: str = _file) -> None:
-        (place.run / file).unlink()
-        os.mkfifo(place.run / file)
+        place.fifo(place.run / file)
 
     def _link(place: Place, file: str = _file) -> None:
         (place.run / file).unlink()
@@ -741,14 +748,8 @@ def addresses_with_tokens(place: Place) -> None:
 
 @kind(report=0, table=0)
 def folders_very_deep(place: Place) -> None:
-    """Below the run; made from inside, because the whole path is too long to be named."""
-    inner = os.open(place.run, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=inner)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=inner)
-        os.close(inner)
-        inner = deeper
-    os.close(inner)
+    """Below the run."""
+    nest(place.run, 1500)
 
 
 @kind(report=0, table=0)
@@ -810,8 +811,7 @@ def shard_of_noise(place: Place) -> None:
 
 @kind(evaluate=1, report=0)
 def shard_of_50_gb(place: Place) -> None:
-    with (place.run / "x.tar").open("wb") as file:
-        file.truncate(50 << 30)
+    place.of_50_gb(place.run / "x.tar")
     place.tasks(**_captioned("runs/theirs/x.tar"))
 
 

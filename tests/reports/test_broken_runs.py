@@ -25,6 +25,7 @@ from clipkit.reports.findings import UNTOLD, paired
 from clipkit.reports.page import write_report
 from clipkit.reports.runs import POINTS, find_runs, group_runs, read_run
 from clipkit.reports.spread import deviation, mean
+from tests.damage import nest
 
 SECRET = "hunter2-of-another-file"
 ALIASES = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -327,13 +328,7 @@ def test_runs_are_found_past_loops_FIFOs_and_depth(tmp_path):
     (tmp_path / "a" / "loop").symlink_to("..")
     (tmp_path / "a" / "run" / "self").symlink_to(".")
     os.mkfifo(tmp_path / "a" / "fifo")
-    deep = os.open(tmp_path / "a", os.O_RDONLY)
-    for _ in range(1100):
-        os.mkdir("d", dir_fd=deep)
-        inner = os.open("d", os.O_RDONLY, dir_fd=deep)
-        os.close(deep)
-        deep = inner
-    os.close(deep)
+    nest(tmp_path / "a", 1100)
     assert [run.path for run in find_runs([tmp_path / "a", tmp_path / "a" / "loop" / "a"])] == [
         tmp_path / "a" / "run"
     ]

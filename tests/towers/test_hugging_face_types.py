@@ -372,24 +372,12 @@ def test_a_folder_without_all_the_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["clip", "gemma3"])
 def test_of_a_model_of_several_parts_the_text_encoder_is_taken(name, tmp_path):
     text = tower(name).body.config.to_dict()
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"hidden_size": 32 if name == "clip" else 16, "image_size": 16, "patch_size": 8}
     if name == "clip":
-        vision = {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        }
-        vision |= {"image_size": 16, "patch_size": 8}
         whole = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
         theirs = whole.text_model
     else:
-        vision = {
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        }
-        vision |= {"image_size": 16, "patch_size": 8}
         whole = transformers.Gemma3ForConditionalGeneration(
             transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
         )

@@ -14,22 +14,8 @@ from clipkit.command.values import SETTINGS
 from clipkit.settings import EXECUTION, LENGTH, LOCATION
 from clipkit.training import run_folder
 from tests.damage import DAMAGE
+from tests.fuzz_runs import SETTINGS as CONFIG
 from tests.test_conf import composed
-
-CONFIG = {
-    "seed": 0,
-    "batch_size": 8,
-    "data": {"train": "x"},
-    "image_tower": {"name": "timm"},
-    "text_tower": {"name": "transformer"},
-    "loss": {"infonce": {}},
-    "optim": {"lr": 0.1, "weight_decay": 0.0},
-    "clip_grad_norm": 1.0,
-    "max_logit_scale": 100.0,
-    "precision": "fp32",
-    "resume": True,
-    "amend": None,
-}
 
 
 def begun(tmp_path, **changes):
