@@ -113,6 +113,8 @@ PRETRAIN: dict[str, Any] = {
     "optim.betas": or_null(ListOf(PROBABILITY, 2)),
     "optim.eps": or_null(POSITIVE),
     "optim.layer_decay": Number(0, 1, above=True),
+    "optim.image_tower_lr": POSITIVE,
+    "optim.text_tower_lr": POSITIVE,
     "optim.momentum": or_null(PROBABILITY),
     "optim.options": or_null(Kind((dict,), "a mapping")),
     "data.kind": TEXT,
