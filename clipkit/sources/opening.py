@@ -13,6 +13,7 @@ from clipkit.loading import model_folder, read_model
 from clipkit.sources import libraries, open_clip
 from clipkit.sources.files import SUFFIXES, read_state_dict
 from clipkit.sources.source import Source
+from clipkit.towers.hugging_face import without_weights
 
 _FORMS = (
     "a run or export of clipkit, open_clip:NAME=TAG_OR_FILE, local-dir:FOLDER, hf-hub:NAME, timm:NAME, hf:NAME, "
@@ -84,6 +85,9 @@ def _clipkit(name: str, path: Path, kind: str) -> Source:
     place = model_folder(path)
     with named_by(place):
         settings, weights, tokenizer, _ = read_model(place, verified=place != path)
+        if isinstance(settings["text_tower"].get("pretrained"), str):
+            # A run of before checkpoints held its sizes.
+            settings = {**settings, "text_tower": without_weights(settings["text_tower"])}
     return Source(name, kind, str(place), weights, settings, tokenizer)
 
 

@@ -127,7 +127,9 @@ def begin(config: Mapping[str, Any], run_dir: Path | None = None) -> Start:
         start.notes.append(f"embed_dim is the source's {settled['embed_dim']}, not {config['embed_dim']}")
     if "text_tower" in settled:
         source = sources["text_tower"]
-        settled["text_projection_bias"] = bool(source.settings.get("text_projection_bias", False))
+        settled["text_projection_bias"] = bias = bool(source.settings.get("text_projection_bias", False))
+        if bias != bool(config.get("text_projection_bias", False)):
+            start.notes.append(f"text_projection_bias is the source's {bias}")
         start.tokenizer = _tokenizer(source, config["text_tower"].get("context_length"))
         start.notes.append(
             f"tokenizer: the source's {start.tokenizer.name}, {start.tokenizer.vocab_size} ids, "
