@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+from clipkit.evals import evaluate
 from clipkit.loading import load_model
 from clipkit.training.run_folder import check_unchanged
-from tests.recipes.runs import SMALL, lines, only_run, run, weights
+from tests.recipes.runs import SMALL, lines, only_run, run, run_ranks, weights
 
 
 def test_a_run_begins_from_another_and_goes_on_without_it(tmp_path, shapes):
@@ -85,9 +86,43 @@ def test_texts_alone_train_a_tower_that_another_run_begins_with(tmp_path, shapes
     after = weights(only_run(tmp_path / "pairs"))
     tower = [name for name in before if name.startswith("model.text_tower.")]
     assert tower and all(torch.equal(before[name], after[name]) for name in tower)
+    pictures = run(
+        "experiment=text_only",
+        "data=shapes",
+        *SMALL,
+        shapes,
+        *small[:3],
+        "eval=shapes",
+        "loss=simcse",
+        status=1,
+    )
+    assert "scores pictures, and this model has no image tower" in pictures
     model, tokenizer, _ = load_model(texts)
+    with pytest.raises(ValueError, match="encodes text only"):
+        evaluate(
+            model,
+            tokenizer,
+            {"geometry": {"kind": "geometry", "shards": f"{shapes.partition('=')[2]}/**/val/*.tar"}},
+        )
     assert model.encode_text(tokenizer(["a red circle"])).shape == (1, 32)
     with pytest.raises(ValueError, match="no image tower"):
         model.encode_image(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="a loss reads image_features, and this model has no image tower"):
         model.check_inputs(["image_features", "text_features"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_begin_with_the_same_weights_as_one_process(tmp_path, shapes, parallel):
+    quick = [*SMALL, shapes, "eval=none", "logger=none", "steps=3"]
+    run(*quick, f"output_dir={tmp_path}/first")
+    tuned = [*quick, f"init_from={only_run(tmp_path / 'first')}", "image_tower=source", "text_tower=source"]
+    # One rank's BatchNorm sees half the batch, and dropout draws its own masks: neither is to tell.
+    tuned += ["image_tower.freeze=all", "text_tower.dropout=0.0", f"parallel={parallel}"]
+    run(*tuned, f"output_dir={tmp_path}/one")
+    told = run_ranks(*tuned, f"output_dir={tmp_path}/two")
+    assert told.count("tensors loaded") == 1
+    one, two = lines(only_run(tmp_path / "one")), lines(only_run(tmp_path / "two"))
+    assert [line["train/loss"] for line in two] == pytest.approx(
+        [line["train/loss"] for line in one], rel=1e-5
+    )
