@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from clipkit.data import Tokenizer
 from clipkit.model import DualEncoder
+from clipkit.sources.open_clip import clipkit_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +51,19 @@ def open_clip_config(model: DualEncoder) -> dict[str, Any]:
             "open_clip pools the end token of a causal text tower: this one has "
             f"text_tower.pooling {model.text_tower.pooling!r} and text_tower.causal {model.text_tower.causal}"
         )
+    unlike = {
+        "text_tower.attend_padding": text["attend_padding"],
+        "text_projection_bias": model.text_projection.bias is not None,
+        "image_tower.project=false": image.get("project") is False,
+    }
+    if any(unlike.values()):
+        raise ValueError(
+            f"open_clip's plain layout has no {next(key for key, on in unlike.items() if on)}, which this model has: export "
+            "all weights as safetensors"
+        )
     text_cfg = {key: text[key] for key in ("context_length", "width", "heads", "layers", "mlp_ratio")}
+    if text["norm_eps"] != 1e-5:
+        text_cfg["norm_kwargs"] = {"eps": text["norm_eps"]}
     text_cfg |= {"vocab_size": model.text_tower.vocab_size, "pad_id": model.text_tower.pad_id}
     if model.text_tower.eot_id != model.text_tower.vocab_size - 1:
         # The default takes the largest id for the end token.
@@ -136,20 +149,7 @@ def load_open_clip_state_dict(model: DualEncoder, state: Mapping[str, Tensor]) -
     _same_layout(
         state, _open_clip_shapes(model), "this model", "its settings must be those of the open_clip model"
     )
-    renamed = {}
-    for name, tensor in state.items():
-        if name == "visual.head.proj.weight":
-            renamed["image_projection.weight"] = tensor
-        elif name.startswith("visual.trunk."):
-            renamed[f"image_tower.{name.removeprefix('visual.')}"] = tensor
-        elif name.startswith("visual."):
-            renamed[f"image_tower.body.{name.removeprefix('visual.')}"] = tensor
-        elif name.startswith(_TEXT):
-            renamed[f"text_tower.body.{name}"] = tensor
-        elif name == "text_projection":
-            renamed["text_projection.weight"] = tensor.T
-        else:
-            renamed[{"logit_scale": "log_logit_scale"}.get(name, name)] = tensor.reshape(1)
+    renamed, _ = clipkit_names(state)
     missing = [
         name for name in model.state_dict() if name not in renamed and not name.startswith("mlm_head.")
     ]
@@ -213,13 +213,17 @@ def save_sentence_transformer(
             modules.Pooling(tower.width, mode),
         ]
         if project:
-            weight = model.text_projection.weight.detach().cpu().float().clone()
+            weight, bias = (
+                model.text_projection.weight.detach().cpu().float().clone(),
+                model.text_projection.bias,
+            )
             dense = modules.Dense(
                 tower.width,
                 model.embed_dim,
-                bias=False,
+                bias=bias is not None,
                 activation_function=torch.nn.Identity(),
                 init_weight=weight,
+                init_bias=None if bias is None else bias.detach().cpu().float().clone(),
             )
             layers += [dense, modules.Normalize()]
         SentenceTransformer(modules=layers, device="cpu").save_pretrained(
@@ -309,10 +313,15 @@ def _hugging_face_body(tower: Any) -> Any:
                 "load: export all weights as safetensors"
             )
         return tower.body
-    if tower.settings is None or tower.settings["name"] != "transformer" or not tower.causal:
+    if (
+        tower.settings is None
+        or tower.settings["name"] != "transformer"
+        or not tower.causal
+        or tower.attend_padding
+    ):
         raise ValueError(
             "sentence-transformers' stock modules hold transformers models: this text tower is neither "
-            "'hf' nor a causal 'transformer' (text_tower.causal: true), "
+            "'hf' nor a causal 'transformer' (text_tower.causal: true, text_tower.attend_padding: false), "
             "for which transformers has CLIPTextModel"
         )
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -15,18 +15,32 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from safetensors.torch import load_file
 from typing_extensions import NotRequired
 
-from clipkit.checkpoint import SHARDS, find_checkpoint, load_checkpoint, split_weights, tensor_shapes
+from clipkit.checkpoint import (
+    MANIFEST,
+    SHARDS,
+    find_checkpoint,
+    load_checkpoint,
+    split_weights,
+    tensor_shapes,
+)
 from clipkit.data.tokenizers import Tokenizer, load_tokenizer
 from clipkit.foreign import BrokenFile, checked, named_by, permit, read_json
 from clipkit.model import DualEncoder, create_model
 from clipkit.settings import ARCHITECTURE
 from clipkit.towers.hugging_face import without_weights
 
+# All weights of a `clipkit-export to=safetensors`, beside config.json and tokenizer.json.
+EXPORTED = "model.safetensors"
 
-class _Towers(TypedDict):
+
+class _Towers(TypedDict, total=False):
+    embed_dim: int
+    image_tower: dict[str, Any]
     text_tower: dict[str, Any]
+    text_projection_bias: bool
 
 
 class _ModelSettings(TypedDict):
@@ -52,19 +66,11 @@ def load_model(
     Raises:
         ValueError: no checkpoint there, a damaged one, or weights that do not fit the config beside them.
     """
-    given, path = Path(path), find_checkpoint(path)
+    given, path = Path(path), model_folder(path)
     with named_by(path, trust_paths=trust_paths):
-        tokenizer = load_tokenizer(path / "tokenizer.json")
-        config = read_json(path / "config.json")
-        checked(config, _ModelSettings, name=str(path / "config.json"))
-        settings = model_config(config, pretrained=False)
-        shapes = _model_shapes(path)
-        _check_architecture(settings, tokenizer, shapes, path)
         # What a run folder's newest is has been found by its hashes.
-        loaded = load_checkpoint(path, verified=path != given, training=False)
+        settings, weights, tokenizer, config = read_model(path, verified=path != given)
         model = create_model(settings, tokenizer=tokenizer)
-    # What the run itself was evaluated by.
-    weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -72,6 +78,39 @@ def load_model(
             f"the weights of {path} do not fit the architecture in its config.json: {error}"
         ) from error
     return model.to(device).eval(), tokenizer, config
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of one model's files: a safetensors export, or the checkpoint that `find_checkpoint` finds."""
+    path = Path(path)
+    return path if _is_export(path) else find_checkpoint(path)
+
+
+def read_model(
+    path: Path, *, verified: bool = False
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer, dict[str, Any]]:
+    """(what `create_model` takes, weights, tokenizer, config) of a `model_folder`, inside `named_by` of it.
+
+    The average of the weights where the run keeps one, for that is what it was evaluated by. Raises as `load_model`.
+
+    Args:
+        verified: the hashes have been checked already.
+    """
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    config = read_json(path / "config.json")
+    checked(config, _ModelSettings, name=str(path / "config.json"))
+    settings = model_config(config, pretrained=False)
+    if _is_export(path):
+        _check_architecture(settings, tokenizer, tensor_shapes(path / EXPORTED), path)
+        return settings, load_file(path / EXPORTED), tokenizer, config
+    _check_architecture(settings, tokenizer, _model_shapes(path), path)
+    loaded = load_checkpoint(path, verified=verified, training=False)
+    weights = split_weights(loaded["weights"], "average") or split_weights(loaded["weights"], "model")
+    return settings, weights, tokenizer, config
+
+
+def _is_export(path: Path) -> bool:
+    return (path / EXPORTED).is_file() and not (path / MANIFEST).is_file()
 
 
 def _model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -170,15 +209,15 @@ def model_config(config: Mapping[str, Any], *, pretrained: bool = True) -> dict[
         "init_logit_bias",
         "mlm_probability",
         "channels_last",
+        "text_projection_bias",
     )
-    part = {key: config[key] for key in keys if key in config}
-    if not pretrained:
-        part |= config.get(ARCHITECTURE, {})
-        for tower in ("image_tower", "text_tower"):
-            part[tower] = dict(part[tower])
-            # timm's switch is a boolean; a Hugging Face folder still supplies the architecture's sizes.
-            if isinstance(part[tower].get("pretrained"), bool):
-                part[tower]["pretrained"] = False
+    part = {key: config[key] for key in keys if key in config} | config.get(ARCHITECTURE, {})
+    for tower in ("image_tower", "text_tower"):
+        # Where weights came from is none of the model's: clipkit.sources.
+        part[tower] = {key: value for key, value in part[tower].items() if key != "init_from"}
+        # timm's switch is a boolean; a Hugging Face folder still supplies the architecture's sizes.
+        if not pretrained and isinstance(part[tower].get("pretrained"), bool):
+            part[tower]["pretrained"] = False
     return part
 
 
@@ -187,6 +226,9 @@ def with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     do without.
     """
     tower = config["text_tower"]
-    if not (isinstance(tower, Mapping) and isinstance(tower.get("pretrained"), str)):
+    settled = config.get(ARCHITECTURE, {})
+    if "text_tower" in settled or not (
+        isinstance(tower, Mapping) and isinstance(tower.get("pretrained"), str)
+    ):
         return dict(config)
-    return {**config, ARCHITECTURE: {"text_tower": without_weights(tower)}}
+    return {**config, ARCHITECTURE: {**settled, "text_tower": without_weights(tower)}}

@@ -24,6 +24,7 @@ from clipkit.distributed import full_tensor
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
+from clipkit.towers.image import NO_IMAGES
 
 # Feature name -> the batch entry it encodes, and the setting that brings that entry.
 _TEXT_PASSES = {
@@ -82,6 +83,7 @@ class DualEncoder(nn.Module):
             mlm_probability.
         channels_last: hand images to the tower in the channels_last memory format, which convolutions run
             faster in.
+        text_projection_bias: the text projection adds a bias (SigLIP).
 
     The log of the scale is the parameter `log_logit_scale` of shape (1,), because FSDP2 refuses 0-d
     parameters.
@@ -104,6 +106,7 @@ class DualEncoder(nn.Module):
         mask_id: int | None = None,
         sot_id: int | None = None,
         channels_last: bool = True,
+        text_projection_bias: bool = False,
     ):
         super().__init__()
         if init_logit_scale <= 0:
@@ -112,14 +115,15 @@ class DualEncoder(nn.Module):
             )
         if image_tower.projects and image_tower.width != embed_dim:
             raise ValueError(
-                f"the image tower projects to {image_tower.width} columns but embed_dim is {embed_dim}"
+                f"the image tower projects to {image_tower.width} columns but embed_dim is {embed_dim}: set embed_dim to "
+                f"{image_tower.width}"
             )
         self.embed_dim, self.channels_last = embed_dim, channels_last
         self.image_tower, self.text_tower = image_tower, text_tower
         self.image_projection = (
             nn.Identity() if image_tower.projects else _projection(image_tower.width, embed_dim)
         )
-        self.text_projection = _projection(text_tower.width, embed_dim)
+        self.text_projection = _projection(text_tower.width, embed_dim, bias=text_projection_bias)
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
         self.logit_bias = (
             None if init_logit_bias is None else nn.Parameter(torch.tensor([float(init_logit_bias)]))
@@ -180,6 +184,8 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W) uint8, or float normalised by the tower's mean and std -> (B, D), unit norm."""
+        if not self.image_tower.encodes:
+            raise ValueError(NO_IMAGES)
         return _unit(self.image_projection(self.image_tower(self.normalize_image(image))))
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -191,6 +197,11 @@ class DualEncoder(nn.Module):
         for name in inputs:
             if name not in FEATURES:
                 raise unknown("model output", name, FEATURES)
+        pictures = [name for name in inputs if name in _IMAGE_PASSES]
+        if pictures and not self.image_tower.encodes:
+            raise ValueError(
+                f"a loss reads {pictures[0]}, and {NO_IMAGES}: choose losses of texts, or an image tower"
+            )
         if "text_features_view2" in inputs and not self.text_tower.has_dropout:
             raise ValueError(
                 "text_features_view2 is a second dropout pass over the captions, but this text tower drops "
@@ -334,7 +345,7 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
 
     Args:
         config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
-            optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last.
+            optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last, text_projection_bias.
         tokenizer: one of clipkit.data, or anything with its numbers and perhaps mask_id.
 
     Raises:
@@ -342,7 +353,13 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
             holds.
     """
     tolerate_broken_wandb()
-    optional = ("init_logit_scale", "init_logit_bias", "mlm_probability", "channels_last")
+    optional = (
+        "init_logit_scale",
+        "init_logit_bias",
+        "mlm_probability",
+        "channels_last",
+        "text_projection_bias",
+    )
     check_keys(config, ("embed_dim", "image_tower", "text_tower", *optional), "the model")
     for key in ("embed_dim", "image_tower", "text_tower"):
         if config.get(key) is None:
@@ -374,9 +391,11 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
     )
 
 
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    projection = nn.Linear(width, embed_dim, bias=False)
+def _projection(width: int, embed_dim: int, *, bias: bool = False) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=width**-0.5)
+    if bias:
+        nn.init.zeros_(projection.bias)
     return projection
 
 

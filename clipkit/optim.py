@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from clipkit.registry import Registry, check_keys, suggest
-from clipkit.towers.base import Tower
+from clipkit.towers.base import ImageTower, TextTower, Tower
 
 _optimizers = Registry("optimizer")
 _schedules = Registry("schedule")
@@ -40,6 +40,8 @@ def parameter_groups(
     lr: float,
     weight_decay: float,
     layer_decay: float = 1.0,
+    image_tower_lr: float = 1.0,
+    text_tower_lr: float = 1.0,
     separate_tables: bool = False,
 ) -> list[dict]:
     """Trainable parameters as optimizer groups with a `name`, `params`, `lr` and `weight_decay`.
@@ -50,19 +52,26 @@ def parameter_groups(
         lr: of what stands outside the towers and of their last layers.
         layer_decay: above 0, at most 1. Layer d of a tower with n blocks gets lr * layer_decay ** (n + 1 -
             d).
+        image_tower_lr, text_tower_lr: factors of lr for a whole tower, above 0. The projections stand outside.
         separate_tables: token and position embeddings in groups of their own, named "tables", decayed as
             matrices.
 
     Raises:
-        ValueError: nothing is trainable, or layer_decay is out of range.
+        ValueError: nothing is trainable, or a factor is out of range.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is a factor above 0 and at most 1, not {layer_decay}")
+    towers = {ImageTower: image_tower_lr, TextTower: text_tower_lr}
+    for kind, factor in towers.items():
+        if not 0 < factor < math.inf:
+            raise ValueError(
+                f"the factor of lr for the {kind.__name__} is above 0 (freeze stops a tower), not {factor}"
+            )
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     groups: dict[str, dict] = {}
     seen: set[int] = set()
     for module in modules:
-        scales = _layer_scales(module, layer_decay)
+        scales = _tower_scales(module, layer_decay, towers)
         tables = _tables(module) if separate_tables else set()
         for parameter in module.parameters():
             if not parameter.requires_grad or id(parameter) in seen:
@@ -98,6 +107,8 @@ def create_optimizer(
     eps: float | None = None,
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
+    image_tower_lr: float = 1.0,
+    text_tower_lr: float = 1.0,
     momentum: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
@@ -111,7 +122,7 @@ def create_optimizer(
         betas: of the running means; None: the optimizer's own (adamw 0.9, 0.999).
         eps: added to the denominator; None: the optimizer's own (adamw 1e-8).
         weight_decay: decoupled, times the learning rate, on matrices alone.
-        layer_decay: see parameter_groups.
+        layer_decay, image_tower_lr, text_tower_lr: see parameter_groups.
         momentum: of sgd and muon, and of those of timm that have one; None: the optimizer's own (0.9, 0.95).
         options: further settings of an optimizer of timm's, by its own names.
 
@@ -130,7 +141,13 @@ def create_optimizer(
     settings = {key: value for key, value in given.items() if value is not None}
     check_keys(settings, valid, f"the optimizer {name!r}")
     groups = parameter_groups(
-        modules, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, separate_tables=name == "muon"
+        modules,
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        image_tower_lr=image_tower_lr,
+        text_tower_lr=text_tower_lr,
+        separate_tables=name == "muon",
     )
     return factory(groups, lr, settings)
 
@@ -340,15 +357,14 @@ def _wsd(step: int, steps: int, final: float, cooldown: int) -> float:
     return 1 - (1 - final) * max(0, step - (steps - cooldown)) / cooldown
 
 
-def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:
-    """Factor of the learning rate by the id of each tower parameter."""
+def _tower_scales(module: nn.Module, layer_decay: float, towers: Mapping[type, float]) -> dict[int, float]:
+    """Factor of the learning rate by the id of each tower parameter: its tower's, and its layer's."""
     scales: dict[int, float] = {}
-    if layer_decay == 1.0:
-        return scales
     for tower in module.modules():
         if isinstance(tower, Tower):
+            own = next((factor for kind, factor in towers.items() if isinstance(tower, kind)), 1.0)
             for name, parameter in tower.named_parameters():
-                scales[id(parameter)] = layer_decay ** (tower.num_layers + 1 - tower.layer_of(name))
+                scales[id(parameter)] = own * layer_decay ** (tower.num_layers + 1 - tower.layer_of(name))
     return scales
 
 

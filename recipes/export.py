@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from clipkit.checkpoint import find_checkpoint
 from clipkit.export import save_open_clip, save_sentence_transformer
+from clipkit.files import write_json
 from clipkit.foreign import blamed_on, named_by, output_in_run
-from clipkit.loading import load_model
+from clipkit.loading import load_model, model_config
 from clipkit.registry import unknown
 
 TARGETS = ("open_clip", "safetensors", "sentence_transformers")
@@ -41,7 +42,7 @@ def export(config: Mapping[str, Any], run_dir: Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds files: give output=ANOTHER, or remove them")
     with blamed_on(given), named_by(given):
-        model, tokenizer, _ = load_model(path, trust_paths=config["trust_paths"])
+        model, tokenizer, trained = load_model(path, trust_paths=config["trust_paths"])
     with blamed_on(given, settings=False):
         if target == "open_clip":
             save_open_clip(model, folder, tokenizer=tokenizer)
@@ -55,6 +56,8 @@ def export(config: Mapping[str, Any], run_dir: Path) -> Path:
             weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
             save_file(weights, folder / "model.safetensors")
             tokenizer.save(folder / "tokenizer.json")
+            # With its settings the folder is a model, which init_from= takes.
+            write_json(folder / "config.json", model_config(trained, pretrained=False))
             load = f'model.load_state_dict(safetensors.torch.load_file("{folder / "model.safetensors"}"))'
     print(f"{path}\nwritten to {folder}; load it with\n    {load}")
     return folder

@@ -21,6 +21,7 @@ from clipkit.data import create_tokenizer
 from clipkit.files import write_json
 from clipkit.loading import model_config
 from clipkit.planner import GPU, Assumptions, Measured, Planner
+from clipkit.sources import begin
 
 ASSUMED_VOCABULARY = 10_000
 
@@ -34,7 +35,13 @@ def plan(config: Mapping[str, Any], run_dir: Path) -> None:
     """
     if not config["loss"]:
         raise ValueError("the loss is empty: name at least one term, such as loss=clip")
-    tokenizer, assumed = vocabulary(config["data"]["tokenizer"], config["vocab_size"])
+    start = begin(config)
+    config = start.config
+    tokenizer, assumed = (
+        (start.tokenizer, [])
+        if start.tokenizer
+        else vocabulary(config["data"]["tokenizer"], config["vocab_size"])
+    )
     capability = config["gpu"]["capability"]
     gpu = GPU(**{**config["gpu"], "capability": capability and tuple(capability)}).measured()
     measured = Measured(

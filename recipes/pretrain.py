@@ -36,6 +36,7 @@ from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.settings import LENGTH
 from clipkit.sharding import optimizer_parameters, shard
+from clipkit.sources import begin
 from clipkit.training import feed, lock, precision, process, run_folder, speed
 from clipkit.training.evaluation import Evaluation
 from clipkit.training.record import Record
@@ -78,14 +79,20 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
     # Every rank draws the same weights.
     torch.manual_seed(config["seed"])
 
+    # Weights to begin with, of another model: they decide what `source` stands for in the settings.
+    start = process.on_rank_0_first(lambda: begin(config, run_dir))
+    config = start.config
+
     # Data. The tokenizer comes first, for the model has a row of weights for each of its tokens; the shards are
     # opened once the model has said its image size and the loss what it reads.
     data = process.on_rank_0_first(lambda: resolve_data(config["data"]))
-    tokenizer = create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
+    tokenizer = start.tokenizer or create_tokenizer(data["tokenizer"], captions=lambda: train_captions(data))
 
     # Model: image tower, text tower, projections, logit_scale.
     sharded = process.sharded(config["parallel"])
-    model = create_model(model_config(config), tokenizer=tokenizer).to(device)
+    model = create_model(model_config(config), tokenizer=tokenizer)
+    run_folder.record_start(run_dir, start.load(model, tokenizer))
+    model = model.to(device)
     precision.cast_towers(model, config["precision"], sharded=sharded)
     if config["channels_last"] and not sharded:
         # FSDP2 takes contiguous weights alone; its images come in channels_last all the same.

@@ -128,13 +128,14 @@ MAY_IMPORT = {
     "losses": "distributed grad_cache kernels registry",
     "model": "distributed loggers registry towers",
     "checkpoint": "data distributed files foreign sharding",
+    "sources": "checkpoint data files foreign loading loggers model registry settings towers",
     "loading": "checkpoint data foreign model settings towers",
-    "export": "data foreign model",
-    "evals": "data distributed foreign loading loggers losses model registry",
+    "export": "data foreign model sources",
+    "evals": "data distributed foreign loading loggers losses model registry sources",
     "predict": "data evals foreign",
     "planner": "kernels loading losses model optim",
     "reports": "evals files foreign loading settings",
-    "training": "checkpoint data distributed evals files foreign loading loggers losses model optim planner registry settings sharding towers",
+    "training": "checkpoint data distributed evals files foreign loading loggers losses model optim planner registry settings sharding sources towers",
     "command": "data files foreign kinds loggers recipes registry reports settings training",
 }
 

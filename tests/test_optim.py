@@ -114,6 +114,20 @@ def test_layer_decay_by_depth():
         parameter_groups(dual, lr=1.0, weight_decay=0.1, layer_decay=0.0)
 
 
+def test_a_tower_has_a_rate_of_its_own():
+    dual = model()
+    given = {"lr": 2.0, "weight_decay": 0.1, "layer_decay": 0.5, "image_tower_lr": 0.1, "text_tower_lr": 3.0}
+    groups = create_optimizer(dual, **given).param_groups
+    rate = {name: g["lr"] for g in groups for name in names_by_group(dual, [g])[g["name"]]}
+    assert rate["image_tower.body.proj"] == pytest.approx(0.2)
+    assert rate["image_tower.body.conv1.weight"] == pytest.approx(0.2 * 0.125)
+    assert rate["text_tower.body.ln_final.bias"] == pytest.approx(6.0)
+    assert rate["text_tower.body.transformer.resblocks.0.mlp.c_fc.weight"] == pytest.approx(6.0 * 0.25)
+    assert rate["text_projection.weight"] == rate["log_logit_scale"] == 2.0
+    with pytest.raises(ValueError, match="ImageTower is above 0"):
+        create_optimizer(dual, lr=1.0, image_tower_lr=0.0)
+
+
 def test_adamw_is_fused_and_decays_matrices_alone():
     linear = nn.Linear(3, 2)
     before = [p.detach().clone() for p in linear.parameters()]

@@ -15,6 +15,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from clipkit.command.compose import compose, fixed, loader
+from clipkit.command.values import SETTINGS
 from clipkit.registry import suggest
 
 # Groups whose entries are named by the user (loss terms, evaluation tasks, loggers): their own factories
@@ -135,7 +136,9 @@ def check_overrides(cfg: DictConfig, config_name: str, given: list[str]) -> None
                 raise ValueError(_unknown_key(key, config_name))
             continue
         wanted, got = _raw(reference[key]), _raw(node)
-        if not _fits(wanted, got):
+        kind = SETTINGS.get(config_name, {}).get(key)
+        # A setting may be of several kinds, such as image_tower.freeze, a number or `all`.
+        if not _fits(wanted, got) and not (kind and kind.holds(got)):
             raise ValueError(
                 f"{key}={got!r} is {_kind(got)}, but {key} takes {_kind(wanted)} (its default is {wanted!r})"
             )

@@ -32,6 +32,10 @@ def unread(config: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]
             read = {what for loss, what in _SENTENCES.items() if loss in losses}
             if name in _SENTENCES.values() and name not in read or not read:
                 yield f"{entry}: no loss of this run reads it"
+        elif part == "data.tokenizer" and config["text_tower"].get("name") == "source":
+            yield f"{entry}: text_tower=source brings its own tokenizer; text_tower.context_length= says how long its texts are"
+        elif config["image_tower"].get("name") == "none" and part in ("data.augmentation", "data.cache"):
+            yield f"{entry}: image_tower=none reads no picture"
         elif key.endswith(".same_ids") and not data["pair_ids"] and data["captions_per_image"] == 1:
             yield f"{entry}: the data gives its pairs no ids; data.pair_ids= says which are the same"
         elif key in _SCORED and not tasks:

@@ -36,7 +36,9 @@ PRETRAIN: dict[str, Any] = {
     "plugins": ListOf(TEXT),
     "name": or_null(Either((TEXT, Number()))),
     "resume": FLAG,
+    "init_from": or_null(TEXT),
     "embed_dim": COUNT,
+    "text_projection_bias": FLAG,
     "init_logit_scale": POSITIVE,
     "init_logit_bias": or_null(Number()),
     "mlm_probability": or_null(Number(0, 1, above=True, below=True)),
@@ -75,14 +77,16 @@ PRETRAIN: dict[str, Any] = {
     "image_tower.layers": Either((COUNT, ListOf(COUNT, 4))),
     "image_tower.heads": or_null(COUNT),
     "image_tower.mlp_ratio": POSITIVE,
-    "image_tower.patch_dropout": PROBABILITY,
+    "image_tower.patch_dropout": or_null(PROBABILITY),
     "image_tower.quick_gelu": FLAG,
     "image_tower.drop_path": or_null(PROBABILITY),
     "image_tower.pool": or_null(TEXT),
+    "image_tower.project": FLAG,
+    "image_tower.init_from": or_null(TEXT),
     "image_tower.mean": or_null(ListOf(Number(), 3)),
     "image_tower.std": or_null(ListOf(POSITIVE, 3)),
-    "image_tower.resize_mode": OneOf(("shortest", "longest", "squash")),
-    "image_tower.interpolation": OneOf(("bicubic", "bilinear")),
+    "image_tower.resize_mode": or_null(OneOf(("shortest", "longest", "squash"))),
+    "image_tower.interpolation": or_null(OneOf(("bicubic", "bilinear"))),
     "image_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "image_tower.activation_checkpointing": FLAG,
     "text_tower.name": TEXT,
@@ -94,18 +98,23 @@ PRETRAIN: dict[str, Any] = {
     "text_tower.layers": COUNT,
     "text_tower.heads": COUNT,
     "text_tower.mlp_ratio": POSITIVE,
-    "text_tower.dropout": PROBABILITY,
+    "text_tower.dropout": or_null(PROBABILITY),
     "text_tower.attention_dropout": or_null(PROBABILITY),
     "text_tower.hidden_dropout": or_null(PROBABILITY),
     "text_tower.pooling": or_null(OneOf(("eot", "last", "mean", "cls"))),
     "text_tower.causal": FLAG,
     "text_tower.quick_gelu": FLAG,
+    "text_tower.norm_eps": POSITIVE,
+    "text_tower.attend_padding": FLAG,
+    "text_tower.init_from": or_null(TEXT),
     "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "text_tower.activation_checkpointing": FLAG,
     "optim.name": TEXT,
     "optim.betas": or_null(ListOf(PROBABILITY, 2)),
     "optim.eps": or_null(POSITIVE),
     "optim.layer_decay": Number(0, 1, above=True),
+    "optim.image_tower_lr": POSITIVE,
+    "optim.text_tower_lr": POSITIVE,
     "optim.momentum": or_null(PROBABILITY),
     "optim.options": or_null(Kind((dict,), "a mapping")),
     "data.kind": TEXT,
@@ -196,7 +205,10 @@ FREE_GROUPS = ("loss", "eval", "logger", "hydra", "gpu")
 
 
 # The towers that our files name; a plugin's has settings of its own, which its registry checks.
-OWN_TOWERS = {"image_tower": ("timm", "clip_resnet50", "clip_vit"), "text_tower": ("transformer", "hf")}
+OWN_TOWERS = {
+    "image_tower": ("timm", "clip_resnet50", "clip_vit", "none", "source"),
+    "text_tower": ("transformer", "hf", "source"),
+}
 
 
 def check_values(config: Mapping[str, Any], program: str) -> None:

@@ -34,7 +34,7 @@ class Batches(torch.utils.data.Dataset):
         mixture: Mixture | None,
         *,
         tokenizer: Callable[[list[str]], torch.Tensor],
-        image_size: int,
+        image_size: int | None,
         batch_size: int,
         seed: int,
         rank: int,
@@ -53,7 +53,7 @@ class Batches(torch.utils.data.Dataset):
         self.offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])])
         self.cache = (
             _Cache(_cache_side(image_size, self.scale, spec["cache_size"]), sets, self.pairs, self._keep)
-            if spec["cache"] == "ram"
+            if spec["cache"] == "ram" and image_size is not None
             else None
         )
 
@@ -93,9 +93,8 @@ class Batches(torch.utils.data.Dataset):
         faults: list[tuple[str, str, str, str]] = []
         texts, wrong, keys, index, ids = [], [], [], [], []
         # Pixel by pixel in memory (channels_last), as decoders write and convolutions like it.
-        images = torch.empty(self.batch_size, self.image_size, self.image_size, 3, dtype=torch.uint8).permute(
-            0, 3, 1, 2
-        )
+        side = self.image_size or 0
+        images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         rows = self.plan(start)
         draws = self._draws([(source, epoch, sample) for source, epoch, _, sample in rows])
         for row, (source, epoch, place, sample) in enumerate(rows):
@@ -103,7 +102,9 @@ class Batches(torch.utils.data.Dataset):
             for shard, cause, key in data.late_faults(sample):
                 whole = cause in SHARD_CAUSES
                 faults.append((cause, shard, "" if whole else key, key if whole else ""))
-            images[row], known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
+            image, known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
+            if image is not None:
+                images[row] = image
             captions, negatives = self.pairs.draw(known, draw, epoch, data.key(sample))
             texts += captions
             wrong += negatives
@@ -111,7 +112,7 @@ class Batches(torch.utils.data.Dataset):
             index.append(int(self.offsets[source]) + sample)
             ids.append(self.pairs.id(known, captions[0], data, sample, index[-1]))
         batch = {
-            "image": images,
+            **({} if self.image_size is None else {"image": images}),
             "text": self.tokenizer(texts),
             "key": keys,
             "sample_index": torch.tensor(index, dtype=torch.int64),
@@ -143,7 +144,7 @@ class Batches(torch.utils.data.Dataset):
         sample: int,
         draws: np.ndarray,
         faults: list[tuple[str, str, str, str]],
-    ) -> tuple[torch.Tensor, Known, int, float]:
+    ) -> tuple[torch.Tensor | None, Known, int, float]:
         """Image, texts and number of a sample, or of the first readable substitute, and its caption's draw."""
         cause = ""
         for attempt in range(_ATTEMPTS):
@@ -169,8 +170,10 @@ class Batches(torch.utils.data.Dataset):
             cause, f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
         )
 
-    def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor, Known]:
+    def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor | None, Known]:
         data = self.sets[source]
+        if self.image_size is None:
+            return None, self.pairs.read(data, sample)
         if self.cache is not None:
             known, pixels, shape = self.cache.get(source, sample)
             image = self._crop(pixels, shape, draws)
@@ -192,6 +195,7 @@ class Batches(torch.utils.data.Dataset):
         """What is kept in memory of a picture, (h, w, 3) uint8 of at most `area` pixels, and its own height and width."""
         if self.scale is not None:
             return decode_small(data, area, interpolation=self.interpolation, max_pixels=self.max_pixels)
+        assert self.image_size is not None
         image = decode_eval(
             data,
             self.image_size,
@@ -205,6 +209,7 @@ class Batches(torch.utils.data.Dataset):
         """The training picture from what is kept of it."""
         if self.scale is None:
             return pixels.permute(2, 0, 1)
+        assert self.image_size is not None
         return crop(
             pixels.numpy(),
             self.image_size,

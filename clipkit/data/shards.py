@@ -321,7 +321,7 @@ def create_stream(
     spec: Mapping[str, Any],
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    image_size: int,
+    image_size: int | None,
     batch_size: int,
     seed: int,
     rank: int = 0,
@@ -336,7 +336,7 @@ def create_stream(
     Args:
         spec: the data settings (conf/data/shapes.yaml explains every key).
         tokenizer: texts -> (B, L) int64.
-        image_size: pixels a side of the delivered images.
+        image_size: pixels a side of the delivered images; None: captions alone, and no picture is read.
         batch_size: samples a rank and step.
         seed: decides order, crops and captions, with the epoch and the shard list.
         rank, world_size: this process's share.

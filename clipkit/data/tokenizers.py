@@ -466,6 +466,9 @@ def _check_clean(clean: Any) -> str | None:
 
 def _with_end_token(backend: Any, special: Mapping[str, int], model: str) -> Any:
     """The backend, made to end every text with the end token where it does not."""
+    # Published files may pad to a length of their own (all-MiniLM-L6-v2: 128).
+    backend.no_padding()
+    backend.no_truncation()
     bare = backend.encode("a", add_special_tokens=False).ids
     framed = backend.encode("a").ids
     if framed and framed[-1] == special["eot"]:
@@ -502,7 +505,7 @@ def _load_hf(model: str) -> Any:
             fast = transformers.BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
             return fast.from_pretrained(str(folder))
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(model, use_fast=True)
+        fast = transformers.AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer hf could not load {model!r}: {str(error).splitlines()[0]} Give a hub name that is "

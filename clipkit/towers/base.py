@@ -147,6 +147,7 @@ class ImageTower(Tower):
         image_size: side of the square image it expects, in pixels.
         mean, std: channel statistics of its input for values in [0, 1], three floats each.
         projects: True when the output already has the embedding's width, so that no projection follows.
+        encodes: False for the tower `none` alone, of a model of texts.
         resize_mode, interpolation: how a picture becomes that square where it is not cropped at random; see RESIZING.
     """
 
@@ -154,6 +155,7 @@ class ImageTower(Tower):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     projects: bool = False
+    encodes: bool = True
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
 

@@ -94,7 +94,7 @@ def sizes_of(pretrained: str, model_type: str | None) -> tuple[str, dict[str, An
 def pretrained_config(pretrained: str, model_type: str | None) -> tuple[Any, Any]:
     """The config of a name's or folder's model, and the part of it that is its text encoder's."""
     try:
-        settings = AutoConfig.from_pretrained(pretrained)
+        settings = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = (
             "a folder without a readable config.json"
@@ -191,6 +191,7 @@ def encoder(settings, pretrained: str | None, whole) -> nn.Module:
             # A checkpoint in half precision would be trained in it.
             dtype=torch.get_default_dtype(),
             output_loading_info=True,
+            trust_remote_code=False,
             **(extra if alone else {}),
         )
         missing = sorted(report["missing_keys"])

@@ -177,6 +177,15 @@ class HuggingFaceTower(TextTower):
         )
 
 
+def longest_text(pretrained: str) -> int | None:
+    """Tokens of the longest text that the config of a name's or folder's encoder speaks of; None: it speaks of none."""
+    _, settings = _library().pretrained_config(pretrained, None)
+    limit = getattr(settings, "max_position_embeddings", None)
+    # RoBERTa's positions start behind the padding's id.
+    before = 2 if "roberta" in str(settings.model_type) else 0
+    return limit - before if isinstance(limit, int) and limit > before else None
+
+
 def without_weights(tower: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a tower with `pretrained` weights as those of one with random weights of the same sizes."""
     model_type, sizes = _library().sizes_of(tower["pretrained"], tower.get("model_type"))

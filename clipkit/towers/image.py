@@ -31,6 +31,8 @@ class TimmTower(ImageTower):
         image_size: pixels; fixed-size models such as ViTs are built for it. None: the model's own.
         drop_path: rate of stochastic depth, 0 to 1; None: the model's own. Not every model takes one.
         pool: timm's global_pool, such as avg, token or map; None: the model's own.
+        project: a linear projection into the shared space follows; False: the trunk's own columns are the features, and
+            embed_dim is their number (SigLIP).
         mean, std: override the channel statistics of the model's config.
     """
 
@@ -45,6 +47,7 @@ class TimmTower(ImageTower):
         image_size: int | None = None,
         drop_path: float | None = None,
         pool: str | None = None,
+        project: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
@@ -74,6 +77,7 @@ class TimmTower(ImageTower):
         self.mean = tuple(config["mean"] if mean is None else mean)
         self.std = tuple(config["std"] if std is None else std)
         self.width = self._columns(model, pool)
+        self.projects = not project
         groups = _groups(self.trunk)
         self._blocks = _trunk_blocks(self.trunk, groups)
         self._depth, self.num_layers = _depths(self.trunk, self._blocks, groups)
@@ -127,12 +131,20 @@ class _ClipTower(ImageTower):
     # open_clip's, of either class.
     body: Any
 
-    def __init__(self, body: nn.Module, embed_dim: int, image_size: int):
+    def __init__(
+        self,
+        body: nn.Module,
+        embed_dim: int,
+        image_size: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ):
         super().__init__()
         self.body = body
         self.width = embed_dim
         self.image_size = image_size
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.mean = CLIP_MEAN if mean is None else tuple(mean)
+        self.std = CLIP_STD if std is None else tuple(std)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.body(image)
@@ -148,12 +160,20 @@ class ClipResNet(_ClipTower):
         image_size: pixels, a multiple of 32.
         layers: blocks of the four stages.
         width: channels of the first stage; the last has 32 * width.
+        mean, std: channel statistics of its pictures; None: those of CLIP's.
     """
 
     num_layers = 4
 
     def __init__(
-        self, *, embed_dim: int, image_size: int = 224, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64
+        self,
+        *,
+        embed_dim: int,
+        image_size: int = 224,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        width: int = 64,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         from open_clip.modified_resnet import ModifiedResNet
 
@@ -167,7 +187,7 @@ class ClipResNet(_ClipTower):
         body = ModifiedResNet(
             list(layers), output_dim=embed_dim, heads=heads, image_size=image_size, width=width
         )
-        super().__init__(body, embed_dim, image_size)
+        super().__init__(body, embed_dim, image_size, mean, std)
 
     def layer_of(self, name: str) -> int:
         stage = re.match(r"body\.layer(\d)\.", name)
@@ -190,6 +210,7 @@ class ClipViT(_ClipTower):
         mlp_ratio: hidden width of the MLP over width.
         patch_dropout: share of patches left out in training, 0 to 1 (Li et al. 2023, FLIP).
         quick_gelu: OpenAI's GELU approximation, x * sigmoid(1.702 x); needed for its published weights.
+        mean, std: channel statistics of its pictures; None: those of CLIP's.
     """
 
     def __init__(
@@ -204,6 +225,8 @@ class ClipViT(_ClipTower):
         mlp_ratio: float = 4.0,
         patch_dropout: float = 0.0,
         quick_gelu: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         from open_clip.transformer import QuickGELU, VisionTransformer
 
@@ -224,7 +247,7 @@ class ClipViT(_ClipTower):
             patch_dropout=patch_dropout,
             act_layer=QuickGELU if quick_gelu else nn.GELU,
         )
-        super().__init__(body, embed_dim, image_size)
+        super().__init__(body, embed_dim, image_size, mean, std)
         self.num_layers = layers
 
     def layer_of(self, name: str) -> int:
@@ -235,6 +258,30 @@ class ClipViT(_ClipTower):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.body.transformer.resblocks)
+
+
+NO_IMAGES = "this model has no image tower (image_tower=none): it encodes texts alone"
+
+
+@register_image_tower("none")
+class NoImages(ImageTower):
+    """The place of an image tower in a model of texts alone: no weights, and no picture is encoded."""
+
+    projects = True
+    encodes = False
+    image_size = 0
+    num_layers = 0
+    mean, std = CLIP_MEAN, CLIP_STD
+
+    def __init__(self, *, embed_dim: int):
+        super().__init__()
+        self.width = embed_dim
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def forward(self, image: Tensor) -> Tensor:
+        raise ValueError(NO_IMAGES)
 
 
 def _resnet_stages(body: nn.Module) -> list[nn.Module]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class TransformerTower(TextTower):
         pooling: eot (end token), last (before the padding), mean, or cls (the start token; needs causal false).
         causal: a token sees only those before it, as in CLIP; false sees all but the padding.
         quick_gelu: OpenAI's GELU approximation; needed for its published weights.
+        norm_eps: added to the variance in the norms.
+        attend_padding: padding is read like any token, so that `last` pools a text's last place and `mean` all of them
+            (SigLIP); a text then has context_length tokens, no fewer.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class TransformerTower(TextTower):
         pooling: str = "eot",
         causal: bool = True,
         quick_gelu: bool = False,
+        norm_eps: float = 1e-5,
+        attend_padding: bool = False,
     ):
         super().__init__()
-        from open_clip.transformer import QuickGELU, TextTransformer
+        from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         _check(width, heads, dropout, attention_dropout, pooling, causal)
@@ -62,6 +68,8 @@ class TransformerTower(TextTower):
             no_causal_mask=not causal,
             pad_id=pad_id,
             act_layer=QuickGELU if quick_gelu else nn.GELU,
+            # open_clip calls it, whatever its annotation says.
+            norm_layer=cast(Any, partial(LayerNorm, eps=norm_eps)),
         )
         self.embedding_dropout = nn.Dropout(dropout)
         blocks: list[Any] = [*self.body.transformer.resblocks]
@@ -75,6 +83,7 @@ class TransformerTower(TextTower):
         self.context_length, self.vocab_size = context_length, vocab_size
         self.pad_id, self.eot_id, self.pooling, self.causal = pad_id, eot_id, pooling, causal
         self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.attend_padding = attend_padding
 
     @property
     def has_dropout(self) -> bool:
@@ -97,6 +106,22 @@ class TransformerTower(TextTower):
             mask = mask[:, None, :].expand(-1, length, -1).repeat_interleave(self.heads, dim=0)
         states = self.body.transformer(self.embedding_dropout(states), attn_mask=mask)
         return self.body.ln_final(states)
+
+    def aligned(self, text: Tensor) -> Tensor:
+        return text if self.attend_padding else super().aligned(text)
+
+    def attention_mask(self, text: Tensor) -> Tensor:
+        return (
+            torch.ones_like(text, dtype=torch.bool) if self.attend_padding else super().attention_mask(text)
+        )
+
+    def _check_text(self, text: Tensor) -> None:
+        super()._check_text(text)
+        if self.attend_padding and text.shape[1] != self.context_length:
+            raise ValueError(
+                f"text_tower.attend_padding reads padding as text, and texts of {text.shape[1]} tokens are not padded to "
+                f"the context_length {self.context_length}: give the tokenizer the same context_length"
+            )
 
     def layer_of(self, name: str) -> int:
         block = re.match(r"body\.transformer\.resblocks\.(\d+)\.", name)

@@ -14,6 +14,7 @@ from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage
 from clipkit.registry import unknown
 from clipkit.sharding import is_sharded, take_unsplit_of_rank_0, whole
+from clipkit.towers.image import NO_IMAGES
 from clipkit.training.process import lost_a_rank
 from clipkit.training.record import Record, due
 from clipkit.training.run_folder import flatten
@@ -63,6 +64,11 @@ class Evaluation:
         for name in at_end:
             if name not in tasks:
                 raise unknown("task of final_eval", name, tasks)
+        for name, task in built.items():
+            if not model.image_tower.encodes and (hasattr(task, "source") or hasattr(task, "data")):
+                raise ValueError(
+                    f"eval.{name} scores pictures, and {NO_IMAGES}: choose tasks of texts, such as eval=sts"
+                )
         check_every(every, tasks)
         for what, name in (("best_metric", best_metric), ("objective", objective)):
             if name:

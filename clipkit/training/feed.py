@@ -43,7 +43,7 @@ def open_streams(
     share = {"tokenizer": tokenizer, "seed": seed, "rank": rank(), "world_size": world_size()}
     stream = create_stream(
         data,
-        image_size=image_tower.image_size,
+        image_size=image_tower.image_size if image_tower.encodes else None,
         resize_mode=image_tower.resize_mode,
         interpolation=image_tower.interpolation,
         num_workers=data["num_workers"],
@@ -180,6 +180,8 @@ def augmented(batch: Batch, augment: Augment, wanted: Sequence[str], draw: int) 
         wanted: names of the features that the losses read.
         draw: a number that no other step and rank has: the masks are a function of it and the seed.
     """
+    if "image" not in batch:
+        return batch
     views = {
         f"image_view{n}": augment(batch["image"], draw=draw, view=n)
         for n in (1, 2)

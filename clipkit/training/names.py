@@ -13,6 +13,7 @@ from clipkit.evals import check_tasks
 from clipkit.loggers import check_loggers, tolerate_broken_wandb
 from clipkit.losses import create_loss
 from clipkit.optim import create_optimizer
+from clipkit.sources import check_named
 from clipkit.towers import check_image_tower, check_text_tower
 from clipkit.training.evaluation import check_every
 
@@ -25,8 +26,10 @@ def check_names(config: Mapping[str, Any]) -> None:
     """
     # The towers' check asks timm, which imports wandb.
     tolerate_broken_wandb()
-    check_image_tower(config["image_tower"])
-    check_text_tower(config["text_tower"])
+    check_named(config)
+    for tower, check in (("image_tower", check_image_tower), ("text_tower", check_text_tower)):
+        if config[tower]["name"] != "source":
+            check(config[tower])
     check_kind(config["data"]["kind"])
     check_tokenizer(config["data"]["tokenizer"])
     check_tasks(config["eval"])

@@ -183,7 +183,7 @@ class Record:
             batch: {"image": (B, 3, H, W) uint8, augmented, "text": (B, L) ids}.
         """
         wanted = self._loggers.samples if self._loggers else 0
-        if not self._loggers or not wanted:
+        if not self._loggers or not wanted or "image" not in batch:
             return
         captions = [tokenizer.decode(ids) for ids in batch["text"][:wanted].tolist()]
         self._loggers.log_samples(step, batch["image"][:wanted].cpu(), captions)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -33,10 +33,16 @@ from clipkit.foreign import (
 from clipkit.registry import unknown
 from clipkit.settings import AMENDABLE, LENGTH, differences, experiment, learnt
 
+if TYPE_CHECKING:
+    # It imports torch.
+    from clipkit.sources import Report
+
 # sysexits' EX_TEMPFAIL: a run that was asked to stop, with everything saved; the same command goes on.
 STOPPED = 75
 # What `amend` changed, a JSON line a change.
 HISTORY = "history.jsonl"
+# Which weights a run began with: loaded, resized, new, and left in the source.
+START = "init_from.json"
 
 
 # A record without these was not written whole.
@@ -168,6 +174,14 @@ def amended(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if key in ("steps", "epochs") and value is not None:
             now["epochs" if key == "steps" else "steps"] = None
     return {**now, "amend": told or None}
+
+
+def record_start(run_dir: Path, report: Report | None) -> None:
+    """Print what a run's first weights are, and leave it in the run folder; nothing where they are all drawn."""
+    if report is None or os.environ.get("RANK", "0") != "0":
+        return
+    write_json(run_dir / START, report.entries())
+    print("\n".join(report.lines()), flush=True)
 
 
 def _made_longer(run_dir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:

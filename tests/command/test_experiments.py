@@ -189,6 +189,8 @@ def test_a_users_file_that_would_hide_behind_ours_is_refused(name, tmp_path):
         (["loss.infonce.same_ids=positive"], "the data gives its pairs no ids"),
         (["loss.infonce.same_ids=mask", 'data.pair_ids="key:#"'], None),
         (["loss.infonce.same_ids=positive", "data.captions_per_image=5"], None),
+        (["text_tower=source", "data.tokenizer.context_length=9"], "brings its own tokenizer"),
+        (["image_tower=none", "data.cache=none"], "reads no picture"),
         (["seed=3", "steps=5"], None),
     ],
     ids=str,

@@ -71,6 +71,29 @@ def global_batches(shards, tokenizer, *, global_batch, world_size, num_workers, 
     return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
 
 
+def test_captions_alone_come_in_the_same_order_and_no_picture_is_read(
+    tmp_path, write_tar, jpeg, byte_tokenizer
+):
+    """Of samples whose pictures are readable the same batches but for the picture; of unreadable ones the captions too."""
+    for folder, picture in (("good", jpeg(3)), ("bad", b"no picture")):
+        rows = [
+            (f"{n:04d}.{kind}", data)
+            for n in range(12)
+            for kind, data in (("jpg", picture), ("txt", b"text %d" % n))
+        ]
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "a.tar", rows)
+    given = {"batch_size": 4, "epochs": 2, "captions": "first", "cache": "ram"}
+    with_pictures = [*stream_of([tmp_path / "good" / "a.tar"], byte_tokenizer, **given)]
+    for folder in ("good", "bad"):
+        alone = [*stream_of([tmp_path / folder / "a.tar"], byte_tokenizer, image_size=None, **given)]
+        assert [batch["key"] for batch in alone] == [batch["key"] for batch in with_pictures]
+        assert all(
+            torch.equal(one["text"], other["text"]) for one, other in zip(alone, with_pictures, strict=True)
+        )
+        assert all("image" not in batch and not batch.get("faults") for batch in alone)
+
+
 def test_a_thousand_shards_come_in_one_order_for_any_workers_and_ranks(
     thousand_shards, byte_tokenizer, keys_in
 ):
