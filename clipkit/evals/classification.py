@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ def imagenet_classes() -> list[str]:
     return _of_open_clip("IMAGENET_CLASSNAMES")
 
 
+def imagenet_wnids() -> list[str]:
+    """The wnid of each of the 1,000 classes, which are in the order of these."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())
+
+
 def imagenet_templates() -> list[Callable[[str], str]]:
     return _of_open_clip("OPENAI_IMAGENET_TEMPLATES")
 
@@ -59,18 +66,22 @@ TEMPLATES: dict[str, Callable[[], Sequence[str | Callable[[str], str]]]] = {
 }
 
 
-def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Class names, and the folder name of each where the file gives one (as ImageNet's wnid).
+def read_classes(classes: str | Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:
+    """Class names, and what the data calls each where that is given (as ImageNet's wnid).
 
     Args:
-        classes: a list of names; `shapes` or `imagenet`; or a file: .txt with one name a line, .json with a
-            list, or .tsv/.csv with the column `name` and optionally `folder` or `wnid`.
+        classes: a list of names; a mapping {name in the data: class name}; `shapes` or `imagenet` (with its wnids); or
+            a file: .txt with one name a line, .json with a list, or .tsv/.csv with the column `name` and optionally
+            `folder` or `wnid`.
     """
     folders = None
-    if not isinstance(classes, str):
+    if isinstance(classes, Mapping):
+        folders, names = [str(name) for name in classes], [str(name) for name in classes.values()]
+    elif not isinstance(classes, str):
         names = [str(name) for name in classes]
     elif classes in CLASSES:
         names = CLASSES[classes]()
+        folders = imagenet_wnids() if classes == "imagenet" else None
     elif not _is_file(classes, "classes"):
         raise ValueError(
             f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does."

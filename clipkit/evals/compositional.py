@@ -71,6 +71,7 @@ class NamedImages(Items):
             raise ValueError(
                 f"{len(missing)} of {len(names)} images of the pairs are not in {folder}: {missing[:3]}"
             )
+        # Its content is the names, too: other pairs name other images of the folder.
         self.items = [(name, None, []) for name in names]
 
     def read(self, key):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
-from clipkit.evals.items import ImageSource, check_faults, located
+from clipkit.evals.items import COLUMNS, ImageSource, check_faults
 
 
 def check_features(features: Tensor, name: str, keys: Sequence[str] | None = None) -> None:
@@ -40,17 +40,18 @@ class EncodedImages:
 
     Attributes:
         image_features: (N, D) CPU float32, unit norm.
-        captions, labels, keys, meta: one entry an image; a label is None where the data has none, and a DataError
-            where it is no whole number (never in a labelled source).
+        captions, keys, meta, where: one entry an image; `where` is its shard.
+        labels: one entry an image, None where the source is not labelled or the data has none.
         faults: the items left out, by any rank: each with its shard and key.
         count, shards: how many items there are with those, and how many shards.
     """
 
     image_features: Tensor
     captions: list[list[str]]
-    labels: list[Any]
     keys: list[str]
     meta: list[dict[str, Any]]
+    where: list[str]
+    labels: list[int | None]
     faults: list[DataError] = field(default_factory=list)
     count: int = 0
     shards: int = 1
@@ -61,23 +62,23 @@ class EncodedImages:
         """{"skipped": number of items left out}, to stand among a task's metrics; empty where none was."""
         return {"skipped": len(self.faults)} if self.faults else {}
 
-    def labelled(self) -> EncodedImages:
-        """The images whose label is no broken one; the others are among its faults."""
-        if not any(isinstance(label, DataError) for label in self.labels):
-            return self
-        kept = [row for row, label in enumerate(self.labels) if not isinstance(label, DataError)]
+    def labelled(self, source: ImageSource) -> EncodedImages:
+        """The same images with the labels that `source` gives; those whose label is broken are among the faults."""
+        labels = [source.label(key, meta) for key, meta in zip(self.keys, self.meta, strict=True)]
+        kept = [row for row, label in enumerate(labels) if not isinstance(label, DataError)]
         broken = [
-            located({"labels": label, "keys": key})
-            for label, key in zip(self.labels, self.keys, strict=True)
+            DataError(label.cause, label.detail, shard=self.where[row], key=self.keys[row])
+            for row, label in enumerate(labels)
             if isinstance(label, DataError)
         ]
-        columns: dict[str, Any] = {
-            name: [getattr(self, name)[row] for row in kept]
-            for name in ("captions", "labels", "keys", "meta")
-        }
-        faults = [*self.faults, *broken]
+        columns: dict[str, Any] = {name: [getattr(self, name)[row] for row in kept] for name in COLUMNS}
         return EncodedImages(
-            self.image_features[kept], **columns, faults=faults, count=self.count, shards=self.shards
+            self.image_features[kept] if broken else self.image_features,
+            **columns,
+            labels=[label for label in labels if not isinstance(label, DataError)],
+            faults=[*self.faults, *broken],
+            count=self.count,
+            shards=self.shards,
         )
 
 
@@ -105,8 +106,9 @@ class Encoder:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.device, self.batch_size, self.group = torch.device(device), batch_size, group
-        self._images: dict[str, EncodedImages] = {}
-        self._labelled: dict[str, EncodedImages] = {}
+        # By what is read, never with labels; and with the labels of one task's source.
+        self._images: dict[Hashable, EncodedImages] = {}
+        self._labelled: dict[ImageSource, EncodedImages] = {}
 
     @property
     def world(self) -> tuple[int, int]:
@@ -120,23 +122,23 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, source: ImageSource) -> EncodedImages:
-        """Encode every image of `source` once; asked again, the same object is returned.
+        """The images of `source`, which are encoded once for all sources of equal content, with its own labels.
 
         What cannot be read is left out and counted, on every rank alike; rank 0 says so once.
 
         Raises:
             RuntimeError: more than a twentieth of the items are left out by one cause; names shard and key.
         """
-        if source.identity not in self._images:
-            self._images[source.identity] = self._encode_images(source.whole())
+        if source.content not in self._images:
+            self._images[source.content] = self._encode_images(source)
+        images = self._images[source.content]
         if not source.labelled:
-            return self._images[source.identity]
-        if source.identity not in self._labelled:
-            images = self._images[source.identity]
-            labelled = images.labelled()
+            return images
+        if source not in self._labelled:
+            labelled = images.labelled(source)
             self._say(labelled, source.identity, known=len(images.faults))
-            self._labelled[source.identity] = labelled
-        return self._labelled[source.identity]
+            self._labelled[source] = labelled
+        return self._labelled[source]
 
     def _encode_images(self, source: ImageSource) -> EncodedImages:
         if not hasattr(self.model, "encode_image"):
@@ -156,13 +158,13 @@ class Encoder:
 
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
         merged: dict[str, Any] = {
-            name: [x for part in parts for x in part[2].get(name, ())]
-            for name in ("captions", "labels", "keys", "meta", "faults")
+            name: [x for part in parts for x in part[2].get(name, ())] for name in (*COLUMNS, "faults")
         }
         features = [part[1] for part in parts if part[1] is not None]
         encoded = EncodedImages(
             torch.cat(features) if features else torch.empty(0, 0),
             **merged,
+            labels=[None] * len(merged["keys"]),
             count=source.count,
             shards=len(source.shards),
         )

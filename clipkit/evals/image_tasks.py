@@ -11,8 +11,10 @@ Every task reads one data source, given by exactly one of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clipkit.evals.classes import ClassNames
 from clipkit.evals.classification import (
     classification_metrics,
     image_labels,
@@ -28,6 +30,9 @@ from clipkit.evals.linear_probe import linear_probe_metrics
 from clipkit.evals.retrieval import retrieval_metrics
 from clipkit.evals.sources import ClipBenchmark, open_source
 from clipkit.evals.tasks import register_task
+
+# As clipkit.evals.classification.read_classes takes them; None: the source's own.
+Classes = str | Sequence[str] | Mapping[str, str] | None
 
 
 @register_task("retrieval")
@@ -83,11 +88,11 @@ class Geometry:
 class _Labelled:
     """A labelled source with its class names: what zero-shot, probe and consistency share."""
 
-    def __init__(self, what: str, classes: str | list[str] | None, **source: Any):
-        names, folders = read_classes(classes) if classes is not None else (None, None)
+    def __init__(self, what: str, classes: Classes, **source: Any):
+        names = None if classes is None else ClassNames(*read_classes(classes))
         self.what = what
-        self.source: ImageSource = open_source(what, folders=folders or names, labelled=True, **source)
-        known = names or self.source.classes
+        self.source: ImageSource = open_source(what, classes=names, labelled=True, **source)
+        known = names.names if names else self.source.classes
         if known is None:
             raise ValueError(f"{what} needs `classes`: a list of names or a file")
         self.classes = known
@@ -118,7 +123,8 @@ class ZeroShot:
     Args:
         shards, clip_benchmark, folder, tar, cifar, split, label_key: the source; exactly one of the first
             five.
-        classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own.
+        classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own, which given ones are
+            matched with by name.
         templates: as read_templates; CLIP_benchmark folders bring their own.
         present_only: let only classes with an image compete, as ImageNet-A and ImageNet-R ask with 200 of
             1,000.
@@ -135,7 +141,7 @@ class ZeroShot:
         tar: str | None = None,
         cifar: str | None = None,
         split: str = "test",
-        classes: str | list[str] | None = None,
+        classes: Classes = None,
         templates: str | list[str] | None = None,
         label_key: str | None = None,
         present_only: bool = False,
@@ -176,9 +182,7 @@ class LinearProbe:
 
     metrics = ("top1", "mean_per_class", "C")
 
-    def __init__(
-        self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None
-    ):
+    def __init__(self, *, train: dict[str, Any], test: dict[str, Any], classes: Classes = None):
         self.train = _Labelled("linear_probe train", classes, **train)
         self.test = _Labelled("linear_probe test", classes or self.train.source.classes, **test)
 
@@ -203,7 +207,7 @@ class Consistency:
         *,
         train: dict[str, Any],
         test: dict[str, Any],
-        classes: str | list[str] | None = None,
+        classes: Classes = None,
         templates: str | list[str] | None = None,
         k: tuple[int, ...] = (1, 3, 5, 10),
     ):
