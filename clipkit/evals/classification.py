@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
+from clipkit.evals.checks import alike, groups_of, in_words
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
 from clipkit.foreign import BrokenFile, permit, read_json, read_text
@@ -170,9 +171,20 @@ def _prompt_maker(template: str) -> Callable[[str], str]:
 def zero_shot_classifier(
     encoder: Encoder, classes: Sequence[str], templates: Sequence[Callable[[str], str]]
 ) -> Tensor:
-    """(K, D) unit-norm class weights."""
+    """(K, D) unit-norm class weights; classes whose prompts are the same tokens are said, and have equal weights."""
     prompts = [template(name) for name in classes for template in templates]
-    features = encoder.texts(prompts).reshape(len(classes), len(templates), -1).mean(dim=1)
+    keys = encoder.token_keys(prompts)
+    per_class = [tuple(keys[i : i + len(templates)]) for i in range(0, len(keys), len(templates))]
+    groups = sorted(alike(per_class), key=len, reverse=True)
+    if groups:
+        count = sum(map(len, groups))
+        encoder.found(
+            "shared_prompts",
+            f"{count} of {len(classes)} classes share all their prompts' tokens with another, so that the model cannot "
+            f"tell them apart ({in_words(groups, classes)}): ties count by their expectation",
+            {"classes": count, "of": len(classes), "groups": groups_of(classes, groups)},
+        )
+    features = encoder.texts(prompts, keys=keys).reshape(len(classes), len(templates), -1).mean(dim=1)
     return features / features.norm(dim=1, keepdim=True)
 
 

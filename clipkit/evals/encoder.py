@@ -7,9 +7,11 @@ for a million images of 512 dimensions), so that a metric is the same number on 
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
+from clipkit.evals.checks import TaskRecord, alike, groups_of, in_words, is_constant
 from clipkit.evals.items import COLUMNS, ImageSource, check_faults
 
 
@@ -34,6 +37,21 @@ def check_features(features: Tensor, name: str, keys: Sequence[str] | None = Non
         )
 
 
+def _rows(tokens: Any, texts: Sequence[str]) -> Sequence[Any]:
+    """What tells each text's tokens from others', in whatever form a tokenizer gives them."""
+    if isinstance(tokens, Tensor):
+        return [row.tobytes() for row in tokens.cpu().numpy()]
+    if isinstance(tokens, Mapping) and isinstance(ids := tokens.get("input_ids"), Tensor):
+        # Padded to the longest of the batch: the mask says what is text.
+        mask = tokens.get("attention_mask", torch.ones_like(ids)).bool()
+        return [row[kept].cpu().numpy().tobytes() for row, kept in zip(ids, mask, strict=True)]
+    return [text.encode() for text in texts]
+
+
+def _digest(row: bytes) -> bytes:
+    return hashlib.blake2b(row, digest_size=16).digest()
+
+
 @dataclass
 class EncodedImages:
     """A data set after the image tower.
@@ -42,6 +60,7 @@ class EncodedImages:
         image_features: (N, D) CPU float32, unit norm.
         captions, keys, meta, where: one entry an image; `where` is its shard.
         labels: one entry an image, None where the source is not labelled or the data has none.
+        same: groups of rows whose pictures have the same pixels, and therefore the same features to the bit.
         faults: the items left out, by any rank: each with its shard and key.
         count, shards: how many items there are with those, and how many shards.
     """
@@ -52,10 +71,12 @@ class EncodedImages:
     meta: list[dict[str, Any]]
     where: list[str]
     labels: list[int | None]
+    same: list[list[int]] = field(default_factory=list)
     faults: list[DataError] = field(default_factory=list)
     count: int = 0
     shards: int = 1
     text: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    same_captions: list[list[int]] = field(default_factory=list, repr=False)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -76,10 +97,18 @@ class EncodedImages:
             self.image_features[kept] if broken else self.image_features,
             **columns,
             labels=[label for label in labels if not isinstance(label, DataError)],
+            same=_kept(self.same, kept) if broken else self.same,
             faults=[*self.faults, *broken],
             count=self.count,
             shards=self.shards,
         )
+
+
+def _kept(groups: list[list[int]], kept: list[int]) -> list[list[int]]:
+    """Groups of rows after the rows `kept` alone are left."""
+    place = {row: new for new, row in enumerate(kept)}
+    left = [[place[row] for row in group if row in place] for group in groups]
+    return [group for group in left if len(group) > 1]
 
 
 class Encoder:
@@ -91,6 +120,9 @@ class Encoder:
             model needs the second alone.
         tokenizer: list of str -> tokens with `.to(device)`.
         group: ranks that share the encoding, or None for this process alone.
+
+    Attributes:
+        record: what the present task rests on; `clipkit.evals.evaluate` begins one for each.
     """
 
     def __init__(
@@ -109,6 +141,7 @@ class Encoder:
         # By what is read, never with labels; and with the labels of one task's source.
         self._images: dict[Hashable, EncodedImages] = {}
         self._labelled: dict[ImageSource, EncodedImages] = {}
+        self.record = TaskRecord()
 
     @property
     def world(self) -> tuple[int, int]:
@@ -132,13 +165,38 @@ class Encoder:
         if source.content not in self._images:
             self._images[source.content] = self._encode_images(source)
         images = self._images[source.content]
-        if not source.labelled:
-            return images
-        if source not in self._labelled:
-            labelled = images.labelled(source)
-            self._say(labelled, source.identity, known=len(images.faults))
-            self._labelled[source] = labelled
-        return self._labelled[source]
+        if source.labelled:
+            if source not in self._labelled:
+                labelled = images.labelled(source)
+                self._say(labelled, source.identity, known=len(images.faults))
+                self._labelled[source] = labelled
+            images = self._labelled[source]
+        self._check(images, source)
+        return images
+
+    def _check(self, images: EncodedImages, source: ImageSource) -> None:
+        """Put on record what was read, pictures that are the same, and features that are all one."""
+        content = hashlib.sha256(repr((source.content, images.keys)).encode()).hexdigest()[:16]
+        facts = {"content": content, "items": len(images.keys), "skipped": len(images.faults)}
+        self.record.data[source.identity] = facts
+        if images.same:
+            count = sum(len(group) for group in images.same)
+            self.found(
+                "same_images",
+                f"{count} of {len(images.keys)} pictures of {source.identity} are the same as another "
+                f"({in_words(images.same, images.keys)})",
+                {"images": count, "groups": groups_of(images.keys, images.same)},
+            )
+        if is_constant(images.image_features):
+            self.found(
+                "constant_image_features",
+                f"the model has the same features for all {len(images.keys)} pictures of {source.identity}",
+                {"images": len(images.keys)},
+            )
+
+    def found(self, check: str, what: str, details: dict[str, Any]) -> None:
+        """Put what a check has found on the task's record, and say it once, on rank 0."""
+        self.record.found(check, what, details, say=self.world[0] == 0)
 
     def _encode_images(self, source: ImageSource) -> EncodedImages:
         if not hasattr(self.model, "encode_image"):
@@ -151,6 +209,7 @@ class Encoder:
             read = source.batches(tower.image_size, self.batch_size, rank=rank, world_size=world, **how)
             for number, batch in read:
                 image = batch.pop("image")
+                batch["pixels"] = [zlib.crc32(one) for one in image.numpy()]
                 features = (
                     self.model.encode_image(image.to(self.device)).float().cpu() if len(image) else None
                 )
@@ -158,8 +217,10 @@ class Encoder:
 
         parts = sorted(self._gather(encode()), key=lambda part: part[0])
         merged: dict[str, Any] = {
-            name: [x for part in parts for x in part[2].get(name, ())] for name in (*COLUMNS, "faults")
+            name: [x for part in parts for x in part[2].get(name, ())]
+            for name in (*COLUMNS, "faults", "pixels")
         }
+        pixels = merged.pop("pixels")
         features = [part[1] for part in parts if part[1] is not None]
         encoded = EncodedImages(
             torch.cat(features) if features else torch.empty(0, 0),
@@ -172,6 +233,14 @@ class Encoder:
         if not features:
             raise ValueError(f"{source.identity} holds no image; check the path")
         check_features(encoded.image_features, f"image_features of {source.identity}", encoded.keys)
+        # A batch's company changes a row in its last digits: what is the same picture shall tie to the bit. The sums of
+        # 32 bits are confirmed by the features.
+        x = encoded.image_features
+        for group in alike(pixels):
+            rows = [row for row in group if (x[row] - x[group[0]]).abs().max() < 1e-4]
+            if len(rows) > 1:
+                x[rows] = x[rows[0]].clone()
+                encoded.same.append(rows)
         return encoded
 
     def _say(self, images: EncodedImages, identity: str, *, known: int = 0) -> None:
@@ -198,18 +267,51 @@ class Encoder:
                     raise ValueError(f"image {key!r} of {source.identity} has no caption (or an empty one)")
             texts = [caption for captions in images.captions for caption in captions]
             index = [i for i, captions in enumerate(images.captions) for _ in captions]
-            images.text = (self.texts(texts), torch.tensor(index))
+            keys = self.token_keys(texts)
+            images.text = (self.texts(texts, keys=keys), torch.tensor(index))
+            images.same_captions = [
+                group for group in alike(keys) if len({index[place] for place in group}) > 1
+            ]
+        if images.same_captions:
+            count = sum(len(group) for group in images.same_captions)
+            texts = [caption for captions in images.captions for caption in captions]
+            self.found(
+                "shared_captions",
+                f"{count} of {len(texts)} captions of {source.identity} are the same tokens as a caption of another "
+                f"picture ({in_words(images.same_captions, texts)}): ties count by their expectation",
+                {"captions": count, "groups": groups_of(texts, images.same_captions)},
+            )
         return images.text
 
+    def token_keys(self, texts: Sequence[str]) -> list[bytes]:
+        """A digest of the tokens of each text: texts of equal keys are one to the model."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        rank, world = self.world
+
+        def digests() -> Iterator[tuple[int, list[bytes]]]:
+            for start in range(rank * self.batch_size, len(distinct), world * self.batch_size):
+                some = distinct[start : start + self.batch_size]
+                yield start, [_digest(tokens) for tokens in _rows(self.tokenizer(some), some)]
+
+        parts = sorted(self._gather(digests()), key=lambda part: part[0])
+        key = dict(zip(distinct, (one for _, keys in parts for one in keys), strict=True))
+        return [key[text] for text in texts]
+
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), D) CPU float32, unit norm, in the order given."""
+    def texts(self, texts: Sequence[str], *, keys: Sequence[bytes] | None = None) -> Tensor:
+        """(len(texts), D) CPU float32, unit norm, in the order given.
+
+        Args:
+            keys: `token_keys` of the texts, where they are known.
+        """
         if not texts:
             raise ValueError("there is no text to encode")
         rank, world = self.world
-        # Each distinct text once, so that equal texts have equal features to the bit. Texts of like length
-        # share a batch: a tokenizer that pads to the longest then pads little.
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        keys = self.token_keys(texts) if keys is None else keys
+        # Each distinct row of tokens once, so that what is one to the model has equal features to the bit. Texts of like
+        # length share a batch: a tokenizer that pads to the longest then pads little.
+        shown = {key: text for text, key in sorted(zip(texts, keys, strict=True), reverse=True)}
+        distinct = sorted(shown.values(), key=lambda text: (len(text), text))
         batches = [
             range(i, min(i + self.batch_size, len(distinct)))
             for i in range(0, len(distinct), self.batch_size)
@@ -223,8 +325,11 @@ class Encoder:
         parts = sorted(self._gather(encode()), key=lambda part: part[0].start)
         features = torch.cat([values for _, values in parts])
         check_features(features, "text_features", distinct)
+        if is_constant(features):
+            what = f"the model has the same features for all {len(distinct)} texts"
+            self.found("constant_text_features", what, {"texts": len(distinct)})
         place = {text: row for row, text in enumerate(distinct)}
-        return features[[place[text] for text in texts]]
+        return features[[place[shown[key]] for key in keys]]
 
     def _gather(self, work: Iterator[Any]) -> list[Any]:
         """Every rank's results in one list. An error on one rank is an error on all: none is left waiting for

@@ -84,9 +84,9 @@ def consistency_scores(
 ) -> dict[str, float]:
     """How often image space and text space predict the same class (CyCLIP: Goel et al., 2022, section 4.1).
 
-    The text space's prediction is the zero-shot class; the image space's is the majority among the k nearest
-    training images. A tied vote goes to the class of the nearest image among the tied ones; equal scores to
-    the lower index.
+    The text space's prediction is the zero-shot class, of equally near ones each as likely, so that classes with one
+    prompt neither gain nor lose. The image space's is the majority among the k nearest training images. A tied vote
+    goes to the class of the nearest image among the tied ones; equally near images stand in their order.
 
     Args:
         image_features: (N, D) test images, unit norm.
@@ -102,15 +102,18 @@ def consistency_scores(
         raise ValueError(
             f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}"
         )
-    agree = dict.fromkeys(k, 0)
+    agree = dict.fromkeys(k, 0.0)
+    tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     train, weights = train_features.double(), classifier.double()
     for start in range(0, len(image_features), 1024):
         x = image_features[start : start + 1024].double()
-        zero_shot = (x @ weights.T).argmax(1)
+        scores = x @ weights.T
+        nearest_classes = (scores >= scores.amax(1, keepdim=True) - tolerance).double()
+        likely = nearest_classes / nearest_classes.sum(1, keepdim=True)
         order = (x @ train.T).sort(dim=1, descending=True, stable=True).indices[:, : max(k)]
         neighbours = train_labels[order]
         for nearest in k:
-            agree[nearest] += int((majority(neighbours[:, :nearest]) == zero_shot).sum())
+            agree[nearest] += float(likely.gather(1, majority(neighbours[:, :nearest])[:, None]).sum())
     return {f"consistency@{nearest}": count / len(image_features) for nearest, count in agree.items()}
 
 

@@ -104,7 +104,17 @@ class _Labelled:
 
     def encode(self, encoder: Encoder) -> tuple:
         images = encoder.images(self.source)
-        return images.image_features, image_labels(images, self.what)
+        labels = image_labels(images, self.what)
+        empty = sorted({*range(len(self.classes))} - {*labels.tolist()})
+        if empty:
+            names = [self.classes[label] for label in empty]
+            encoder.found(
+                "empty_classes",
+                f"{len(empty)} of {len(self.classes)} classes have no picture in {self.source.identity} "
+                f"({', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''})",
+                {"classes": len(empty), "of": len(self.classes), "names": names[:10]},
+            )
+        return images.image_features, labels
 
     def skipped(self, encoder: Encoder) -> dict[str, int]:
         """`EncodedImages.skipped` of what `encode` read."""
@@ -160,14 +170,17 @@ class ZeroShot:
         self.templates, self.present_only = self.data.templates(templates), present_only
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        features, labels = self.data.encode(encoder)
         classes = self.data.classes
         if self.present_only:
+            features, labels = self.data.encode(encoder)
             present, labels = labels.unique(return_inverse=True)
             classes = [classes[label] for label in present.tolist()]
-        metrics = classification_metrics(
-            features, zero_shot_classifier(encoder, classes, self.templates), labels
-        )
+            classifier = zero_shot_classifier(encoder, classes, self.templates)
+        else:
+            # First: what is wrong with the prompts is said before the pictures are encoded.
+            classifier = zero_shot_classifier(encoder, classes, self.templates)
+            features, labels = self.data.encode(encoder)
+        metrics = classification_metrics(features, classifier, labels)
         return {**metrics, **self.data.skipped(encoder)}
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from clipkit.distributed import resolve_group
+from clipkit.evals.checks import TaskRecord
 from clipkit.evals.encoder import Encoder
 from clipkit.registry import Registry, check_keys, unknown
 
@@ -85,6 +86,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     group: ProcessGroup | str | None = None,
+    records: dict[str, TaskRecord] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run evaluation tasks on a model; a data set used by several tasks is encoded once.
 
@@ -96,6 +98,7 @@ def evaluate(
         batch_size: images or texts a forward pass.
         group: ranks that share the work ("auto": the default group, when there is one); every rank must call
             this and every rank gets the same numbers. None: this process alone.
+        records: is filled with what each task rests on: its data, and what the checks before scoring found.
 
     Returns:
         {task: {metric: value}}.
@@ -110,7 +113,10 @@ def evaluate(
     try:
         results = {}
         for name, task in built.items():
+            encoder.record = TaskRecord()
             results[name] = task(encoder)
+            if records is not None:
+                records[name] = encoder.record
             stated = getattr(task, "metrics", None)
             if stated is not None and (unnamed := results[name].keys() - {*stated, "skipped"}):
                 raise RuntimeError(

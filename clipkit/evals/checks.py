@@ -1,0 +1,64 @@
+"""What is looked at before a task is scored, and what its numbers rest on: kept, and said once.
+
+Numbers stay right where something is found (ties count by their expectation over a random order), but mean less than
+they seem to: classes whose prompts are the same tokens, pictures that are the same, features that are all one, classes
+without a picture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# Groups and names that a message or a file lists.
+_LISTED = 10
+_said: set[str] = set()
+
+
+@dataclass
+class TaskRecord:
+    """What one task was scored on.
+
+    Attributes:
+        data: {source: {"content": digest, "items": number scored, "skipped": number left out}}.
+        checks: {check: what was found}, empty where nothing was.
+    """
+
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+
+    def found(self, check: str, what: str, details: dict[str, Any], *, say: bool) -> None:
+        """Keep what a check has found; the first time in a process, say it."""
+        self.checks[check] = {"found": what, **details}
+        if say and what not in _said:
+            _said.add(what)
+            print(f"clipkit.evals: {what}", file=sys.stderr, flush=True)
+
+
+def alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal keys, each group of two or more in order."""
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    return [group for group in places.values() if len(group) > 1]
+
+
+def groups_of(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[list[str]]:
+    """The names in the first groups, to be listed."""
+    return [[names[place] for place in group[:_LISTED]] for group in groups[:_LISTED]]
+
+
+def in_words(groups: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """The first group in words: 'tench' = 'goldfish' = ..."""
+    first = groups[0]
+    return " = ".join(repr(names[place]) for place in first[:4]) + (" = ..." if len(first) > 4 else "")
+
+
+def is_constant(features: Tensor) -> bool:
+    """Whether several rows of unit-norm features are one, up to rounding."""
+    return len(features) > 1 and float((features.amax(0) - features.amin(0)).max()) < 1e-6
