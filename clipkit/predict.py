@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
+from clipkit.evals.checks import TaskRecord
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
 from clipkit.evals.items import IMAGE_SUFFIXES, load_image
@@ -35,6 +36,7 @@ class Predictor:
 
     Attributes:
         skipped: {path: reason} of the images of the last call that could not be read.
+        alike: groups of the last call's classes whose prompts are the same tokens: the model cannot tell them apart.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Predictor:
             loaded = model
         self.encoder = Encoder(loaded.eval(), tokenizer, device=device, batch_size=batch_size)
         self.skipped: dict[str, str] = {}
+        self.alike: list[list[str]] = []
 
     @torch.no_grad()
     def embed_images(self, images: str | Path | Iterable[str | Path]) -> tuple[list[str], Tensor]:
@@ -117,19 +120,30 @@ class Predictor:
     ) -> list[tuple[str, list[tuple[str, float]]]]:
         """The k likeliest classes of every image: [(path, [(class, probability), ...]), ...].
 
+        A model with a logit_bias was trained pair by pair (SigLIP): its probabilities are sigmoids, which need not add up
+        to 1. Others have a softmax over the classes. Equal ones stand in the order of `classes`; see `alike`.
+
         Args:
             templates: as clipkit.evals.classification.read_templates.
-            logit_scale: of the softmax; None: the model's own, or 100.
+            logit_scale: of the cosines; None: the model's own, or 100.
         """
         if not classes:
             raise ValueError("classify needs a list of class names")
-        scale = logit_scale or float(
-            torch.as_tensor(getattr(self.encoder.model, "logit_scale", 100.0)).detach()
-        )
+        if logit_scale is not None and logit_scale <= 0:
+            raise ValueError(f"logit_scale is a multiplier above 0, not {logit_scale}")
+        model = self.encoder.model
+        scale = getattr(model, "logit_scale", 100.0) if logit_scale is None else logit_scale
+        scale = float(torch.as_tensor(scale).detach())
+        bias = getattr(model, "logit_bias", None)
+        self.encoder.record = TaskRecord()
         weights = zero_shot_classifier(self.encoder, list(classes), read_templates(templates))
+        self.alike = self.encoder.record.checks.get("shared_prompts", {}).get("groups", [])
         keys, features = self.embed_images(images)
-        best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
-        rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
+        logits = scale * (features.double() @ weights.double().T)
+        probabilities = logits.softmax(1) if bias is None else (logits + float(bias)).sigmoid()
+        # A stable order: topk leaves equal ones in any.
+        values, order = probabilities.sort(dim=1, descending=True, stable=True)
+        rows = zip(keys, order[:, :k].tolist(), values[:, :k].tolist(), strict=True)
         return [
             (key, [(classes[int(i)], float(p)) for i, p in zip(found, values, strict=True)])
             for key, found, values in rows

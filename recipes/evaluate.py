@@ -24,7 +24,7 @@ import torch
 
 from clipkit.checkpoint import find_checkpoint
 from clipkit.evals import evaluate as score
-from clipkit.evals.models import load_any
+from clipkit.evals.models import load_any, other_library
 from clipkit.files import write_json
 from clipkit.foreign import blamed_on, checked, named_by, output_in_run, readable, shown
 from clipkit.loading import load_model
@@ -44,7 +44,7 @@ def evaluate(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
     """
     device, source, tasks = choose_device(config["device"]), config["checkpoint"], config["eval"]
     with ExitStack() as strangers:
-        if source.partition(":")[0] in ("open_clip", "sentence_transformers"):
+        if other_library(source):
             path, own = None, {}
             model, tokenizer = load_any(source, device=device)
         else:

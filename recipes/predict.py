@@ -6,7 +6,8 @@
     clipkit-predict search   runs/quickstart/default "a red circle" photos.npy
     clipkit-predict classify runs/quickstart/default photos/ --labels cat,dog --top 2
 
-MODEL is a run or checkpoint folder, open_clip:NAME[=WEIGHTS], or (texts alone) sentence_transformers:FOLDER.
+MODEL is a run or checkpoint folder, a folder that clipkit-export wrote, open_clip:NAME[=WEIGHTS],
+open_clip:local-dir:FOLDER, open_clip:hf-hub:NAME, or (texts alone) sentence_transformers:FOLDER.
 Results go to standard output, one JSON line a file or query; unreadable images are named on standard error
 and left out.
 """
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 from clipkit.evals.classification import read_classes
+from clipkit.evals.models import other_library
 from clipkit.foreign import blamed_on, named_by
 from clipkit.predict import Predictor, load_embeddings, save_embeddings
 
@@ -67,16 +69,16 @@ def classify(given: argparse.Namespace) -> None:
     for key, found in predictor.classify(
         given.images, classes, templates=given.templates or "plain", k=given.top
     ):
-        print(
-            json.dumps(
-                {"file": key, "labels": [{"label": label, "probability": round(p, 6)} for label, p in found]}
-            )
-        )
+        labels = [{"label": label, "probability": round(p, 6)} for label, p in found]
+        for one in labels:
+            if same := next((group for group in predictor.alike if one["label"] in group), None):
+                one["same_prompt_as"] = [label for label in same if label != one["label"]]
+        print(json.dumps({"file": key, "labels": labels}))
     _tell_skipped(predictor)
 
 
 def _predictor(given: argparse.Namespace) -> Predictor:
-    if given.model.partition(":")[0] in ("open_clip", "sentence_transformers"):
+    if other_library(given.model):
         return Predictor(given.model, device=given.device, batch_size=given.batch_size)
     with blamed_on(given.model), named_by(given.model):
         return Predictor(given.model, device=given.device, batch_size=given.batch_size)

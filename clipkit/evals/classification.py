@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
-from clipkit.evals.checks import alike, groups_of, in_words
+from clipkit.evals.checks import alike, in_words
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
 from clipkit.evals.retrieval import hit_probability
 from clipkit.foreign import BrokenFile, permit, read_json, read_text
@@ -182,7 +182,11 @@ def zero_shot_classifier(
             "shared_prompts",
             f"{count} of {len(classes)} classes share all their prompts' tokens with another, so that the model cannot "
             f"tell them apart ({in_words(groups, classes)}): ties count by their expectation",
-            {"classes": count, "of": len(classes), "groups": groups_of(classes, groups)},
+            {
+                "classes": count,
+                "of": len(classes),
+                "groups": [[classes[row] for row in group] for group in groups],
+            },
         )
     features = encoder.texts(prompts, keys=keys).reshape(len(classes), len(templates), -1).mean(dim=1)
     return features / features.norm(dim=1, keepdim=True)
