@@ -35,7 +35,8 @@ class Predictor:
     """A model ready for files: a clipkit run or checkpoint folder, or what load_any takes.
 
     Attributes:
-        skipped: {path: reason} of the images of the last call that could not be read.
+        skipped: {path: reason} of the images of the last call that could not be read, and of a folder's pictures in
+            formats that are not.
         alike: groups of the last call's classes whose prompts are the same tokens: the model cannot tell them apart.
     """
 
@@ -67,12 +68,13 @@ class Predictor:
         Raises:
             ValueError: no image at all could be read.
         """
+        images = images if isinstance(images, (str, Path)) else list(images)
         paths = find_images(images)
         if not hasattr(self.encoder.model, "encode_image"):
             raise ValueError(f"{type(self.encoder.model).__name__} encodes text only")
         tower = self.encoder.model.image_tower
         how = resizing_of(tower)
-        self.skipped, keys, parts = {}, [], []
+        self.skipped, keys, parts = unread_files(images), [], []
         for start in range(0, len(paths), self.encoder.batch_size):
             batch = []
             for path in paths[start : start + self.encoder.batch_size]:
@@ -170,6 +172,25 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     return found
 
 
+# Pictures in formats that are not read: left out by name, not in silence.
+UNREAD_SUFFIXES = frozenset(
+    f".{one}"
+    for one in "svg psd eps ai ico icns tga hdr exr dds pcx xcf jxr wdp raw dng cr2 cr3 nef arw orf rw2 raf".split()
+)
+
+
+def unread_files(images: str | Path | Iterable[str | Path]) -> dict[str, str]:
+    """{path: reason} of the pictures in a folder (at any depth) that `find_images` leaves out for their format."""
+    given = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
+    return {
+        str(file): "pictures of this format are not read: convert it, for instance to JPEG"
+        for path in given
+        if path.is_dir()
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in UNREAD_SUFFIXES
+    }
+
+
 def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> None:
     """Write PATH.npy with PATH.keys.json beside it, or one .parquet with the columns key and embedding."""
     path = Path(path)
@@ -222,7 +243,9 @@ def load_embeddings(path: str | Path) -> tuple[list[str], Tensor]:
             f"{path} holds an array of shape {values.shape} and type {values.dtype.str} with {len(keys)} keys; expected "
             "(rows, dimensions) of floats and a key for each row"
         )
-    features = torch.from_numpy(numpy.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
+    values = numpy.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
+    # A buffer of Arrow's, or a file that is mapped, must not be written to.
+    features = torch.from_numpy(values if values.flags.writeable else values.copy())
     check_features(features, str(path), keys)
     return keys, features
 
@@ -243,13 +266,22 @@ def _read_npy(path: Path) -> numpy.ndarray:
 def _read_parquet(path: Path) -> tuple[list[str], numpy.ndarray]:
     try:
         import pyarrow
-        from pyarrow import parquet
+        from pyarrow import compute, parquet
     except ImportError as error:
         raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         table = parquet.read_table(path, columns=["key", "embedding"])
         keys = table["key"].to_pylist()
-        values = numpy.array(table["embedding"].to_pylist(), dtype=numpy.float32)
+        column = table["embedding"]
+        lengths = set(compute.list_value_length(column).unique().to_pylist())
+        if len(lengths) != 1 or (dimensions := lengths.pop()) is None:
+            raise ValueError("rows of unequal length")
+        # Arrow's own buffers: a Python object for each number takes twenty times the memory.
+        parts = [chunk.flatten() for chunk in column.iterchunks()]
+        if any(part.null_count for part in parts):
+            raise ValueError("a number is missing")
+        parts = [part.to_numpy(zero_copy_only=False).reshape(-1, dimensions) for part in parts]
+        values = parts[0] if len(parts) == 1 else numpy.concatenate(parts)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError):
         raise BrokenFile(
             f"{path} is no Parquet file with the columns key and embedding: it is damaged, or another"

@@ -7,6 +7,7 @@ without a picture.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -25,12 +26,18 @@ class TaskRecord:
     """What one task was scored on.
 
     Attributes:
-        data: {source: {"content": digest, "items": number scored, "skipped": number left out}}.
+        data: {source: {"items": number scored, "skipped": number left out, "digest": of their keys, texts, labels and
+            pixels at the model's size}}, which tells whether two numbers are of the same data.
         checks: {check: what was found}, empty where nothing was.
     """
 
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, source: str, content: Any, *, items: int, skipped: int = 0) -> None:
+        """Keep what a task has read."""
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        self.data[source] = {"items": items, "skipped": skipped, "digest": digest}
 
     def found(self, check: str, what: str, details: dict[str, Any], *, say: bool) -> None:
         """Keep what a check has found; the first time in a process, say it."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
 from clipkit.evals.checks import TaskRecord, alike, groups_of, in_words, is_constant
 from clipkit.evals.items import COLUMNS, ImageSource, check_faults
+
+T = TypeVar("T")
+
+# Seconds between two lines about one data set.
+EVERY = 10.0
 
 
 def check_features(features: Tensor, name: str, keys: Sequence[str] | None = None) -> None:
@@ -58,7 +64,8 @@ class EncodedImages:
 
     Attributes:
         image_features: (N, D) CPU float32, unit norm.
-        captions, keys, meta, where: one entry an image; `where` is its shard.
+        captions, keys, meta, where, pixels: one entry an image; `where` is its shard, `pixels` a sum (CRC-32) of its
+            pixels as the model saw them.
         labels: one entry an image, None where the source is not labelled or the data has none.
         same: groups of rows whose pictures have the same pixels, and therefore the same features to the bit.
         faults: the items left out, by any rank: each with its shard and key.
@@ -70,6 +77,7 @@ class EncodedImages:
     keys: list[str]
     meta: list[dict[str, Any]]
     where: list[str]
+    pixels: list[int]
     labels: list[int | None]
     same: list[list[int]] = field(default_factory=list)
     faults: list[DataError] = field(default_factory=list)
@@ -92,7 +100,9 @@ class EncodedImages:
             for row, label in enumerate(labels)
             if isinstance(label, DataError)
         ]
-        columns: dict[str, Any] = {name: [getattr(self, name)[row] for row in kept] for name in COLUMNS}
+        columns: dict[str, Any] = {
+            name: [getattr(self, name)[row] for row in kept] for name in (*COLUMNS, "pixels")
+        }
         return EncodedImages(
             self.image_features[kept] if broken else self.image_features,
             **columns,
@@ -120,6 +130,7 @@ class Encoder:
             model needs the second alone.
         tokenizer: list of str -> tokens with `.to(device)`.
         group: ranks that share the encoding, or None for this process alone.
+        progress: is given lines that say how far the work has come, on rank 0; None: nothing is said.
 
     Attributes:
         record: what the present task rests on; `clipkit.evals.evaluate` begins one for each.
@@ -133,6 +144,7 @@ class Encoder:
         device: str | torch.device = "cpu",
         batch_size: int = 64,
         group: ProcessGroup | None = None,
+        progress: Callable[[str], None] | None = None,
     ):
         # One of several classes that share their methods' names alone.
         self.model: Any = model
@@ -142,6 +154,24 @@ class Encoder:
         self._images: dict[Hashable, EncodedImages] = {}
         self._labelled: dict[ImageSource, EncodedImages] = {}
         self.record = TaskRecord()
+        self._progress = progress
+
+    def tell(self, line: str) -> None:
+        """Say how far the work has come, where somebody wants to know."""
+        if self._progress is not None and self.world[0] == 0:
+            self._progress(line)
+
+    def _told(self, what: str, total: Callable[[], int], work: Iterable[tuple[int, T]]) -> Iterator[T]:
+        """Pairs (number of items, result) as results; says every ten seconds how many items this rank has done."""
+        done, began = 0, time.monotonic()
+        last = began
+        for count, result in work:
+            yield result
+            done, now = done + count, time.monotonic()
+            if now - last >= EVERY:
+                last = now
+                share = f" of this rank's about {-(-total() // self.world[1])}" if total() else ""
+                self.tell(f"{done}{share} {what}, {done / (now - began):.0f}/s")
 
     @property
     def world(self) -> tuple[int, int]:
@@ -176,9 +206,12 @@ class Encoder:
 
     def _check(self, images: EncodedImages, source: ImageSource) -> None:
         """Put on record what was read, pictures that are the same, and features that are all one."""
-        content = hashlib.sha256(repr((source.content, images.keys)).encode()).hexdigest()[:16]
-        facts = {"content": content, "items": len(images.keys), "skipped": len(images.faults)}
-        self.record.data[source.identity] = facts
+        self.record.read(
+            source.identity,
+            (images.keys, images.captions, images.labels, images.pixels),
+            items=len(images.keys),
+            skipped=len(images.faults),
+        )
         if images.same:
             count = sum(len(group) for group in images.same)
             self.found(
@@ -205,7 +238,7 @@ class Encoder:
         tower = self.model.image_tower
         how = resizing_of(tower)
 
-        def encode() -> Iterator[tuple[int, Tensor | None, dict[str, Any]]]:
+        def encode() -> Iterator[tuple[int, tuple[int, Tensor | None, dict[str, Any]]]]:
             read = source.batches(tower.image_size, self.batch_size, rank=rank, world_size=world, **how)
             for number, batch in read:
                 image = batch.pop("image")
@@ -213,14 +246,14 @@ class Encoder:
                 features = (
                     self.model.encode_image(image.to(self.device)).float().cpu() if len(image) else None
                 )
-                yield number, features, batch
+                yield len(image), (number, features, batch)
 
-        parts = sorted(self._gather(encode()), key=lambda part: part[0])
+        told = self._told(f"pictures of {source.identity}", lambda: source.count, encode())
+        parts = sorted(self._gather(told), key=lambda part: part[0])
         merged: dict[str, Any] = {
             name: [x for part in parts for x in part[2].get(name, ())]
             for name in (*COLUMNS, "faults", "pixels")
         }
-        pixels = merged.pop("pixels")
         features = [part[1] for part in parts if part[1] is not None]
         encoded = EncodedImages(
             torch.cat(features) if features else torch.empty(0, 0),
@@ -236,7 +269,7 @@ class Encoder:
         # A batch's company changes a row in its last digits: what is the same picture shall tie to the bit. The sums of
         # 32 bits are confirmed by the features.
         x = encoded.image_features
-        for group in alike(pixels):
+        for group in alike(encoded.pixels):
             rows = [row for row in group if (x[row] - x[group[0]]).abs().max() < 1e-4]
             if len(rows) > 1:
                 x[rows] = x[rows[0]].clone()
@@ -317,12 +350,13 @@ class Encoder:
             for i in range(0, len(distinct), self.batch_size)
         ]
 
-        def encode() -> Iterator[tuple[range, Tensor]]:
+        def encode() -> Iterator[tuple[int, tuple[range, Tensor]]]:
             for rows in batches[rank::world]:
                 tokens = self.tokenizer([distinct[i] for i in rows]).to(self.device)
-                yield rows, self.model.encode_text(tokens).float().cpu()
+                yield len(rows), (rows, self.model.encode_text(tokens).float().cpu())
 
-        parts = sorted(self._gather(encode()), key=lambda part: part[0].start)
+        told = self._told("texts", lambda: len(distinct), encode())
+        parts = sorted(self._gather(told), key=lambda part: part[0].start)
         features = torch.cat([values for _, values in parts])
         check_features(features, "text_features", distinct)
         if is_constant(features):

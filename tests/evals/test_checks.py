@@ -184,3 +184,17 @@ def test_a_blind_image_tower_is_said(shards, capfd):
     assert found["text_to_image_R@1"] == pytest.approx(1 / 12)
     assert record.checks["constant_image_features"]["images"] == 12
     assert "the same features for all 12 pictures" in capfd.readouterr().err
+
+
+def test_a_long_evaluation_says_how_far_it_has_come(shards, monkeypatch):
+    task = {"kind": "retrieval", "shards": shards}
+    lines: list[str] = []
+    evaluate(WordModel(), tokenize, {"r": task, "s": task}, batch_size=5, progress=lines.append)
+    assert lines == ["r, task 1 of 2", "s, task 2 of 2"], "nothing more within ten seconds"
+    monkeypatch.setattr("clipkit.evals.encoder.EVERY", 0.0)
+    lines.clear()
+    evaluate(WordModel(), tokenize, {"r": task}, batch_size=5, progress=lines.append)
+    assert [line.partition(" pictures")[0] for line in lines[1:4]] == [
+        f"{n} of this rank's about 12" for n in (5, 10, 12)
+    ]
+    assert "texts" in lines[4] and lines[1].endswith("/s")
