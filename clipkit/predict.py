@@ -273,7 +273,7 @@ def _read_parquet(path: Path) -> tuple[list[str], numpy.ndarray]:
         table = parquet.read_table(path, columns=["key", "embedding"])
         keys = table["key"].to_pylist()
         column = table["embedding"]
-        lengths = set(compute.list_value_length(column).unique().to_pylist())
+        lengths = set(compute.call_function("list_value_length", [column]).unique().to_pylist())
         if len(lengths) != 1 or (dimensions := lengths.pop()) is None:
             raise ValueError("rows of unequal length")
         # Arrow's own buffers: a Python object for each number takes twenty times the memory.

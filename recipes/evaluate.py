@@ -9,7 +9,7 @@
     torchrun --nproc-per-node=4 -m clipkit.recipes.evaluate checkpoint=runs/quickstart/default   # the work shared
 
 The table is printed, and every number written to a JSON file with the settings and the data it was computed by:
-date, versions, how many items, their digest, and what the checks before scoring found. Lines on standard error say how
+date, versions, how many items, their digest, 95 % intervals, chance levels, and what the checks before scoring found. Lines on standard error say how
 far it has come.
 
 A checkpoint may come from anybody: its own tasks read files below the present folder or in the folder given alone,
@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +39,7 @@ from clipkit.files import write_json
 from clipkit.foreign import blamed_on, checked, named_by, output_in_run, read_json, readable, shown
 from clipkit.loading import load_model
 from clipkit.training.process import choose_device, process_group
-from clipkit.training.run_folder import flatten, table, versions
+from clipkit.training.run_folder import flatten, versions
 
 
 def evaluate(config: Mapping[str, Any], run_dir: Path) -> dict[str, float]:
@@ -101,6 +100,7 @@ def _evaluate(config: Mapping[str, Any], device: torch.device, rank: int, world:
         results = run_tasks(model, tokenizer, built, **options, records=records, progress=tell)
     metrics = flatten(results)
     if rank == 0:
+        scores = {name: record.numbers(results[name]) for name, record in records.items()}
         numbers = {
             "checkpoint": str(path or source),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -109,14 +109,29 @@ def _evaluate(config: Mapping[str, Any], device: torch.device, rank: int, world:
             "batch_size": config["batch_size"],
             "tasks": shown(tasks),
             "metrics": metrics,
-            "records": {name: asdict(record) for name, record in records.items()},
+            "scores": {
+                f"{name}/{metric}": one for name, found in scores.items() for metric, one in found.items()
+            },
+            "records": {
+                name: {"data": record.data, "checks": record.checks} for name, record in records.items()
+            },
         }
         identity = [str(path or source), tasks, [record.data for record in records.values()]]
         output = _output(config, path, tasks, sha256(repr(identity).encode()).hexdigest()[:8])
         write_json(output, numbers)
-        lines = table({readable(name): value for name, value in metrics.items()})
-        print(f"{path or source}\n{lines}\nwritten to {output}")
+        print(f"{path or source}\n{_table(numbers['scores'])}\nwritten to {output}")
     return metrics
+
+
+def _table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a metric: its value, the 95 % interval over the items, what guessing has, and the number of items."""
+    lines = [f"{'':<44}{'value':>10}{'95 % interval':>24}{'chance':>10}{'items':>9}"]
+    for name, one in scores.items():
+        bounds = "[{:.4g}, {:.4g}]".format(*one["interval"]) if one["interval"] else "-"
+        chance = "-" if one["chance"] is None else f"{one['chance']:.4g}"
+        items = "-" if one["n"] is None else str(one["n"])
+        lines.append(f"  {readable(name):<42}{one['value']:>10.4g}{bounds:>24}{chance:>10}{items:>9}")
+    return "\n".join(lines)
 
 
 def _output(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from clipkit.evals.interval import Scored, intervals
 
 # Groups and names that a message or a file lists.
 _LISTED = 10
@@ -29,10 +31,25 @@ class TaskRecord:
         data: {source: {"items": number scored, "skipped": number left out, "digest": of their keys, texts, labels and
             pixels at the model's size}}, which tells whether two numbers are of the same data.
         checks: {check: what was found}, empty where nothing was.
+        scored: {metric: its items, for intervals, and its chance level}, as far as the task gives them.
     """
 
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
+    scored: dict[str, Scored] = field(default_factory=dict)
+
+    def numbers(self, metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        """{metric: {"value", "n", "interval" of 95 % or None, "chance" or None}}."""
+        bounds = intervals({name: one for name, one in self.scored.items() if name in metrics})
+        return {
+            name: {
+                "value": value,
+                "n": self.scored[name].n if name in self.scored else None,
+                "interval": bounds.get(name),
+                "chance": self.scored[name].chance if name in self.scored else None,
+            }
+            for name, value in metrics.items()
+        }
 
     def read(self, source: str, content: Any, *, items: int, skipped: int = 0) -> None:
         """Keep what a task has read."""

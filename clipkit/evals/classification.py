@@ -20,6 +20,7 @@ from torch import Tensor
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
 from clipkit.evals.checks import alike, in_words
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
+from clipkit.evals.interval import Scored, mean_of, mean_of_groups
 from clipkit.evals.retrieval import hit_probability
 from clipkit.foreign import BrokenFile, permit, read_json, read_text
 from clipkit.registry import unknown
@@ -197,13 +198,16 @@ def zero_shot_logits(image_features: Tensor, classifier: Tensor) -> Tensor:
     return 100.0 * image_features.float() @ classifier.float().T
 
 
-def classification_metrics(image_features: Tensor, classifier: Tensor, labels: Tensor) -> dict[str, float]:
+def classification_metrics(
+    image_features: Tensor, classifier: Tensor, labels: Tensor, *, scored: dict[str, Scored] | None = None
+) -> dict[str, float]:
     """top1, top5 and mean_per_class (mean over the classes present of their top-1), as fractions of 1.
 
     Args:
         image_features: (N, D), unit norm.
         classifier: (K, D).
         labels: (N,) int64 in 0..K-1.
+        scored: is filled with each metric's images, for `clipkit.evals.interval`, and its chance level.
     """
     check_features(image_features, "image_features")
     check_features(classifier, "class weights")
@@ -228,6 +232,11 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
     count = torch.bincount(labels, minlength=len(classifier))
     per_class = torch.zeros(len(classifier), dtype=torch.float64).scatter_add_(0, labels, top1)
     present = count > 0
+    if scored is not None:
+        guess = 1 / len(classifier)
+        scored["top1"] = mean_of(top1, chance=guess)
+        scored["top5"] = mean_of(top5, chance=min(5, len(classifier)) * guess)
+        scored["mean_per_class"] = mean_of_groups(top1, labels, chance=guess)
     return {
         "top1": float(top1.mean()),
         "top5": float(top5.mean()),

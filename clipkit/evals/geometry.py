@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from clipkit.evals.encoder import check_features
+from clipkit.evals.interval import Scored, mean_of
 
 
 def geometry_metrics(
@@ -81,6 +82,7 @@ def consistency_scores(
     train_labels: Tensor,
     *,
     k: tuple[int, ...] = (1, 3, 5, 10),
+    scored: dict[str, Scored] | None = None,
 ) -> dict[str, float]:
     """How often image space and text space predict the same class (CyCLIP: Goel et al., 2022, section 4.1).
 
@@ -92,6 +94,7 @@ def consistency_scores(
         image_features: (N, D) test images, unit norm.
         classifier: (K, D) zero-shot class weights.
         train_features, train_labels: (T, D) unit norm and (T,) int64 in 0..K-1; T at least max(k).
+        scored: is filled with each metric's test images, for `clipkit.evals.interval`, and its chance level.
 
     Returns:
         `consistency@k` as fractions of 1.
@@ -102,7 +105,7 @@ def consistency_scores(
         raise ValueError(
             f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}"
         )
-    agree = dict.fromkeys(k, 0.0)
+    agree: dict[int, list[Tensor]] = {nearest: [] for nearest in k}
     tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     train, weights = train_features.double(), classifier.double()
     for start in range(0, len(image_features), 1024):
@@ -113,8 +116,11 @@ def consistency_scores(
         order = (x @ train.T).sort(dim=1, descending=True, stable=True).indices[:, : max(k)]
         neighbours = train_labels[order]
         for nearest in k:
-            agree[nearest] += float(likely.gather(1, majority(neighbours[:, :nearest])[:, None]).sum())
-    return {f"consistency@{nearest}": count / len(image_features) for nearest, count in agree.items()}
+            agree[nearest].append(likely.gather(1, majority(neighbours[:, :nearest])[:, None]).squeeze(1))
+    found = {f"consistency@{nearest}": torch.cat(parts) for nearest, parts in agree.items()}
+    if scored is not None:
+        scored |= {name: mean_of(values, chance=1 / len(classifier)) for name, values in found.items()}
+    return {name: float(values.mean()) for name, values in found.items()}
 
 
 def majority(labels: Tensor) -> Tensor:

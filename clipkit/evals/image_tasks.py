@@ -57,7 +57,11 @@ class Retrieval:
         encoded = encoder.images(self.source)
         images = encoded.image_features.to(encoder.ranking_device)
         metrics = retrieval_metrics(
-            images, text_features.to(images.device), index.to(images.device), group=encoder.group
+            images,
+            text_features.to(images.device),
+            index.to(images.device),
+            group=encoder.group,
+            scored=encoder.record.scored,
         )
         return {**metrics, **encoded.skipped}
 
@@ -180,7 +184,7 @@ class ZeroShot:
             # First: what is wrong with the prompts is said before the pictures are encoded.
             classifier = zero_shot_classifier(encoder, classes, self.templates)
             features, labels = self.data.encode(encoder)
-        metrics = classification_metrics(features, classifier, labels)
+        metrics = classification_metrics(features, classifier, labels, scored=encoder.record.scored)
         return {**metrics, **self.data.skipped(encoder)}
 
 
@@ -201,7 +205,10 @@ class LinearProbe:
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         metrics = linear_probe_metrics(
-            *self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes)
+            *self.train.encode(encoder),
+            *self.test.encode(encoder),
+            classes=len(self.train.classes),
+            scored=encoder.record.scored,
         )
         return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
@@ -232,7 +239,9 @@ class Consistency:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         classifier = zero_shot_classifier(encoder, self.test.classes, self.templates)
         train, labels = self.train.encode(encoder)
-        metrics = consistency_scores(self.test.encode(encoder)[0], classifier, train, labels, k=self.k)
+        metrics = consistency_scores(
+            self.test.encode(encoder)[0], classifier, train, labels, k=self.k, scored=encoder.record.scored
+        )
         return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
 
@@ -261,5 +270,11 @@ class Compositional:
         rows = pair_rows(pairs, images)
         right = encoder.texts([pair["caption"] for pair in pairs])
         wrong = encoder.texts([pair["negative_caption"] for pair in pairs])
-        metrics = choice_metrics(images.image_features[rows], right, wrong, [pair["task"] for pair in pairs])
+        metrics = choice_metrics(
+            images.image_features[rows],
+            right,
+            wrong,
+            [pair["task"] for pair in pairs],
+            scored=encoder.record.scored,
+        )
         return {**metrics, **images.skipped}

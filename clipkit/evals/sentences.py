@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clipkit.evals.encoder import Encoder
+from clipkit.evals.interval import Scored, correlation_of
 from clipkit.evals.tasks import register_task
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, permit, read_bytes, read_text
 from clipkit.registry import unknown
@@ -178,10 +179,14 @@ class STS:
             gold = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
             metrics[name] = 100 * spearman(similarity, gold)
             scores.append(metrics[name])
+            encoder.record.scored[name] = correlation_of(similarity, gold)
             if self.per_subset and len(subsets) > 1:
                 start = 0
                 for subset, rows in subsets.items():
                     part = slice(start, start + len(rows))
                     metrics[f"{name}.{subset}"] = 100 * spearman(similarity[part], gold[part])
                     start += len(rows)
+        encoder.record.scored["average"] = Scored(
+            sum(one.n for one in encoder.record.scored.values()), chance=0.0
+        )
         return {**metrics, "average": sum(scores) / len(scores)}

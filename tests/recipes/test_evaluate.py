@@ -90,6 +90,12 @@ def test_ranks_give_one_file_with_the_numbers_of_one_process(exported, tmp_path)
     assert (
         sum("written to" in one for one in said) == 1 and sum("same as another" in one for one in said) == 1
     )
+    assert shared["scores"].keys() == alone["scores"].keys() == alone["metrics"].keys()
+    for name, one in alone["scores"].items():
+        assert shared["scores"][name]["interval"] == pytest.approx(one["interval"], abs=1e-6)
+        assert one["n"] == 30 and one["interval"][0] <= one["value"] <= one["interval"][1]
+    assert alone["scores"]["z/top1"]["chance"] == pytest.approx(1 / 3) and "95 % interval" in told
+    assert alone["scores"]["r/text_to_image_R@5"]["chance"] == pytest.approx(5 / 30)
     assert "r, task 1 of 2" in told and "z, task 2 of 2" in told
     record = alone["records"]["r"]
     (read,) = record["data"].values()

@@ -178,14 +178,15 @@ def test_the_commands_run_as_a_user_runs_them(runs, tmp_path, capsys, monkeypatc
         "pics",
         "--top",
         "2",
+        "--allow-skipped",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert len([json.loads(line) for line in done.stdout.splitlines()]) == 2
     assert "skipped pics/broken.jpg" in done.stderr
-    predict.main(["embed", model, "--images", "pics", "--output", "e.npy"])
+    predict.main(["embed", model, "--images", "pics", "--output", "e.npy", "--allow-skipped"])
     predict.main(["search", model, "a red circle", "e.npy", "--top", "2"])
     assert capsys.readouterr().out.splitlines()[1:] == done.stdout.splitlines()
-    predict.main(["classify", model, "pics", "--labels", "shapes", "--templates", "a {}"])
+    predict.main(["classify", model, "pics", "--labels", "shapes", "--templates", "a {}", "--allow-skipped"])
     assert len(capsys.readouterr().out.splitlines()) == 4
     for command, arguments in ((predict, ["search", "nowhere", "x", "pics"]), (report, ["nowhere"])):
         with pytest.raises(SystemExit, match="Error: .*nowhere"):
