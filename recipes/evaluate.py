@@ -124,13 +124,14 @@ def _evaluate(config: Mapping[str, Any], device: torch.device, rank: int, world:
 
 
 def _table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a metric: its value, the 95 % interval over the items, what guessing has, and the number of items."""
-    lines = [f"{'':<44}{'value':>10}{'95 % interval':>24}{'chance':>10}{'items':>9}"]
+    """A line a metric: its value, the 95 % interval over the items, what guessing has, the items, and the tied."""
+    lines = [f"{'':<44}{'value':>10}{'95 % interval':>24}{'chance':>10}{'items':>18}"]
     for name, one in scores.items():
         bounds = "[{:.4g}, {:.4g}]".format(*one["interval"]) if one["interval"] else "-"
         chance = "-" if one["chance"] is None else f"{one['chance']:.4g}"
         items = "-" if one["n"] is None else str(one["n"])
-        lines.append(f"  {readable(name):<42}{one['value']:>10.4g}{bounds:>24}{chance:>10}{items:>9}")
+        items += f", {one['tied']} tied" if one["tied"] else ""
+        lines.append(f"  {readable(name):<42}{one['value']:>10.4g}{bounds:>24}{chance:>10}{items:>18}")
     return "\n".join(lines)
 
 

@@ -17,9 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from clipkit.evals.interval import Scored, intervals
+from clipkit.foreign import readable
 
 # Groups and names that a message or a file lists.
 _LISTED = 10
+# Characters of a name in either.
+_NAME = 100
 _said: set[str] = set()
 
 
@@ -39,17 +42,17 @@ class TaskRecord:
     scored: dict[str, Scored] = field(default_factory=dict)
 
     def numbers(self, metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-        """{metric: {"value", "n", "interval" of 95 % or None, "chance" or None}}."""
+        """{metric: {"value", "n", "interval" of 95 %, "chance", "tied"}}, None for what a metric has not."""
         bounds = intervals({name: one for name, one in self.scored.items() if name in metrics})
-        return {
-            name: {
+        found = {}
+        for name, value in metrics.items():
+            one = self.scored.get(name)
+            about = (one.n, bounds[name], one.chance, one.tied) if one else (None,) * 4
+            found[name] = {
                 "value": value,
-                "n": self.scored[name].n if name in self.scored else None,
-                "interval": bounds.get(name),
-                "chance": self.scored[name].chance if name in self.scored else None,
+                **dict(zip(("n", "interval", "chance", "tied"), about, strict=True)),
             }
-            for name, value in metrics.items()
-        }
+        return found
 
     def read(self, source: str, content: Any, *, items: int, skipped: int = 0) -> None:
         """Keep what a task has read."""
@@ -61,7 +64,7 @@ class TaskRecord:
         self.checks[check] = {"found": what, **details}
         if say and what not in _said:
             _said.add(what)
-            print(f"clipkit.evals: {what}", file=sys.stderr, flush=True)
+            print(f"clipkit.evals: {readable(what)}", file=sys.stderr, flush=True)
 
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -74,13 +77,15 @@ def alike(keys: Sequence[Hashable]) -> list[list[int]]:
 
 def groups_of(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[list[str]]:
     """The names in the first groups, to be listed."""
-    return [[names[place] for place in group[:_LISTED]] for group in groups[:_LISTED]]
+    return [[names[place][:_NAME] for place in group[:_LISTED]] for group in groups[:_LISTED]]
 
 
 def in_words(groups: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """The first group in words: 'tench' = 'goldfish' = ..."""
     first = groups[0]
-    return " = ".join(repr(names[place]) for place in first[:4]) + (" = ..." if len(first) > 4 else "")
+    return " = ".join(repr(names[place][:_NAME]) for place in first[:4]) + (
+        " = ..." if len(first) > 4 else ""
+    )
 
 
 def is_constant(features: Tensor) -> bool:

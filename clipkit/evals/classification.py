@@ -217,7 +217,7 @@ def classification_metrics(
         raise ValueError(
             f"image {row} has label {int(labels[row])}, but there are {len(classifier)} classes (from 0)"
         )
-    hits = {1: [], 5: []}
+    hits, level = {1: [], 5: []}, []
     tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     for start in range(0, len(labels), 1024):
         truth = labels[start : start + 1024, None]
@@ -228,14 +228,16 @@ def classification_metrics(
         tied = torch.count_nonzero(scores >= own - tolerance, dim=1) - greater
         for k, found in hits.items():
             found.append(hit_probability(greater, tied, torch.ones_like(tied), k))
+        level.append(tied)
     top1, top5 = torch.cat(hits[1]), torch.cat(hits[5])
     count = torch.bincount(labels, minlength=len(classifier))
     per_class = torch.zeros(len(classifier), dtype=torch.float64).scatter_add_(0, labels, top1)
     present = count > 0
     if scored is not None:
         guess = 1 / len(classifier)
-        scored["top1"] = mean_of(top1, chance=guess)
-        scored["top5"] = mean_of(top5, chance=min(5, len(classifier)) * guess)
+        ties = torch.cat(level)
+        scored["top1"] = mean_of(top1, chance=guess, tied=ties)
+        scored["top5"] = mean_of(top5, chance=min(5, len(classifier)) * guess, tied=ties)
         scored["mean_per_class"] = mean_of_groups(top1, labels, chance=guess)
     return {
         "top1": float(top1.mean()),

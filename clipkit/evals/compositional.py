@@ -129,9 +129,9 @@ def choice_metrics(
     for task in names:
         some = correct[torch.tensor([name == task for name in tasks])]
         metrics[task] = float(some.mean())
-        scored[task] = mean_of(some, chance=0.5)
+        scored[task] = mean_of(some, chance=0.5, tied=some == 0.5)
     scored["average"] = mean_of_groups(
         correct, torch.tensor([names.index(task) for task in tasks]), chance=0.5
     )
-    scored["all"] = mean_of(correct, chance=0.5)
+    scored["all"] = mean_of(correct, chance=0.5, tied=correct == 0.5)
     return {**metrics, "average": sum(metrics.values()) / len(metrics), "all": float(correct.mean())}

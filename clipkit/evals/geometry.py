@@ -106,12 +106,14 @@ def consistency_scores(
             f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}"
         )
     agree: dict[int, list[Tensor]] = {nearest: [] for nearest in k}
+    level: list[Tensor] = []
     tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     train, weights = train_features.double(), classifier.double()
     for start in range(0, len(image_features), 1024):
         x = image_features[start : start + 1024].double()
         scores = x @ weights.T
         nearest_classes = (scores >= scores.amax(1, keepdim=True) - tolerance).double()
+        level.append(nearest_classes.sum(1) > 1)
         likely = nearest_classes / nearest_classes.sum(1, keepdim=True)
         order = (x @ train.T).sort(dim=1, descending=True, stable=True).indices[:, : max(k)]
         neighbours = train_labels[order]
@@ -119,7 +121,8 @@ def consistency_scores(
             agree[nearest].append(likely.gather(1, majority(neighbours[:, :nearest])[:, None]).squeeze(1))
     found = {f"consistency@{nearest}": torch.cat(parts) for nearest, parts in agree.items()}
     if scored is not None:
-        scored |= {name: mean_of(values, chance=1 / len(classifier)) for name, values in found.items()}
+        ties, guess = torch.cat(level), 1 / len(classifier)
+        scored |= {name: mean_of(values, chance=guess, tied=ties) for name, values in found.items()}
     return {name: float(values.mean()) for name, values in found.items()}
 
 

@@ -115,8 +115,12 @@ class _Labelled:
             encoder.found(
                 "empty_classes",
                 f"{len(empty)} of {len(self.classes)} classes have no picture in {self.source.identity} "
-                f"({', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''})",
-                {"classes": len(empty), "of": len(self.classes), "names": names[:10]},
+                f"({', '.join(repr(name[:100]) for name in names[:4])}{', ...' if len(names) > 4 else ''})",
+                {
+                    "classes": len(empty),
+                    "of": len(self.classes),
+                    "names": [name[:100] for name in names[:10]],
+                },
             )
         return images.image_features, labels
 

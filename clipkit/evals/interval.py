@@ -28,22 +28,31 @@ class Scored:
         statistic: (draws, n) float64 weights -> (draws,) values of the metric; None: no interval.
         units: (n,) int64, what is drawn together, from 0; None: each item alone.
         chance: the metric of random guessing, or None where that is no number.
+        tied: items whose value is an expectation over the order of ties, or None where none is taken.
     """
 
     n: int
     statistic: Callable[[Tensor], Tensor] | None = None
     units: Tensor | None = None
     chance: float | None = None
+    tied: int | None = None
 
 
-def mean_of(values: Tensor, *, units: Tensor | None = None, chance: float | None = None) -> Scored:
-    """The mean of (n,) values."""
+def mean_of(
+    values: Tensor,
+    *,
+    units: Tensor | None = None,
+    chance: float | None = None,
+    tied: Tensor | None = None,
+) -> Scored:
+    """The mean of (n,) values; `tied` is (n,) true or above 0 where a tie decided."""
     values = values.double().cpu()
 
     def statistic(weights: Tensor) -> Tensor:
         return weights @ values / weights.sum(1)
 
-    return Scored(len(values), statistic, units, chance)
+    decided = None if tied is None else int(torch.count_nonzero(tied))
+    return Scored(len(values), statistic, units, chance, decided)
 
 
 def mean_of_groups(values: Tensor, groups: Tensor, *, chance: float | None = None) -> Scored:

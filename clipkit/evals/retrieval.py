@@ -79,10 +79,10 @@ def retrieval_metrics(
             hits = hit_probability(*counts, k=cutoff)
             metrics[f"{direction}_R@{cutoff}"] = float(hits.mean())
             chance = float(hit_probability(*guess, k=cutoff).mean())
-            scored[f"{direction}_R@{cutoff}"] = mean_of(hits, units=units, chance=chance)
+            scored[f"{direction}_R@{cutoff}"] = mean_of(hits, units=units, chance=chance, tied=counts[1])
         rank = expected_rank(*counts)
         chance = float(expected_rank(*guess).mean())
-        scored[f"{direction}_mean_rank"] = mean_of(rank, units=units, chance=chance)
+        scored[f"{direction}_mean_rank"] = mean_of(rank, units=units, chance=chance, tied=counts[1])
         scored[f"{direction}_median_rank"] = median_of(
             rank, units=units, chance=_median_guess(right, candidates)
         )

@@ -122,7 +122,7 @@ def mean_over_orders(scores: torch.Tensor, right: list[set[int]], k: int) -> flo
 @pytest.mark.parametrize("k, metric", [(1, "top1"), (5, "top5")])
 def test_a_collapsed_class_neither_gains_nor_loses(shards, k, metric):
     task = {"kind": "zero_shot", "shards": shards, "classes": CLASSES, "templates": ["a {}", "{} a"]}
-    found, _ = scored(task)
+    found, record = scored(task)
     encoder = Encoder(WordModel().eval(), small_words)
     from clipkit.evals.sources import open_source
 
@@ -132,6 +132,8 @@ def test_a_collapsed_class_neither_gains_nor_loses(shards, k, metric):
     distinct, inverse = weights.unique(dim=0, return_inverse=True)
     scores = (images.image_features.double() @ distinct.double().T)[:, inverse]
     assert found[metric] == pytest.approx(mean_over_orders(scores, [{i % 6} for i in range(12)], k), abs=1e-9)
+    # Pictures of emu, owl and gnu: two each.
+    assert record.scored[metric].tied == 6 and record.numbers(found)[metric]["tied"] == 6
 
 
 def test_retrieval_counts_equal_pictures_and_captions_by_expectation(shards):
@@ -149,6 +151,8 @@ def test_retrieval_counts_equal_pictures_and_captions_by_expectation(shards):
     assert index.tolist() == list(range(12))
     own = [{i} for i in range(12)]
     assert found["image_to_text_R@1"] == pytest.approx(mean_over_orders(scores, own, 1), abs=1e-9)
+    level = [row.count(own) > 1 for row, own in zip(scores.tolist(), scores.diag().tolist(), strict=True)]
+    assert record.scored["image_to_text_R@1"].tied == sum(level) > 4
     assert found["text_to_image_R@5"] == pytest.approx(mean_over_orders(scores.T, own, 5), abs=1e-9)
 
 
