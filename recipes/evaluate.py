@@ -32,7 +32,7 @@ import torch
 
 from clipkit.checkpoint import find_checkpoint
 from clipkit.evals import create_tasks
-from clipkit.evals.checks import TaskRecord
+from clipkit.evals.checks import TaskRecord, about_numbers
 from clipkit.evals.models import load_any, other_library
 from clipkit.evals.tasks import run_tasks
 from clipkit.files import write_json
@@ -100,7 +100,6 @@ def _evaluate(config: Mapping[str, Any], device: torch.device, rank: int, world:
         results = run_tasks(model, tokenizer, built, **options, records=records, progress=tell)
     metrics = flatten(results)
     if rank == 0:
-        scores = {name: record.numbers(results[name]) for name, record in records.items()}
         numbers = {
             "checkpoint": str(path or source),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -109,12 +108,7 @@ def _evaluate(config: Mapping[str, Any], device: torch.device, rank: int, world:
             "batch_size": config["batch_size"],
             "tasks": shown(tasks),
             "metrics": metrics,
-            "scores": {
-                f"{name}/{metric}": one for name, found in scores.items() for metric, one in found.items()
-            },
-            "records": {
-                name: {"data": record.data, "checks": record.checks} for name, record in records.items()
-            },
+            **about_numbers(results, records),
         }
         identity = [str(path or source), tasks, [record.data for record in records.values()]]
         output = _output(config, path, tasks, sha256(repr(identity).encode()).hexdigest()[:8])

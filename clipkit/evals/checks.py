@@ -67,6 +67,23 @@ class TaskRecord:
             print(f"clipkit.evals: {readable(what)}", file=sys.stderr, flush=True)
 
 
+def about_numbers(
+    results: Mapping[str, Mapping[str, float]], records: Mapping[str, TaskRecord]
+) -> dict[str, Any]:
+    """What a file holds beside the numbers of `clipkit.evals.evaluate`: of each metric, and of each task.
+
+    Returns:
+        {"scores": {"task/metric": as TaskRecord.numbers}, "records": {task: {"data", "checks"}}}.
+    """
+    scores = {name: record.numbers(results[name]) for name, record in records.items()}
+    return {
+        "scores": {
+            f"{name}/{metric}": one for name, found in scores.items() for metric, one in found.items()
+        },
+        "records": {name: {"data": record.data, "checks": record.checks} for name, record in records.items()},
+    }
+
+
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
     """The places of equal keys, each group of two or more in order."""
     places: dict[Hashable, list[int]] = defaultdict(list)

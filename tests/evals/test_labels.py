@@ -101,13 +101,12 @@ def small_words(texts: list[str]) -> torch.Tensor:
 
 def test_what_is_alone_equals_what_is_together(sets):
     tasks = every_task(sets, [NAMES, NAMES[::-1]])
+    # A probe's fit takes most of the time: one source stands for all here.
+    tasks = {name: task for name, task in tasks.items() if not name.startswith("probe") or "folder" in name}
     for tokenizer in (tokenize, small_words):
         together = evaluate(TinyModel(), tokenizer, tasks, batch_size=7)
         for name, task in tasks.items():
-            if not name.startswith("probe") or "folder" in name:
-                assert together[name] == evaluate(TinyModel(), tokenizer, {name: task}, batch_size=7)[name], (
-                    name
-                )
+            assert together[name] == evaluate(TinyModel(), tokenizer, {name: task}, batch_size=7)[name], name
     assert len({*(together[name]["top1"] for name in tasks if name.startswith("zero_shot"))}) > 1
 
 
