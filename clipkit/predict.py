@@ -206,7 +206,9 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
         values = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(features.flatten().numpy()), features.shape[1]
         )
-        parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
+        table = pyarrow.table({"key": list(keys), "embedding": values})
+        # Embeddings repeat no number, and a reader holds a whole group of rows.
+        parquet.write_table(table, path, use_dictionary=False, row_group_size=4096)
     elif path.suffix == ".npy":
         temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
         try:
@@ -270,18 +272,17 @@ def _read_parquet(path: Path) -> tuple[list[str], numpy.ndarray]:
     except ImportError as error:
         raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        table = parquet.read_table(path, columns=["key", "embedding"])
-        keys = table["key"].to_pylist()
-        column = table["embedding"]
-        lengths = set(compute.call_function("list_value_length", [column]).unique().to_pylist())
-        if len(lengths) != 1 or (dimensions := lengths.pop()) is None:
-            raise ValueError("rows of unequal length")
-        # Arrow's own buffers: a Python object for each number takes twenty times the memory.
-        parts = [chunk.flatten() for chunk in column.iterchunks()]
-        if any(part.null_count for part in parts):
-            raise ValueError("a number is missing")
-        parts = [part.to_numpy(zero_copy_only=False).reshape(-1, dimensions) for part in parts]
-        values = parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+        keys, parts, lengths = [], [], set()
+        # Some rows at a time, from Arrow's own buffers: a Python object for each number takes twenty times the memory.
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(4096, columns=["key", "embedding"]):
+                keys += batch["key"].to_pylist()
+                column = batch["embedding"]
+                lengths |= set(compute.call_function("list_value_length", [column]).unique().to_pylist())
+                if len(lengths) > 1 or None in lengths or (numbers := column.flatten()).null_count:
+                    raise ValueError("rows of unequal length, or without a number")
+                parts.append(numbers.to_numpy(zero_copy_only=False).reshape(len(column), -1).copy())
+        values = numpy.concatenate(parts)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError):
         raise BrokenFile(
             f"{path} is no Parquet file with the columns key and embedding: it is damaged, or another"
