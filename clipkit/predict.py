@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipkit.data.decode import resizing_of
 from clipkit.data.faults import DataError
+from clipkit.evals.checks import TaskRecord
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
 from clipkit.evals.items import IMAGE_SUFFIXES, load_image
@@ -34,7 +35,9 @@ class Predictor:
     """A model ready for files: a clipkit run or checkpoint folder, or what load_any takes.
 
     Attributes:
-        skipped: {path: reason} of the images of the last call that could not be read.
+        skipped: {path: reason} of the images of the last call that could not be read, and of a folder's pictures in
+            formats that are not.
+        alike: groups of the last call's classes whose prompts are the same tokens: the model cannot tell them apart.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Predictor:
             loaded = model
         self.encoder = Encoder(loaded.eval(), tokenizer, device=device, batch_size=batch_size)
         self.skipped: dict[str, str] = {}
+        self.alike: list[list[str]] = []
 
     @torch.no_grad()
     def embed_images(self, images: str | Path | Iterable[str | Path]) -> tuple[list[str], Tensor]:
@@ -64,12 +68,13 @@ class Predictor:
         Raises:
             ValueError: no image at all could be read.
         """
+        images = images if isinstance(images, (str, Path)) else list(images)
         paths = find_images(images)
         if not hasattr(self.encoder.model, "encode_image"):
             raise ValueError(f"{type(self.encoder.model).__name__} encodes text only")
         tower = self.encoder.model.image_tower
         how = resizing_of(tower)
-        self.skipped, keys, parts = {}, [], []
+        self.skipped, keys, parts = unread_files(images), [], []
         for start in range(0, len(paths), self.encoder.batch_size):
             batch = []
             for path in paths[start : start + self.encoder.batch_size]:
@@ -117,19 +122,30 @@ class Predictor:
     ) -> list[tuple[str, list[tuple[str, float]]]]:
         """The k likeliest classes of every image: [(path, [(class, probability), ...]), ...].
 
+        A model with a logit_bias was trained pair by pair (SigLIP): its probabilities are sigmoids, which need not add up
+        to 1. Others have a softmax over the classes. Equal ones stand in the order of `classes`; see `alike`.
+
         Args:
             templates: as clipkit.evals.classification.read_templates.
-            logit_scale: of the softmax; None: the model's own, or 100.
+            logit_scale: of the cosines; None: the model's own, or 100.
         """
         if not classes:
             raise ValueError("classify needs a list of class names")
-        scale = logit_scale or float(
-            torch.as_tensor(getattr(self.encoder.model, "logit_scale", 100.0)).detach()
-        )
+        if logit_scale is not None and logit_scale <= 0:
+            raise ValueError(f"logit_scale is a multiplier above 0, not {logit_scale}")
+        model = self.encoder.model
+        scale = getattr(model, "logit_scale", 100.0) if logit_scale is None else logit_scale
+        scale = float(torch.as_tensor(scale).detach())
+        bias = getattr(model, "logit_bias", None)
+        self.encoder.record = TaskRecord()
         weights = zero_shot_classifier(self.encoder, list(classes), read_templates(templates))
+        self.alike = self.encoder.record.checks.get("shared_prompts", {}).get("groups", [])
         keys, features = self.embed_images(images)
-        best = (scale * features @ weights.T).softmax(1).topk(min(k, len(classes)), dim=1)
-        rows = zip(keys, best.indices.tolist(), best.values.tolist(), strict=True)
+        logits = scale * (features.double() @ weights.double().T)
+        probabilities = logits.softmax(1) if bias is None else (logits + float(bias)).sigmoid()
+        # A stable order: topk leaves equal ones in any.
+        values, order = probabilities.sort(dim=1, descending=True, stable=True)
+        rows = zip(keys, order[:, :k].tolist(), values[:, :k].tolist(), strict=True)
         return [
             (key, [(classes[int(i)], float(p)) for i, p in zip(found, values, strict=True)])
             for key, found, values in rows
@@ -156,6 +172,25 @@ def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:
     return found
 
 
+# Pictures in formats that are not read: left out by name, not in silence.
+UNREAD_SUFFIXES = frozenset(
+    f".{one}"
+    for one in "svg psd eps ai ico icns tga hdr exr dds pcx xcf jxr wdp raw dng cr2 cr3 nef arw orf rw2 raf".split()
+)
+
+
+def unread_files(images: str | Path | Iterable[str | Path]) -> dict[str, str]:
+    """{path: reason} of the pictures in a folder (at any depth) that `find_images` leaves out for their format."""
+    given = [Path(images)] if isinstance(images, (str, Path)) else [Path(path) for path in images]
+    return {
+        str(file): "pictures of this format are not read: convert it, for instance to JPEG"
+        for path in given
+        if path.is_dir()
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in UNREAD_SUFFIXES
+    }
+
+
 def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> None:
     """Write PATH.npy with PATH.keys.json beside it, or one .parquet with the columns key and embedding."""
     path = Path(path)
@@ -171,7 +206,9 @@ def save_embeddings(path: str | Path, keys: Sequence[str], features: Tensor) -> 
         values = pyarrow.FixedSizeListArray.from_arrays(
             pyarrow.array(features.flatten().numpy()), features.shape[1]
         )
-        parquet.write_table(pyarrow.table({"key": list(keys), "embedding": values}), path)
+        table = pyarrow.table({"key": list(keys), "embedding": values})
+        # Embeddings repeat no number, and a reader holds a whole group of rows.
+        parquet.write_table(table, path, use_dictionary=False, row_group_size=4096)
     elif path.suffix == ".npy":
         parts = [path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("npy", "json")]
         try:
@@ -212,7 +249,9 @@ def load_embeddings(path: str | Path) -> tuple[list[str], Tensor]:
             f"{path} holds an array of shape {values.shape} and type {values.dtype.str} with {len(keys)} keys; expected "
             "(rows, dimensions) of floats and a key for each row"
         )
-    features = torch.from_numpy(numpy.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
+    values = numpy.ascontiguousarray(values, dtype=values.dtype.newbyteorder("="))
+    # A buffer of Arrow's, or a file that is mapped, must not be written to.
+    features = torch.from_numpy(values if values.flags.writeable else values.copy())
     check_features(features, str(path), keys)
     return keys, features
 
@@ -233,13 +272,21 @@ def _read_npy(path: Path) -> numpy.ndarray:
 def _read_parquet(path: Path) -> tuple[list[str], numpy.ndarray]:
     try:
         import pyarrow
-        from pyarrow import parquet
+        from pyarrow import compute, parquet
     except ImportError as error:
         raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        table = parquet.read_table(path, columns=["key", "embedding"])
-        keys = table["key"].to_pylist()
-        values = numpy.array(table["embedding"].to_pylist(), dtype=numpy.float32)
+        keys, parts, lengths = [], [], set()
+        # Some rows at a time, from Arrow's own buffers: a Python object for each number takes twenty times the memory.
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(4096, columns=["key", "embedding"]):
+                keys += batch["key"].to_pylist()
+                column = batch["embedding"]
+                lengths |= set(compute.call_function("list_value_length", [column]).unique().to_pylist())
+                if len(lengths) > 1 or None in lengths or (numbers := column.flatten()).null_count:
+                    raise ValueError("rows of unequal length, or without a number")
+                parts.append(numbers.to_numpy(zero_copy_only=False).reshape(len(column), -1).copy())
+        values = numpy.concatenate(parts)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError):
         raise BrokenFile(
             f"{path} is no Parquet file with the columns key and embedding: it is damaged, or another"

@@ -6,9 +6,10 @@
     clipkit-predict search   runs/quickstart/default "a red circle" photos.npy
     clipkit-predict classify runs/quickstart/default photos/ --labels cat,dog --top 2
 
-MODEL is a run or checkpoint folder, open_clip:NAME[=WEIGHTS], or (texts alone) sentence_transformers:FOLDER.
-Results go to standard output, one JSON line a file or query; unreadable images are named on standard error
-and left out.
+MODEL is a run or checkpoint folder, a folder that clipkit-export wrote, open_clip:NAME[=WEIGHTS],
+open_clip:local-dir:FOLDER, open_clip:hf-hub:NAME, or (texts alone) sentence_transformers:FOLDER.
+Results go to standard output, one JSON line a file or query. Images that cannot be read, and files of a folder whose
+format is not read, are named on standard error and left out; the exit status is then 3, or 0 with --allow-skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ import sys
 from pathlib import Path
 
 from clipkit.evals.classification import read_classes
+from clipkit.evals.models import other_library
 from clipkit.foreign import blamed_on, named_by
 from clipkit.predict import Predictor, load_embeddings, save_embeddings
+
+# The exit status of a command that has done its work but for files that could not be read.
+SKIPPED = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,37 +34,42 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # A run or checkpoint folder may come from anybody; a file of images is the user's own.
         with blamed_on(given.model, settings=False):
-            given.run(given)
+            skipped = given.run(given)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
+    for path, reason in skipped.items():
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    if skipped and not given.allow_skipped:
+        print(f"{len(skipped)} files were left out; --allow-skipped makes that a success", file=sys.stderr)
+        sys.exit(SKIPPED)
 
 
-def embed(given: argparse.Namespace) -> None:
+def embed(given: argparse.Namespace) -> dict[str, str]:
     """Write the embeddings of images or of a text file's lines."""
     predictor = _predictor(given)
     if given.images:
         keys, features = predictor.embed_images(given.images)
-        _tell_skipped(predictor)
     else:
         keys = [line for line in Path(given.texts).read_text("utf-8").splitlines() if line.strip()]
         features = predictor.embed_texts(keys)
     save_embeddings(given.output, keys, features)
     print(json.dumps({"output": given.output, "rows": len(keys), "dimensions": features.shape[1]}))
+    return predictor.skipped
 
 
-def search(given: argparse.Namespace) -> None:
+def search(given: argparse.Namespace) -> dict[str, str]:
     """Print the files nearest to a text."""
     predictor = _predictor(given)
     if Path(given.where).suffix in (".npy", ".parquet"):
         keys, features = load_embeddings(given.where)
     else:
         keys, features = predictor.embed_images(given.where)
-        _tell_skipped(predictor)
     for key, score in predictor.search(given.query, keys, features, k=given.top):
         print(json.dumps({"file": key, "cosine": round(score, 6)}))
+    return predictor.skipped
 
 
-def classify(given: argparse.Namespace) -> None:
+def classify(given: argparse.Namespace) -> dict[str, str]:
     """Print every file's likeliest labels."""
     labels = given.labels.split(",") if "," in given.labels else given.labels
     classes, _ = read_classes([label.strip() for label in labels] if isinstance(labels, list) else labels)
@@ -67,24 +77,19 @@ def classify(given: argparse.Namespace) -> None:
     for key, found in predictor.classify(
         given.images, classes, templates=given.templates or "plain", k=given.top
     ):
-        print(
-            json.dumps(
-                {"file": key, "labels": [{"label": label, "probability": round(p, 6)} for label, p in found]}
-            )
-        )
-    _tell_skipped(predictor)
+        labels = [{"label": label, "probability": round(p, 6)} for label, p in found]
+        for one in labels:
+            if same := next((group for group in predictor.alike if one["label"] in group), None):
+                one["same_prompt_as"] = [label for label in same if label != one["label"]]
+        print(json.dumps({"file": key, "labels": labels}))
+    return predictor.skipped
 
 
 def _predictor(given: argparse.Namespace) -> Predictor:
-    if given.model.partition(":")[0] in ("open_clip", "sentence_transformers"):
+    if other_library(given.model):
         return Predictor(given.model, device=given.device, batch_size=given.batch_size)
     with blamed_on(given.model), named_by(given.model):
         return Predictor(given.model, device=given.device, batch_size=given.batch_size)
-
-
-def _tell_skipped(predictor: Predictor) -> None:
-    for path, reason in predictor.skipped.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", help="run or checkpoint folder, or open_clip:NAME[=WEIGHTS]")
         command.add_argument("--device", default="cpu")
         command.add_argument("--batch-size", type=int, default=64)
+        command.add_argument(
+            "--allow-skipped", action="store_true", help="end with 0 where files were left out, not with 3"
+        )
         if name == "embed":
             source = command.add_mutually_exclusive_group(required=True)
             source.add_argument("--images", nargs="+", help="image files or folders")

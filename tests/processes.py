@@ -7,6 +7,7 @@ where the imports take eight. What a process prints goes to a file, so none wait
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -182,7 +183,11 @@ def _run(program: str, arguments: list[str], log: str, environment: dict[str, st
 
 def gloo_threads() -> list[str]:
     """This process's threads that belong to a gloo process group; one that is there as Python ends may abort it."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    names = []
+    for task in Path("/proc/self/task").glob("*"):
+        # One may end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append((task / "comm").read_text().strip())
     return [name for name in names if "gloo" in name]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from clipkit.data import SHAPE_CLASSES, SHAPE_TEMPLATES
+from clipkit.evals.checks import alike, in_words
 from clipkit.evals.encoder import EncodedImages, Encoder, check_features
+from clipkit.evals.interval import Scored, mean_of, mean_of_groups
 from clipkit.evals.retrieval import hit_probability
 from clipkit.foreign import BrokenFile, permit, read_json, read_text
 from clipkit.registry import unknown
@@ -34,6 +36,13 @@ def shape_templates() -> list[str]:
 
 def imagenet_classes() -> list[str]:
     return _of_open_clip("IMAGENET_CLASSNAMES")
+
+
+def imagenet_wnids() -> list[str]:
+    """The wnid of each of the 1,000 classes, which are in the order of these."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())
 
 
 def imagenet_templates() -> list[Callable[[str], str]]:
@@ -59,18 +68,22 @@ TEMPLATES: dict[str, Callable[[], Sequence[str | Callable[[str], str]]]] = {
 }
 
 
-def read_classes(classes: str | Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Class names, and the folder name of each where the file gives one (as ImageNet's wnid).
+def read_classes(classes: str | Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:
+    """Class names, and what the data calls each where that is given (as ImageNet's wnid).
 
     Args:
-        classes: a list of names; `shapes` or `imagenet`; or a file: .txt with one name a line, .json with a
-            list, or .tsv/.csv with the column `name` and optionally `folder` or `wnid`.
+        classes: a list of names; a mapping {name in the data: class name}; `shapes` or `imagenet` (with its wnids); or
+            a file: .txt with one name a line, .json with a list, or .tsv/.csv with the column `name` and optionally
+            `folder` or `wnid`.
     """
     folders = None
-    if not isinstance(classes, str):
+    if isinstance(classes, Mapping):
+        folders, names = [str(name) for name in classes], [str(name) for name in classes.values()]
+    elif not isinstance(classes, str):
         names = [str(name) for name in classes]
     elif classes in CLASSES:
         names = CLASSES[classes]()
+        folders = imagenet_wnids() if classes == "imagenet" else None
     elif not _is_file(classes, "classes"):
         raise ValueError(
             f"{unknown('class list', classes, CLASSES)} It is no file either; a list of names also does."
@@ -159,9 +172,24 @@ def _prompt_maker(template: str) -> Callable[[str], str]:
 def zero_shot_classifier(
     encoder: Encoder, classes: Sequence[str], templates: Sequence[Callable[[str], str]]
 ) -> Tensor:
-    """(K, D) unit-norm class weights."""
+    """(K, D) unit-norm class weights; classes whose prompts are the same tokens are said, and have equal weights."""
     prompts = [template(name) for name in classes for template in templates]
-    features = encoder.texts(prompts).reshape(len(classes), len(templates), -1).mean(dim=1)
+    keys = encoder.token_keys(prompts)
+    per_class = [tuple(keys[i : i + len(templates)]) for i in range(0, len(keys), len(templates))]
+    groups = sorted(alike(per_class), key=len, reverse=True)
+    if groups:
+        count = sum(map(len, groups))
+        encoder.found(
+            "shared_prompts",
+            f"{count} of {len(classes)} classes share all their prompts' tokens with another, so that the model cannot "
+            f"tell them apart ({in_words(groups, classes)}): ties count by their expectation",
+            {
+                "classes": count,
+                "of": len(classes),
+                "groups": [[classes[row] for row in group] for group in groups],
+            },
+        )
+    features = encoder.texts(prompts, keys=keys).reshape(len(classes), len(templates), -1).mean(dim=1)
     return features / features.norm(dim=1, keepdim=True)
 
 
@@ -170,13 +198,16 @@ def zero_shot_logits(image_features: Tensor, classifier: Tensor) -> Tensor:
     return 100.0 * image_features.float() @ classifier.float().T
 
 
-def classification_metrics(image_features: Tensor, classifier: Tensor, labels: Tensor) -> dict[str, float]:
+def classification_metrics(
+    image_features: Tensor, classifier: Tensor, labels: Tensor, *, scored: dict[str, Scored] | None = None
+) -> dict[str, float]:
     """top1, top5 and mean_per_class (mean over the classes present of their top-1), as fractions of 1.
 
     Args:
         image_features: (N, D), unit norm.
         classifier: (K, D).
         labels: (N,) int64 in 0..K-1.
+        scored: is filled with each metric's images, for `clipkit.evals.interval`, and its chance level.
     """
     check_features(image_features, "image_features")
     check_features(classifier, "class weights")
@@ -186,7 +217,7 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
         raise ValueError(
             f"image {row} has label {int(labels[row])}, but there are {len(classifier)} classes (from 0)"
         )
-    hits = {1: [], 5: []}
+    hits, level = {1: [], 5: []}, []
     tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     for start in range(0, len(labels), 1024):
         truth = labels[start : start + 1024, None]
@@ -197,10 +228,17 @@ def classification_metrics(image_features: Tensor, classifier: Tensor, labels: T
         tied = torch.count_nonzero(scores >= own - tolerance, dim=1) - greater
         for k, found in hits.items():
             found.append(hit_probability(greater, tied, torch.ones_like(tied), k))
+        level.append(tied)
     top1, top5 = torch.cat(hits[1]), torch.cat(hits[5])
     count = torch.bincount(labels, minlength=len(classifier))
     per_class = torch.zeros(len(classifier), dtype=torch.float64).scatter_add_(0, labels, top1)
     present = count > 0
+    if scored is not None:
+        guess = 1 / len(classifier)
+        ties = torch.cat(level)
+        scored["top1"] = mean_of(top1, chance=guess, tied=ties)
+        scored["top5"] = mean_of(top5, chance=min(5, len(classifier)) * guess, tied=ties)
+        scored["mean_per_class"] = mean_of_groups(top1, labels, chance=guess)
     return {
         "top1": float(top1.mean()),
         "top5": float(top5.mean()),

@@ -18,6 +18,7 @@ from clipkit.data.captions import clean_caption
 from clipkit.data.decode import read_image
 from clipkit.data.order import number
 from clipkit.evals.encoder import EncodedImages, check_features
+from clipkit.evals.interval import Scored, mean_of, mean_of_groups
 from clipkit.evals.items import Items
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, checked, parse_json, permit, read_json, read_text
 
@@ -78,6 +79,7 @@ class NamedImages(Items):
             raise ValueError(
                 f"{len(missing)} of {len(names)} images of the pairs are not in {folder}: {missing[:3]}"
             )
+        # Its content is the names, too: other pairs name other images of the folder.
         self.items = [(name, None, []) for name in names]
 
     def read(self, key):
@@ -115,7 +117,12 @@ def pair_rows(pairs: Sequence[dict[str, Any]], images: EncodedImages) -> Tensor:
 
 
 def choice_metrics(
-    image_features: Tensor, right: Tensor, wrong: Tensor, tasks: Sequence[str]
+    image_features: Tensor,
+    right: Tensor,
+    wrong: Tensor,
+    tasks: Sequence[str],
+    *,
+    scored: dict[str, Scored] | None = None,
 ) -> dict[str, float]:
     """Accuracy of choosing `right` over `wrong`, all (P, D), for each task name, `all` pairs, and `average`
     of tasks.
@@ -130,7 +137,13 @@ def choice_metrics(
     margin = (x * right.double()).sum(1) - (x * wrong.double()).sum(1)
     tolerance = 4 * torch.finfo(torch.float64).eps * x.shape[1]
     correct = (margin > tolerance).double() + 0.5 * (margin.abs() <= tolerance).double()
-    metrics = {}
-    for task in sorted(set(tasks)):
-        metrics[task] = float(correct[torch.tensor([name == task for name in tasks])].mean())
+    metrics, scored, names = {}, {} if scored is None else scored, sorted(set(tasks))
+    for task in names:
+        some = correct[torch.tensor([name == task for name in tasks])]
+        metrics[task] = float(some.mean())
+        scored[task] = mean_of(some, chance=0.5, tied=some == 0.5)
+    scored["average"] = mean_of_groups(
+        correct, torch.tensor([names.index(task) for task in tasks]), chance=0.5
+    )
+    scored["all"] = mean_of(correct, chance=0.5, tied=correct == 0.5)
     return {**metrics, "average": sum(metrics.values()) / len(metrics), "all": float(correct.mean())}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from clipkit.evals.encoder import check_features
+from clipkit.evals.interval import Scored, mean_of
 
 
 def geometry_metrics(
@@ -81,17 +82,19 @@ def consistency_scores(
     train_labels: Tensor,
     *,
     k: tuple[int, ...] = (1, 3, 5, 10),
+    scored: dict[str, Scored] | None = None,
 ) -> dict[str, float]:
     """How often image space and text space predict the same class (CyCLIP: Goel et al., 2022, section 4.1).
 
-    The text space's prediction is the zero-shot class; the image space's is the majority among the k nearest
-    training images. A tied vote goes to the class of the nearest image among the tied ones; equal scores to
-    the lower index.
+    The text space's prediction is the zero-shot class, of equally near ones each as likely, so that classes with one
+    prompt neither gain nor lose. The image space's is the majority among the k nearest training images. A tied vote
+    goes to the class of the nearest image among the tied ones; equally near images stand in their order.
 
     Args:
         image_features: (N, D) test images, unit norm.
         classifier: (K, D) zero-shot class weights.
         train_features, train_labels: (T, D) unit norm and (T,) int64 in 0..K-1; T at least max(k).
+        scored: is filled with each metric's test images, for `clipkit.evals.interval`, and its chance level.
 
     Returns:
         `consistency@k` as fractions of 1.
@@ -102,16 +105,25 @@ def consistency_scores(
         raise ValueError(
             f"consistency at k = {max(k)} needs as many training images; got {len(train_features)}"
         )
-    agree = dict.fromkeys(k, 0)
+    agree: dict[int, list[Tensor]] = {nearest: [] for nearest in k}
+    level: list[Tensor] = []
+    tolerance = 4 * torch.finfo(torch.float64).eps * image_features.shape[1]
     train, weights = train_features.double(), classifier.double()
     for start in range(0, len(image_features), 1024):
         x = image_features[start : start + 1024].double()
-        zero_shot = (x @ weights.T).argmax(1)
+        scores = x @ weights.T
+        nearest_classes = (scores >= scores.amax(1, keepdim=True) - tolerance).double()
+        level.append(nearest_classes.sum(1) > 1)
+        likely = nearest_classes / nearest_classes.sum(1, keepdim=True)
         order = (x @ train.T).sort(dim=1, descending=True, stable=True).indices[:, : max(k)]
         neighbours = train_labels[order]
         for nearest in k:
-            agree[nearest] += int((majority(neighbours[:, :nearest]) == zero_shot).sum())
-    return {f"consistency@{nearest}": count / len(image_features) for nearest, count in agree.items()}
+            agree[nearest].append(likely.gather(1, majority(neighbours[:, :nearest])[:, None]).squeeze(1))
+    found = {f"consistency@{nearest}": torch.cat(parts) for nearest, parts in agree.items()}
+    if scored is not None:
+        ties, guess = torch.cat(level), 1 / len(classifier)
+        scored |= {name: mean_of(values, chance=guess, tied=ties) for name, values in found.items()}
+    return {name: float(values.mean()) for name, values in found.items()}
 
 
 def majority(labels: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ Every task reads one data source, given by exactly one of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from clipkit.evals.classes import ClassNames
 from clipkit.evals.classification import (
     classification_metrics,
     image_labels,
@@ -30,14 +33,14 @@ from clipkit.evals.retrieval import retrieval_metrics
 from clipkit.evals.sources import ClipBenchmark, open_source
 from clipkit.evals.tasks import register_task
 
+# As clipkit.evals.classification.read_classes takes them; None: the source's own.
+Classes = str | Sequence[str] | Mapping[str, str] | None
+
 
 class _Captioned:
-    """A captioned data set and what is measured of it: `measure` takes image features (N, D), text features (M, D) and
-    the image (M,) of each text.
-    """
+    """A captioned data set and what is measured of it."""
 
     what: str
-    measure: Callable[..., dict[str, float]]
 
     def __init__(
         self, *, shards: str | list[str] | None = None, clip_benchmark: str | None = None, split: str = "test"
@@ -50,10 +53,12 @@ class _Captioned:
         text_features, index = encoder.captions(self.source)
         encoded = encoder.images(self.source)
         images = encoded.image_features.to(encoder.ranking_device)
-        metrics = self.measure(
-            images, text_features.to(images.device), index.to(images.device), group=encoder.group
-        )
+        metrics = self.measure(encoder, images, text_features.to(images.device), index.to(images.device))
         return {**metrics, **encoded.skipped}
+
+    def measure(self, encoder: Encoder, images: Tensor, texts: Tensor, index: Tensor) -> dict[str, float]:
+        """Of image features (N, D), text features (M, D) and the image (M,) of each text."""
+        raise NotImplementedError
 
 
 @register_task("retrieval")
@@ -65,7 +70,10 @@ class Retrieval(_Captioned):
         for direction in ("image_to_text", "text_to_image")
         for name in ("R@1", "R@5", "R@10", "median_rank", "mean_rank")
     )
-    what, measure = "retrieval", staticmethod(retrieval_metrics)
+    what = "retrieval"
+
+    def measure(self, encoder: Encoder, images: Tensor, texts: Tensor, index: Tensor) -> dict[str, float]:
+        return retrieval_metrics(images, texts, index, group=encoder.group, scored=encoder.record.scored)
 
 
 @register_task("geometry")
@@ -73,17 +81,20 @@ class Geometry(_Captioned):
     """Alignment, uniformity and modality gap over one captioned data set; see clipkit.evals.geometry."""
 
     metrics = ("align_l2", "uniform_i", "uniform_t", "uniform_it", "modality_gap")
-    what, measure = "geometry", staticmethod(geometry_metrics)
+    what = "geometry"
+
+    def measure(self, encoder: Encoder, images: Tensor, texts: Tensor, index: Tensor) -> dict[str, float]:
+        return geometry_metrics(images, texts, index, group=encoder.group)
 
 
 class _Labelled:
     """A labelled source with its class names: what zero-shot, probe and consistency share."""
 
-    def __init__(self, what: str, classes: str | list[str] | None, **source: Any):
-        names, folders = read_classes(classes) if classes is not None else (None, None)
+    def __init__(self, what: str, classes: Classes, **source: Any):
+        names = None if classes is None else ClassNames(*read_classes(classes))
         self.what = what
-        self.source: ImageSource = open_source(what, folders=folders or names, labelled=True, **source)
-        known = names or self.source.classes
+        self.source: ImageSource = open_source(what, classes=names, labelled=True, **source)
+        known = names.names if names else self.source.classes
         if known is None:
             raise ValueError(f"{what} needs `classes`: a list of names or a file")
         self.classes = known
@@ -95,7 +106,21 @@ class _Labelled:
 
     def encode(self, encoder: Encoder) -> tuple:
         images = encoder.images(self.source)
-        return images.image_features, image_labels(images, self.what)
+        labels = image_labels(images, self.what)
+        empty = sorted({*range(len(self.classes))} - {*labels.tolist()})
+        if empty:
+            names = [self.classes[label] for label in empty]
+            encoder.found(
+                "empty_classes",
+                f"{len(empty)} of {len(self.classes)} classes have no picture in {self.source.identity} "
+                f"({', '.join(repr(name[:100]) for name in names[:4])}{', ...' if len(names) > 4 else ''})",
+                {
+                    "classes": len(empty),
+                    "of": len(self.classes),
+                    "names": [name[:100] for name in names[:10]],
+                },
+            )
+        return images.image_features, labels
 
     def skipped(self, encoder: Encoder) -> dict[str, int]:
         """`EncodedImages.skipped` of what `encode` read."""
@@ -114,7 +139,8 @@ class ZeroShot:
     Args:
         shards, clip_benchmark, folder, tar, cifar, split, label_key: the source; exactly one of the first
             five.
-        classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own.
+        classes: as read_classes; CLIP_benchmark folders, image folders and CIFAR bring their own, which given ones are
+            matched with by name.
         templates: as read_templates; CLIP_benchmark folders bring their own.
         present_only: let only classes with an image compete, as ImageNet-A and ImageNet-R ask with 200 of
             1,000.
@@ -131,7 +157,7 @@ class ZeroShot:
         tar: str | None = None,
         cifar: str | None = None,
         split: str = "test",
-        classes: str | list[str] | None = None,
+        classes: Classes = None,
         templates: str | list[str] | None = None,
         label_key: str | None = None,
         present_only: bool = False,
@@ -150,14 +176,17 @@ class ZeroShot:
         self.templates, self.present_only = self.data.templates(templates), present_only
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        features, labels = self.data.encode(encoder)
         classes = self.data.classes
         if self.present_only:
+            features, labels = self.data.encode(encoder)
             present, labels = labels.unique(return_inverse=True)
             classes = [classes[label] for label in present.tolist()]
-        metrics = classification_metrics(
-            features, zero_shot_classifier(encoder, classes, self.templates), labels
-        )
+            classifier = zero_shot_classifier(encoder, classes, self.templates)
+        else:
+            # First: what is wrong with the prompts is said before the pictures are encoded.
+            classifier = zero_shot_classifier(encoder, classes, self.templates)
+            features, labels = self.data.encode(encoder)
+        metrics = classification_metrics(features, classifier, labels, scored=encoder.record.scored)
         return {**metrics, **self.data.skipped(encoder)}
 
 
@@ -172,15 +201,16 @@ class LinearProbe:
 
     metrics = ("top1", "mean_per_class", "C")
 
-    def __init__(
-        self, *, train: dict[str, Any], test: dict[str, Any], classes: str | list[str] | None = None
-    ):
+    def __init__(self, *, train: dict[str, Any], test: dict[str, Any], classes: Classes = None):
         self.train = _Labelled("linear_probe train", classes, **train)
         self.test = _Labelled("linear_probe test", classes or self.train.source.classes, **test)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         metrics = linear_probe_metrics(
-            *self.train.encode(encoder), *self.test.encode(encoder), classes=len(self.train.classes)
+            *self.train.encode(encoder),
+            *self.test.encode(encoder),
+            classes=len(self.train.classes),
+            scored=encoder.record.scored,
         )
         return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
@@ -199,7 +229,7 @@ class Consistency:
         *,
         train: dict[str, Any],
         test: dict[str, Any],
-        classes: str | list[str] | None = None,
+        classes: Classes = None,
         templates: str | list[str] | None = None,
         k: tuple[int, ...] = (1, 3, 5, 10),
     ):
@@ -211,7 +241,9 @@ class Consistency:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         classifier = zero_shot_classifier(encoder, self.test.classes, self.templates)
         train, labels = self.train.encode(encoder)
-        metrics = consistency_scores(self.test.encode(encoder)[0], classifier, train, labels, k=self.k)
+        metrics = consistency_scores(
+            self.test.encode(encoder)[0], classifier, train, labels, k=self.k, scored=encoder.record.scored
+        )
         return {**metrics, **_skipped_of_both(encoder, self.train, self.test)}
 
 
@@ -240,5 +272,11 @@ class Compositional:
         rows = pair_rows(pairs, images)
         right = encoder.texts([pair["caption"] for pair in pairs])
         wrong = encoder.texts([pair["negative_caption"] for pair in pairs])
-        metrics = choice_metrics(images.image_features[rows], right, wrong, [pair["task"] for pair in pairs])
+        metrics = choice_metrics(
+            images.image_features[rows],
+            right,
+            wrong,
+            [pair["task"] for pair in pairs],
+            scored=encoder.record.scored,
+        )
         return {**metrics, **images.skipped}

@@ -7,8 +7,10 @@ upright RGB picture the pixels that open_clip's evaluation transform makes, befo
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ from torch import Tensor
 from clipkit.data.decode import centre, read_image, resized_shape, seen
 from clipkit.data.faults import DataError, FaultCounter
 from clipkit.data.formats import MAX_PIXELS, decode_pillow, open_image
-from clipkit.data.order import number
 from clipkit.data.tarindex import IMAGES
+from clipkit.evals.classes import ClassNames
 from clipkit.foreign import BrokenFile
-from clipkit.registry import suggest
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGES)
 # The fraction of a set's items that may be left out, for each cause, before its metrics are those of another set.
@@ -83,8 +84,8 @@ class ImageSource:
     """Images with captions or class labels.
 
     Attributes:
-        identity: what the source reads; equal identities are encoded once.
-        classes: the class names or folder names the source itself knows, or None.
+        identity: what the source reads, for messages.
+        classes: the names of the labels 0, 1, ... that the source itself knows, or None.
         labelled: leave out images whose class id is no whole number.
         count, shards: how many items it has with those that are left out, and in how many shards; known once
             `batches` has been begun.
@@ -96,9 +97,17 @@ class ImageSource:
     count: int = 0
     shards: Sequence[str] = ("",)
 
-    def whole(self) -> ImageSource:
-        """The source with its images whose label is broken."""
-        return self
+    @property
+    def content(self) -> Hashable:
+        """All that decides which pictures and captions are read, in which order: equal contents are encoded once.
+
+        Labels are no part of it: an encoded set has none, and `label` gives each task its own.
+        """
+        raise NotImplementedError
+
+    def label(self, key: str, meta: dict[str, Any]) -> int | None | DataError:
+        """The class id of one image: None where it has none, a broken_label where it is no whole number."""
+        raise NotImplementedError
 
     def batches(
         self,
@@ -110,8 +119,9 @@ class ImageSource:
         resize_mode: str = "shortest",
         interpolation: str = "bicubic",
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """This rank's batches {image (B, 3, H, W) uint8, captions, labels, keys, meta, faults}, each with its
-        place among those of all ranks. `faults` are the items left out, as DataErrors; B may be 0.
+        """This rank's batches {image (B, 3, H, W) uint8, captions, keys, meta, where, faults}, each with its
+        place among those of all ranks. `where` names an image's shard; `faults` are the items left out, as
+        DataErrors; B may be 0.
         """
         how = {"resize_mode": resize_mode, "interpolation": interpolation}
         return self._batches(image_size, batch_size, rank, world_size, how)
@@ -123,27 +133,20 @@ class ImageSource:
         raise NotImplementedError
 
 
-def batch_of(
-    rows: list[dict[str, Any]], faults: list[DataError], image_size: int, *, labelled: bool
-) -> dict[str, Any]:
-    """A batch of rows {image, captions, labels, keys, meta} and of what was left out."""
-    if labelled:
-        faults = faults + [located(row) for row in rows if isinstance(row["labels"], DataError)]
-        rows = [row for row in rows if not isinstance(row["labels"], DataError)]
+# What a batch has of each of its images beside the pixels.
+COLUMNS = ("captions", "keys", "meta", "where")
+
+
+def batch_of(rows: list[dict[str, Any]], faults: list[DataError], image_size: int) -> dict[str, Any]:
+    """A batch of rows {image, captions, keys, meta, where} and of what was left out."""
     images = [row["image"] for row in rows]
     return {
         "image": torch.stack(images)
         if images
         else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
-        **{name: [row[name] for row in rows] for name in ("captions", "labels", "keys", "meta")},
+        **{name: [row[name] for row in rows] for name in COLUMNS},
         "faults": faults,
     }
-
-
-def located(row: dict[str, Any]) -> DataError:
-    """A row's broken label with the row's shard and key."""
-    label = row["labels"]
-    return DataError(label.cause, label.detail, shard=label.shard, key=row["keys"])
 
 
 class Items(ImageSource):
@@ -156,6 +159,18 @@ class Items(ImageSource):
     items: list[tuple[str, int | None, list[str]]]
     lost: Sequence[DataError] = ()
 
+    @property
+    def content(self):
+        listed = [(key, captions) for key, _, captions in self.items]
+        return type(self).__name__, self.identity, hashlib.sha256(repr(listed).encode()).hexdigest()
+
+    def label(self, key, meta):
+        return self._label_of[key]
+
+    @cached_property
+    def _label_of(self) -> dict[str, int | None]:
+        return {key: label for key, label, _ in self.items}
+
     def read(self, key: str) -> bytes:
         raise NotImplementedError
 
@@ -163,7 +178,7 @@ class Items(ImageSource):
         self.count = len(self.items) + len(self.lost)
         for place in range(rank, -(-len(self.items) // batch_size), world_size):
             rows, faults = [], list(self.lost) if place == 0 else []
-            for key, label, captions in self.items[place * batch_size : (place + 1) * batch_size]:
+            for key, _, captions in self.items[place * batch_size : (place + 1) * batch_size]:
                 try:
                     image = load_image(self.read(key), image_size, **how)
                 except DataError as error:
@@ -172,26 +187,41 @@ class Items(ImageSource):
                 except (OSError, BrokenFile) as error:
                     faults.append(DataError("missing_image", str(error), shard=self.identity, key=key))
                     continue
-                rows.append({"image": image, "captions": captions, "labels": label, "keys": key, "meta": {}})
-            yield place, batch_of(rows, faults, image_size, labelled=False)
-
-    def _label_by_folder(self, keys: list[str], folders: list[str] | None) -> None:
-        """Fill `items` from the folder each key lies in; `folders` fixes the order of the labels."""
-        found = sorted({Path(key).parent.name for key in keys})
-        if folders is not None and len(folders) == len(found) and not set(found) & set(folders):
-            # As ImageNet's folders of wnids under a list of names: both in the same order.
-            folders = None
-        self.classes = list(folders) if folders is not None else found
-        if self.classes != found:
-            # Other labels than the same pictures have without the list.
-            self.identity += f" by {len(self.classes)} classes ({number(*self.classes):016x})"
-        for name in found:
-            if name not in self.classes:
-                raise ValueError(
-                    f"{self.identity}: folder {name!r} is none of the {len(self.classes)} classes."
-                    f"{suggest(name, self.classes)}"
+                rows.append(
+                    {"image": image, "captions": captions, "keys": key, "meta": {}, "where": self.identity}
                 )
-        labels = {name: label for label, name in enumerate(self.classes)}
+            yield place, batch_of(rows, faults, image_size)
+
+    def follow(self, classes: ClassNames) -> None:
+        """Number the labels by the given classes instead of the source's own, which are matched by name.
+
+        Raises:
+            ValueError: as `clipkit.evals.classes.match_classes`, or for a class id that the source's own names lack.
+        """
+        own = self.classes
+        if own is None or own == classes.names:
+            return
+        rows = classes.match(own, f"{self.identity}: class")
+        for key, label, _ in self.items:
+            if label is not None and not 0 <= label < len(own):
+                raise ValueError(
+                    f"{self.identity}: image {key!r} has class id {label}, but there are {len(own)} names"
+                )
+        self.items = [
+            (key, None if label is None else rows[own[label]], captions)
+            for key, label, captions in self.items
+        ]
+        self.classes = classes.names
+
+    def _label_by_folder(self, keys: list[str], classes: ClassNames | None) -> None:
+        """Fill `items` from the folder each key lies in; `classes` fixes the labels."""
+        found = sorted({Path(key).parent.name for key in keys})
+        self.classes = classes.names if classes else found
+        labels = (
+            classes.match(found, f"{self.identity}: folder")
+            if classes
+            else {name: label for label, name in enumerate(found)}
+        )
         self.items = [(key, labels[Path(key).parent.name], []) for key in sorted(keys)]
         if not self.items:
             raise ValueError(f"{self.identity} holds no image in a class folder; expected CLASS/NAME.jpg")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkit.evals.encoder import check_features
+from clipkit.evals.interval import Scored, mean_of, mean_of_groups
 from clipkit.evals.logistic import fit_logistic, predict_logistic
 
 GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-4, 11))
@@ -24,6 +25,7 @@ def linear_probe_metrics(
     classes: int | None = None,
     C: tuple[float, ...] = GRID,
     seed: int = 0,
+    scored: dict[str, Scored] | None = None,
 ) -> dict[str, float]:
     """top1 and mean_per_class on the test set as fractions of 1, and the chosen `C` (scikit-learn's).
 
@@ -32,6 +34,7 @@ def linear_probe_metrics(
         train_labels, test_labels: (T,) and (N,) int64 in 0..classes-1.
         C: the strengths tried; the smallest of equally good ones is taken.
         seed: of the held-out fifth.
+        scored: is filled with each metric's test images, for `clipkit.evals.interval`, and its chance level.
     """
     check_features(train_features, "train features")
     check_features(test_features, "test features")
@@ -54,6 +57,9 @@ def linear_probe_metrics(
         torch.zeros(classes, dtype=torch.float64).scatter_add_(0, test_labels, hit)[count > 0]
         / count[count > 0]
     )
+    if scored is not None:
+        scored["top1"] = mean_of(hit, chance=1 / classes)
+        scored["mean_per_class"] = mean_of_groups(hit, test_labels, chance=1 / classes)
     return {"top1": float(hit.mean()), "mean_per_class": float(per_class.mean()), "C": best}
 
 

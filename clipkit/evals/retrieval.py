@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from clipkit.evals.encoder import check_features
+from clipkit.evals.interval import Scored, mean_of, median_of
 
 
 def retrieval_metrics(
@@ -34,6 +35,7 @@ def retrieval_metrics(
     distractors: bool = False,
     block: tuple[int, int] = (1024, 4096),
     group: ProcessGroup | None = None,
+    scored: dict[str, Scored] | None = None,
 ) -> dict[str, float]:
     """Recall at k, median and mean rank of image-to-text and text-to-image retrieval.
 
@@ -51,6 +53,7 @@ def retrieval_metrics(
         block: rows and columns of one score block: 8 * rows * columns bytes.
         group: every rank passes the same whole features and takes its share of the blocks; all ranks return
             the same.
+        scored: is filled with each metric's queries, for `clipkit.evals.interval`, and its chance level.
 
     Returns:
         `image_to_text_R@k` and `text_to_image_R@k` as fractions of 1, `..._median_rank` and `..._mean_rank`
@@ -63,11 +66,26 @@ def retrieval_metrics(
     index = _check(image_features, text_features, text_to_image_index, distractors)
     images, texts = _counts(image_features, text_features, index, block, group)
     queried = torch.bincount(index, minlength=len(image_features)) > 0
-    metrics = {}
-    for direction, counts in (("image_to_text", [c[queried] for c in images]), ("text_to_image", texts)):
+    metrics, scored = {}, {} if scored is None else scored
+    positives = torch.bincount(index, minlength=len(image_features))[queried]
+    sides = (
+        ("image_to_text", [c[queried] for c in images], positives, len(text_features), None),
+        ("text_to_image", texts, torch.ones_like(index), len(image_features), index),
+    )
+    for direction, counts, right, candidates, units in sides:
+        nothing = torch.zeros_like(right)
+        guess = (nothing, candidates - right, right)
         for cutoff in k:
-            metrics[f"{direction}_R@{cutoff}"] = float(hit_probability(*counts, k=cutoff).mean())
+            hits = hit_probability(*counts, k=cutoff)
+            metrics[f"{direction}_R@{cutoff}"] = float(hits.mean())
+            chance = float(hit_probability(*guess, k=cutoff).mean())
+            scored[f"{direction}_R@{cutoff}"] = mean_of(hits, units=units, chance=chance, tied=counts[1])
         rank = expected_rank(*counts)
+        chance = float(expected_rank(*guess).mean())
+        scored[f"{direction}_mean_rank"] = mean_of(rank, units=units, chance=chance, tied=counts[1])
+        scored[f"{direction}_median_rank"] = median_of(
+            rank, units=units, chance=_median_guess(right, candidates)
+        )
         # Tensor.quantile refuses more than 2**24 values, and Tensor.median takes the lower of two middle
         # ones.
         middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
@@ -96,6 +114,20 @@ def expected_rank(greater: Tensor, tied: Tensor, best: Tensor) -> Tensor:
     hit_probability.
     """
     return greater + (tied + best + 1).double() / (best + 1).double()
+
+
+def _median_guess(right: Tensor, candidates: int) -> float:
+    """The median rank of the first of `right` (Q,) positives among `candidates` in random order."""
+    place = torch.arange(candidates + 1, dtype=torch.float64, device=right.device)
+    beyond = torch.zeros_like(place)
+    for count, queries in zip(*(x.tolist() for x in right.unique(return_counts=True)), strict=True):
+        none_before = torch.ones_like(place)
+        for i in range(count):
+            none_before *= ((candidates - place - i) / (candidates - i)).clamp(min=0)
+        beyond += none_before * queries / len(right)
+    low = int(torch.nonzero(beyond <= 0.5 + 1e-12)[0])
+    high = int(torch.nonzero(beyond < 0.5 - 1e-12)[0])
+    return (low + high) / 2
 
 
 def _check(images: Tensor, texts: Tensor, index: Tensor | Sequence[int], distractors: bool) -> Tensor:

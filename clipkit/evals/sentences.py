@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clipkit.evals.encoder import Encoder
+from clipkit.evals.interval import Scored, correlation_of
 from clipkit.evals.tasks import register_task
 from clipkit.foreign import VOCABULARY_BYTES, BrokenFile, permit, read_bytes, read_text
 from clipkit.registry import unknown
@@ -123,24 +124,20 @@ def _score(text: str, where: str) -> float:
 
 
 def spearman(similarity: Tensor, gold: Tensor) -> float:
-    """Spearman's rank correlation of similarities (n,) with human scores (n,).
+    """Spearman's rank correlation of similarities (n,) with human scores (n,), in float64.
 
-    Human scores that tie share their mean rank. Similarities that agree to 1e-6 differ by nothing but
-    rounding (two equal sentences have a cosine of 1 give or take 1e-7), which elsewhere decides their order
-    by chance: they stand in random order here, in expectation. The same number comes out on every machine,
-    and a model with one embedding for all has 0.
+    As scipy.stats.spearmanr: what ties shares its mean rank, on both sides, and the number is Pearson's correlation of
+    the ranks. Similarities that agree to 1e-12 differ by nothing but the rounding of a float64 product (two equal
+    sentences have a cosine of 1 give or take 2e-16) and tie. Where all of them do, it is undefined, and 0 here.
     """
     if len(gold) < 2 or float(gold.min()) == float(gold.max()):
         raise ValueError(
             f"Spearman's correlation of {len(gold)} pairs is undefined: every gold score is the same"
         )
-    a, b = _mean_ranks(similarity.double().round(decimals=6)), _mean_ranks(gold.double())
-    n = len(gold)
-    # In every order of the ties the ranks are a permutation of 1..n, whose variance is (n^2 - 1) / 12.
-    return float(
-        ((a - a.mean()) * (b - b.mean())).mean()
-        / (((n * n - 1) / 12) ** 0.5 * (b - b.mean()).square().mean().sqrt())
-    )
+    a, b = _mean_ranks(similarity.double().round(decimals=12)), _mean_ranks(gold.double())
+    a, b = a - a.mean(), b - b.mean()
+    spread = float(a.norm() * b.norm())
+    return float(a @ b) / spread if spread else 0.0
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
@@ -175,15 +172,21 @@ class STS:
         for name, read in self.sets.items():
             subsets = read()
             pairs = [pair for rows in subsets.values() for pair in rows]
+            encoder.record.read(name, pairs, items=len(pairs))
+            encoder.tell(f"{name}, {len(pairs)} pairs of sentences")
             features = encoder.texts([pair[0] for pair in pairs] + [pair[1] for pair in pairs]).double()
             similarity = torch.cosine_similarity(features[: len(pairs)], features[len(pairs) :], dim=1)
             gold = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
             metrics[name] = 100 * spearman(similarity, gold)
             scores.append(metrics[name])
+            encoder.record.scored[name] = correlation_of(similarity, gold)
             if self.per_subset and len(subsets) > 1:
                 start = 0
                 for subset, rows in subsets.items():
                     part = slice(start, start + len(rows))
                     metrics[f"{name}.{subset}"] = 100 * spearman(similarity[part], gold[part])
                     start += len(rows)
+        encoder.record.scored["average"] = Scored(
+            sum(one.n for one in encoder.record.scored.values()), chance=0.0
+        )
         return {**metrics, "average": sum(scores) / len(scores)}

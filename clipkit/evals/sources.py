@@ -4,7 +4,6 @@ class, CIFAR's files.
 
 from __future__ import annotations
 
-import copy
 import io
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ from clipkit.data.evalset import open_set, read_set
 from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.tarindex import Member, TarFiles
 from clipkit.data.urls import expand_shards
+from clipkit.evals.classes import ClassNames
 from clipkit.evals.items import IMAGE_SUFFIXES, WHOLE, ImageSource, Items, batch_of, check_faults, class_id
 from clipkit.evals.plain_pickle import PickledArray, read_pickle
 from clipkit.foreign import BrokenFile, permit, read_text
@@ -43,7 +43,6 @@ class Shards(ImageSource):
         # A glob that matches nothing is an error now, not after an epoch of training.
         self.shards, self.labelled = expand_shards(shards), labelled
         self.identity = f"shards {shards if isinstance(shards, str) else ', '.join(map(str, shards))}"
-        self.identity += f" by {label_key}" if label_key else ""
         self.label_keys = (label_key,) if label_key else ("cls", "label")
 
     def _batches(self, image_size, batch_size, rank, world_size, how):
@@ -71,33 +70,29 @@ class Shards(ImageSource):
                     {
                         "image": batch["image"][i],
                         "captions": list(batch["captions"][i]),
-                        "labels": self._label(batch["meta"][i], data.where(samples[i])[0]),
                         "keys": batch["key"][i],
                         "meta": batch["meta"][i],
+                        "where": data.where(samples[i])[0],
                     }
                     for i in range(len(samples))
                 ]
-                yield samples[0], batch_of(rows, faults[:], image_size, labelled=self.labelled)
+                yield samples[0], batch_of(rows, faults[:], image_size)
                 faults.clear()
             if faults:
-                yield len(data), batch_of([], faults[:], image_size, labelled=self.labelled)
+                yield len(data), batch_of([], faults[:], image_size)
 
-    def whole(self):
-        found = copy.copy(self)
-        found.labelled = False
-        return found
+    @property
+    def content(self):
+        return "shards", *map(str, self.shards)
 
-    def _label(self, meta: dict[str, Any], shard: str) -> int | None | DataError:
-        label = class_id(next((meta[key] for key in self.label_keys if key in meta), None))
-        if isinstance(label, DataError):
-            return DataError(label.cause, label.detail, shard=shard)
-        return label
+    def label(self, key, meta):
+        return class_id(next((meta[key] for key in self.label_keys if key in meta), None))
 
 
 class ImageFolder(Items):
-    """`folder`/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
+    """`folder`/CLASS/NAME.jpg; labels follow `classes`, or the sorted folder names."""
 
-    def __init__(self, folder: str | Path, folders: list[str] | None = None):
+    def __init__(self, folder: str | Path, classes: ClassNames | None = None):
         permit(folder, "folder")
         self.folder, self.identity = Path(folder), f"image folder {folder}"
         if not self.folder.is_dir():
@@ -115,16 +110,16 @@ class ImageFolder(Items):
                 raise ValueError(
                     f"{self.identity}: class {path.name!r} is empty; add images or remove the folder"
                 )
-        self._label_by_folder(keys, folders)
+        self._label_by_folder(keys, classes)
 
     def read(self, key):
         return read_image(self.folder / key)
 
 
 class ClassTar(Items):
-    """One tar of PART/CLASS/NAME.jpg; labels follow `folders`, or the sorted folder names."""
+    """One tar of PART/CLASS/NAME.jpg; labels follow `classes`, or the sorted folder names."""
 
-    def __init__(self, tar: str | Path, folders: list[str] | None = None):
+    def __init__(self, tar: str | Path, classes: ClassNames | None = None):
         permit(tar, "tar")
         self.path, self.identity = Path(tar), f"tar {tar}"
         if not self.path.is_file():
@@ -135,7 +130,7 @@ class ClassTar(Items):
             for member in self._tar.members
             if Path(member.name).suffix.lower() in IMAGE_SUFFIXES
         }
-        self._label_by_folder(list(self._where), folders)
+        self._label_by_folder(list(self._where), classes)
 
     def read(self, key):
         return self._tar.read(self._where[key])
@@ -297,13 +292,14 @@ def open_source(
     cifar: str | None = None,
     split: str = "test",
     label_key: str | None = None,
-    folders: list[str] | None = None,
+    classes: ClassNames | None = None,
     labelled: bool = False,
     captioned: bool = False,
 ) -> ImageSource:
     """The one source that is given; `what` names the task in the error for none or several.
 
     Args:
+        classes: what the labels are rows of; None: the source's own. Shards have numbers alone.
         labelled, captioned: what the task needs of each image; one that has it broken is left out.
     """
     given = {
@@ -317,11 +313,16 @@ def open_source(
         )
     if shards is not None:
         return Shards(shards, label_key, labelled=labelled)
-    if clip_benchmark is not None:
-        return ClipBenchmark(clip_benchmark, split, captioned=captioned)
-    if cifar is not None:
-        return Cifar(cifar, split)
     if folder is not None:
-        return ImageFolder(folder, folders)
-    assert tar is not None, "one is given"
-    return ClassTar(tar, folders)
+        source: Items = ImageFolder(folder, classes)
+    elif tar is not None:
+        source = ClassTar(tar, classes)
+    elif cifar is not None:
+        source = Cifar(cifar, split)
+    else:
+        assert clip_benchmark is not None, "one is given"
+        source = ClipBenchmark(clip_benchmark, split, captioned=captioned)
+    if classes is not None:
+        source.follow(classes)
+    source.labelled = labelled
+    return source

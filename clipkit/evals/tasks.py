@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from clipkit.distributed import resolve_group
+from clipkit.evals.checks import TaskRecord
 from clipkit.evals.encoder import Encoder
 from clipkit.registry import Registry, check_keys, unknown
 
@@ -85,6 +86,8 @@ def evaluate(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     group: ProcessGroup | str | None = None,
+    records: dict[str, TaskRecord] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run evaluation tasks on a model; a data set used by several tasks is encoded once.
 
@@ -96,21 +99,42 @@ def evaluate(
         batch_size: images or texts a forward pass.
         group: ranks that share the work ("auto": the default group, when there is one); every rank must call
             this and every rank gets the same numbers. None: this process alone.
+        records: is filled with what each task rests on: its data, and what the checks before scoring found.
+        progress: is given lines that say how far it has come, on rank 0.
 
     Returns:
         {task: {metric: value}}.
     """
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "group": group}
+    return run_tasks(model, tokenizer, create_tasks(tasks), **options, records=records, progress=progress)
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Any],
+    built: Mapping[str, Task],
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    group: ProcessGroup | str | None = None,
+    records: dict[str, TaskRecord] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """`evaluate` of tasks that `create_tasks` has made."""
     if group is not None:
         group = resolve_group(group)
-    built = create_tasks(tasks)
-    encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size, group=group)
+    encoder = Encoder(model, tokenizer, device=device, batch_size=batch_size, group=group, progress=progress)
     training = bool(getattr(model, "training", False))
     if training:
         model.eval()
     try:
         results = {}
-        for name, task in built.items():
+        for number, (name, task) in enumerate(built.items(), 1):
+            encoder.record = TaskRecord()
+            encoder.tell(f"{name}, task {number} of {len(built)}")
             results[name] = task(encoder)
+            if records is not None:
+                records[name] = encoder.record
             stated = getattr(task, "metrics", None)
             if stated is not None and (unnamed := results[name].keys() - {*stated, "skipped"}):
                 raise RuntimeError(

@@ -69,14 +69,20 @@ class SentEval:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         metrics = {}
         for task in self.tasks:
+            encoder.tell(f"SentEval's {task}")
             if task in _BINARY:
                 texts, labels = sorted_rows(read_binary(self.root, task))
+                encoder.record.read(task, (texts, labels.tolist()), items=len(texts))
                 metrics[task] = nested_accuracy(encoder.texts(texts), labels, folds=self.folds)
             elif task == "SST2":
                 parts = [sorted_rows(read_sst2(self.root / name)) for name in _SST2]
+                content = [(texts, labels.tolist()) for texts, labels in parts]
+                encoder.record.read(task, content, items=len(parts[-1][0]))
                 metrics[task] = dev_accuracy(*[(encoder.texts(texts), labels) for texts, labels in parts])
             elif task == "TREC":
                 (train, y), (test, truth) = [sorted_rows(rows) for rows in read_trec(self.root)]
+                content = (train, y.tolist(), test, truth.tolist())
+                encoder.record.read(task, content, items=len(test))
                 predicted = kfold_predict(encoder.texts(train), y, encoder.texts(test), folds=self.folds)
                 metrics[task] = 100 * float((predicted == truth).double().mean())
             else:
@@ -85,11 +91,13 @@ class SentEval:
         return {**metrics, "average": sum(scored) / len(scored)}
 
     def _mrpc(self, encoder: Encoder) -> dict[str, float]:
-        data = []
+        data, content = [], []
         for name in _MRPC:
             first, second, labels = read_mrpc(self.root / name)
+            content.append((first, second, labels.tolist()))
             u, v = encoder.texts(first), encoder.texts(second)
             data.append((torch.cat([(u - v).abs(), u * v], dim=1), labels))
+        encoder.record.read("MRPC", content, items=len(content[-1][0]))
         (train, y), (test, truth) = data
         predicted = kfold_predict(train, y, test, folds=self.folds)
         positive = int(((predicted == 1) & (truth == 1)).sum())

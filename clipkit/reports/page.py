@@ -176,16 +176,23 @@ def _table(groups: list[Group]) -> str:
         sign = _direction(metric)
         best = max(means, key=lambda mean: sign * mean) if sign and len(set(means)) > 1 else None
         cells = []
-        for value in found:
+        for group, value in zip(groups, found, strict=True):
             if value is None:
                 cells.append("<td>-</td>")
                 continue
             mean, deviation, count = value
             spread = f" <small>± {number(deviation)}</small>" if deviation is not None else ""
+            own = group.about(metric)
+            # Of this very number: a run may have gone on since.
+            if count == 1 and (ends := own.get("interval")) and own.get("value") == mean:
+                spread = f" <small>[{number(ends[0])}, {number(ends[1])}]</small>"
             strong = ' class="best"' if mean == best else ""
             cells.append(f'<td{strong} title="{count} runs">{number(mean)}{spread}</td>')
         arrow = {1: "&nbsp;↑", -1: "&nbsp;↓", 0: ""}[sign]
-        rows.append(f"<tr><td>{_breakable(metric)}{arrow}</td>{''.join(cells)}</tr>")
+        about = next((one for group in groups if (one := group.about(metric))), {})
+        chance = number(value) if (value := about.get("chance")) is not None else "-"
+        items = f"<small>{items} items</small>" if (items := about.get("n")) else ""
+        rows.append(f"<tr><td>{_breakable(metric)}{arrow}{items}</td>{''.join(cells)}<td>{chance}</td></tr>")
     sizes = {len(group.runs) for group in groups}
     each = "each" if len(groups) > 1 else "in all"
     counts = (
@@ -196,7 +203,8 @@ def _table(groups: list[Group]) -> str:
     return (
         '<h2>Final numbers</h2><p class="note">Mean ± sample standard deviation over runs '
         f"({escape(counts)}); ↑ more is better, ↓ less is better, best mean in bold. STS and SentEval are per cent, recall and "
-        f'accuracy fractions of 1.</p><div class="scroll wide"><table><thead><tr><th>metric</th>{head}</tr></thead>'
+        "accuracy fractions of 1. Chance is what guessing has; of a single run, the 95 % interval of a bootstrap over its items "
+        f'stands in brackets.</p><div class="scroll wide"><table><thead><tr><th>metric</th>{head}<th>chance</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -56,6 +56,21 @@ class _Summary(TypedDict, total=False):
     versions: dict[str, str]
 
 
+class _Score(TypedDict, total=False):
+    """What reports read of one metric in evaluation.json."""
+
+    value: float
+    n: int | None
+    interval: list[float] | None
+    chance: float | None
+
+
+class _Evaluation(TypedDict, total=False):
+    """What reports read of evaluation.json."""
+
+    scores: dict[str, _Score]
+
+
 class Curve:
     """A metric's finite values over the steps.
 
@@ -92,6 +107,7 @@ class Run:
         final: {"task/metric": value} of the last evaluation; it may be inf or nan.
         summary: `finished`, `step`, `seconds_this_session` and `versions` of summary.json, or empty for a run that
             has not finished.
+        scores: {"task/metric": items, interval and chance} of evaluation.json, as far as it has them.
         problem: why the folder could not be read, with its path; the rest is empty then.
         note: what of it was left out.
     """
@@ -101,6 +117,7 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     final: dict[str, float] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, _Score] = field(default_factory=dict)
     problem: str = ""
     note: str = ""
 
@@ -122,6 +139,10 @@ class Group:
         """
         values = [run.final[name] for run in self.runs if name in run.final]
         return (mean(values), deviation(values), len(values)) if values else None
+
+    def about(self, name: str) -> _Score:
+        """Items, interval and chance of a metric in the first run that has them."""
+        return next((run.scores[name] for run in self.runs if name in run.scores), {})
 
     def mean_curve(self, name: str) -> list[tuple[float, float]]:
         """The runs' mean at every step that all of those with this metric have."""
@@ -227,7 +248,20 @@ def read_run(folder: Path, *, trust_paths: bool = False) -> Run:
             for name, text in list(run.summary.get("versions", {}).items())[:50]
         }
     _read_lines(run, own("metrics.jsonl") or folder / "metrics.jsonl")
+    if about := own("evaluation.json"):
+        run.scores = _scores(read_json(about, _Evaluation).get("scores", {}))
     return run
+
+
+def _scores(given: Mapping[str, _Score]) -> dict[str, _Score]:
+    """Those with finite numbers, of as many metrics as are shown; an interval has two ends."""
+    found: dict[str, _Score] = {}
+    for name, one in list(given.items())[:METRICS]:
+        ends = one.get("interval") or [0.0, 0.0]
+        chance = one.get("chance")
+        if len(ends) == 2 and all(map(math.isfinite, (*ends, chance if chance is not None else 0.0))):
+            found[readable(name)] = one
+    return found
 
 
 def _read_lines(run: Run, path: Path) -> None:

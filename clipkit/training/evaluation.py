@@ -10,6 +10,7 @@ import torch
 
 from clipkit.data import Tokenizer
 from clipkit.evals import check_metric, create_tasks, evaluate
+from clipkit.evals.checks import TaskRecord, about_numbers
 from clipkit.model import DualEncoder, create_model
 from clipkit.optim import WeightAverage
 from clipkit.registry import unknown
@@ -124,10 +125,17 @@ class Evaluation:
         tasks = self.due(step)
         if not tasks:
             return {}
+        records: dict[str, TaskRecord] = {}
         try:
             with self._scored() as model:
                 results = evaluate(
-                    model, self.tokenizer, tasks, device=self.device, batch_size=self.batch_size, group="auto"
+                    model,
+                    self.tokenizer,
+                    tasks,
+                    device=self.device,
+                    batch_size=self.batch_size,
+                    group="auto",
+                    records=records,
                 )
         except (ValueError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and lost_a_rank(error):
@@ -140,6 +148,8 @@ class Evaluation:
             self.record.say(f"warning: the evaluation after step {step} failed: {error}. Training goes on")
             return {}
         metrics = flatten(results)
+        if step == self.total_steps:
+            self.record.last_evaluation(step, about_numbers(results, records))
         if (
             self.best_metric
             and self.best_metric.partition("/")[0] in tasks

@@ -176,6 +176,14 @@ class Record:
         if metrics and step < self._progress.total:
             self._progress.say(f"step {step} evaluation\n{table(metrics)}")
 
+    def last_evaluation(self, step: int, about: Mapping[str, Any]) -> None:
+        """Keep what the numbers after the last step rest on, in RUN/evaluation.json."""
+        if rank() == 0:
+            try:
+                write_json(self._run_dir / "evaluation.json", {"step": step, **about})
+            except OSError as error:
+                self._progress.say(f"warning: evaluation.json could not be written: {error}")
+
     def samples(self, step: int, batch: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Hand the first pairs of rank 0's batch, as the model saw them, to the loggers that show some.
 

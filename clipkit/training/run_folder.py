@@ -235,13 +235,18 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def write_summary(run_dir: Path, **entries: Any) -> None:
     """summary.json: final metrics, samples seen, skip counts by cause, wall-clock, versions."""
-    versions = {"python": platform.python_version()}
+    write_json(run_dir / "summary.json", {**entries, "versions": versions(), "command": sys.argv})
+
+
+def versions() -> dict[str, str]:
+    """Python's version, and those of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
     for package in ("clipkit", "torch", "timm", "open_clip_torch", "transformers", "webdataset"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    write_json(run_dir / "summary.json", {**entries, "versions": versions, "command": sys.argv})
+    return found
 
 
 def finish(

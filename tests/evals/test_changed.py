@@ -45,7 +45,8 @@ def seen(source) -> tuple[list[tuple[int, int]], set[str]]:
     """(label, shade) of what is read, and the causes of what is not."""
     pairs, causes = [], set()
     for _, batch in source.batches(8, 4):
-        pairs += zip(batch["labels"], batch["image"][:, 0, 0, 0].tolist(), strict=True)
+        labels = map(source.label, batch["keys"], batch["meta"])
+        pairs += zip(labels, batch["image"][:, 0, 0, 0].tolist(), strict=True)
         causes |= {fault.cause for fault in batch["faults"]}
     return pairs, causes
 

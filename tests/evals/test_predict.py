@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from clipkit.evals import Encoder
+from clipkit.evals.sources import open_source
 from clipkit.predict import Predictor, find_images, load_embeddings, save_embeddings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from eval_cases import TinyModel, tokenize
+from test_labels import noise
 from test_tasks import image_bytes
 
 
@@ -77,6 +81,102 @@ def test_embeddings_whose_writing_ends_early_never_stand_beside_other_keys(step,
     else:
         with pytest.raises(ValueError, match="there is no file of embeddings"):
             load_embeddings(tmp_path / "a.npy")
+
+
+def test_parquet_is_read_by_its_buffers(tmp_path):
+    """Fixed and variable lists, several row groups, doubles: the numbers, in memory of about their own size."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
+    keys = [str(i) for i in range(len(values))]
+    fixed = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), 64)
+    offsets = np.arange(0, values.size + 1, 64, dtype=np.int32)
+    loose = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(values.reshape(-1).astype(np.float64)))
+    for column in (fixed, loose, loose.cast(pyarrow.large_list(pyarrow.float64()))):
+        parquet.write_table(
+            pyarrow.table({"key": keys, "embedding": column}), tmp_path / "a.parquet", row_group_size=700
+        )
+        found_keys, found = load_embeddings(tmp_path / "a.parquet")
+        assert found_keys == keys and np.array_equal(found.numpy(), values)
+        found[0] = 0
+    tracemalloc.start()
+    load_embeddings(tmp_path / "a.parquet")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A Python float and its place in a list have 32 bytes: four times the doubles, which are copied once.
+    assert peak < 2.5 * values.size * 8
+    for wrong in ([[1.0, None]] * 3000, [[1.0], None] * 1500, [[]] * 3000, [[1.0], [1.0, 2.0]] * 1500):
+        parquet.write_table(pyarrow.table({"key": keys, "embedding": wrong}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match="a.parquet"):
+            load_embeddings(tmp_path / "a.parquet")
+
+
+def sideways(path: Path) -> None:
+    """A telephone's photograph: stored on its side, with the orientation that turns it upright."""
+    upright = Image.open(io.BytesIO(noise(5))).resize((48, 32))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    # The file is turned a quarter to the left; orientation 6 turns it back.
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=tags, quality=100, subsampling=0)
+    upright.save(path.with_suffix(".png"))
+
+
+def test_a_telephone_s_photograph_is_embedded_upright_wherever_it_is_read(tmp_path):
+    (tmp_path / "class").mkdir()
+    sideways(tmp_path / "class" / "a.jfif")
+    keys, features = Predictor(TinyModel(), tokenize).embed_images(tmp_path)
+    assert [Path(key).name for key in keys] == ["a.jfif", "a.png"]
+    assert features[0] @ features[1] > 0.995
+    source = open_source("x", folder=str(tmp_path))
+    evaluated = Encoder(TinyModel().eval(), tokenize).images(source).image_features
+    assert torch.allclose(evaluated, features, atol=1e-6)
+    unturned = Image.open(tmp_path / "class" / "a.jfif")
+    (tmp_path / "class" / "b.png").write_bytes(b"")
+    Image.fromarray(np.asarray(unturned)).save(tmp_path / "class" / "b.png")
+    _, three = Predictor(TinyModel(), tokenize).embed_images(tmp_path)
+    assert three[2] @ three[1] < 0.9, "the test tells sides apart"
+
+
+def test_pictures_of_formats_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes(3))
+    (tmp_path / "deep").mkdir()
+    brand = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + b"x" * 40
+    (tmp_path / "deep" / "photo.HEIC").write_bytes(brand)
+    for name in ("drawing.svg", "raw.CR2", "notes.txt", "caption.json"):
+        (tmp_path / "deep" / name).write_bytes(b"x")
+    predictor = Predictor(TinyModel(), tokenize)
+    keys, _ = predictor.embed_images(tmp_path)
+    assert [Path(key).name for key in keys] == ["a.png"]
+    reasons = {Path(path).name: reason for path, reason in predictor.skipped.items()}
+    assert set(reasons) == {"photo.HEIC", "drawing.svg", "raw.CR2"}
+    assert "this format are not read" in reasons["drawing.svg"]
+    assert "HEI" in reasons["photo.HEIC"] or "corrupt" in reasons["photo.HEIC"]
+
+
+def test_a_command_that_left_files_out_ends_with_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    from clipkit.recipes import predict
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(image_bytes(3))
+    monkeypatch.setattr(predict, "_predictor", lambda given: Predictor(TinyModel(), tokenize))
+    out = str(tmp_path / "a.npy")
+    given = ["embed", "model", "--images", str(tmp_path / "photos"), "--output", out]
+    classify = ["classify", "model", str(tmp_path / "photos"), "--labels", "cat,dog"]
+    search = ["search", "model", "a cat", str(tmp_path / "photos")]
+    for arguments in (given, classify, search):
+        predict.main(arguments)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "photos" / "b.png").write_bytes(b"broken")
+    for arguments in (given, classify, search):
+        with pytest.raises(SystemExit) as ended:
+            predict.main(arguments)
+        assert ended.value.code == 3 == predict.SKIPPED
+        said = capsys.readouterr()
+        assert "b.png: corrupt_image" in said.err and "1 files were left out" in said.err and said.out
+        predict.main([*arguments, "--allow-skipped"])
+        assert "b.png: corrupt_image" in capsys.readouterr().err
+    assert load_embeddings(out)[0] == [str(tmp_path / "photos" / "a.png")]
 
 
 def npy(array) -> bytes:

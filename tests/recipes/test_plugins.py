@@ -171,7 +171,7 @@ def test_pretrain_sweep_evaluate_and_report_use_it_by_name(package, shapes):
     assert "their_task" in (package / "report.html").read_text()
     # A stranger's folder does not say what is imported.
     refused = run(package, f"checkpoint={folder}", "trust_paths=true", recipe="evaluate.py", status=1)
-    assert "their_tower" in refused and "Traceback" not in refused
+    assert "'their_task'" in refused and "Traceback" not in refused
 
 
 def test_data_and_a_tokenizer_of_ones_own_train_resume_and_are_read_back(package):

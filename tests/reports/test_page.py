@@ -178,14 +178,15 @@ def test_the_commands_run_as_a_user_runs_them(runs, tmp_path, capsys, monkeypatc
         "pics",
         "--top",
         "2",
+        "--allow-skipped",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert len([json.loads(line) for line in done.stdout.splitlines()]) == 2
     assert "skipped pics/broken.jpg" in done.stderr
-    predict.main(["embed", model, "--images", "pics", "--output", "e.npy"])
+    predict.main(["embed", model, "--images", "pics", "--output", "e.npy", "--allow-skipped"])
     predict.main(["search", model, "a red circle", "e.npy", "--top", "2"])
     assert capsys.readouterr().out.splitlines()[1:] == done.stdout.splitlines()
-    predict.main(["classify", model, "pics", "--labels", "shapes", "--templates", "a {}"])
+    predict.main(["classify", model, "pics", "--labels", "shapes", "--templates", "a {}", "--allow-skipped"])
     assert len(capsys.readouterr().out.splitlines()) == 4
     for command, arguments in ((predict, ["search", "nowhere", "x", "pics"]), (report, ["nowhere"])):
         with pytest.raises(SystemExit, match="Error: .*nowhere"):
@@ -281,3 +282,23 @@ def test_a_checkpoint_of_another_architecture_is_named(runs, tmp_path):
     (path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="model.safetensors"):
         load_any(str(path))
+
+
+def test_the_table_shows_items_intervals_and_chance(tmp_path):
+    """One run: its interval. Two: their deviation instead. What is no such file is a run left out, with a reason."""
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / f"a-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "loss": {"infonce": None}}))
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "eval/zs/top1": 0.5 + seed / 10}) + "\n")
+        score = {"value": 0.5, "n": 731, "interval": [0.4321, 0.5678], "chance": 0.0625, "tied": 2}
+        about = {"step": 3, "scores": {"zs/top1": score, "zs/x": {**score, "interval": [1]}}, "records": {}}
+        (folder / "evaluation.json").write_text(json.dumps(about))
+    one = write_report([tmp_path / "runs" / "a-0"], tmp_path / "one.html").read_text()
+    assert "[0.4321, 0.5678]" in one and "731 items" in one and "<td>0.0625</td>" in one
+    both = write_report([tmp_path / "runs"], tmp_path / "both.html").read_text()
+    assert "[0.4321" not in both and "<td>0.0625</td>" in both
+    for broken in ('{"scores": 3}', '{"scores": {"zs/top1": {"chance": "x"}}}', "{"):
+        (tmp_path / "runs" / "a-0" / "evaluation.json").write_text(broken)
+        write_report([tmp_path / "runs"], tmp_path / "left.html")
+        assert "evaluation.json" in (tmp_path / "left.html").read_text()
