@@ -11,6 +11,7 @@ so the calls can be captured in a CUDA graph. precision "high" splits every oper
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,22 @@ from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gra
 ROWS = 32
 # Coefficients are at most 2 in probability units: 2^14 keeps them, and their tails, within float16.
 COEF_POWER = 2.0**14
-# Bits of a sum (less the shift) under which exact_coef_kernel takes over, with an exponential per side; sums
-# that strip_kernel computed lie below -100 + log2 N.
-COEF_FLOOR = -70.0
 EXACT_PROGRAMS = 128
-SUM_FLOOR = 2.0**-100
+# The share of a sum that may be flushed to 0, as a power of two: of the log-sum-exp, and of the coefficients
+# that float16 rounds (to 2^-12 each) or, with "high", two float16 numbers.
+_SUM_SHARE, _COEF_SHARE, _HIGH_COEF_SHARE = -22, -14, -20
+
+
+def flush_floor(terms: int, share: int) -> float:
+    """Bits of a sum (less the shift) of `terms` exponentials from which on flushing takes at most 2^share of it.
+
+    The chip's exp2 gives 0 under 2^-126, so a sum of 2^b lacks at most terms 2^-126, a share of
+    2^(log2 terms - 126 - b): the floor is log2 terms - 126 - share. Coefficients are 2^bits times a factor of at
+    most COEF_POWER 2^-b = 2^(14 - b) for the row and as much for the column: float32 holds their sum down to
+    b = -112. At scale 100 and 2^15 to 2^17 pairs (shifts of 60 and 62) a floor of -97 and -95 is a
+    log-mean-exp of cosines of -0.36 and -0.35.
+    """
+    return max(-112.0, math.log2(terms) - 126 - share)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -238,7 +250,7 @@ class _Problem:
             col_ids,
             sums,
             lse_bits,
-            m * SUM_FLOOR,
+            2.0 ** flush_floor(m, _SUM_SHARE),
             n,
             m,
             pairs.row_offset,
@@ -268,7 +280,8 @@ class _Problem:
         narrow = min(32, c.block_n)
         exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
         del exact["DESCRIPTORS"]
-        lost = ((by_row.bits < COEF_FLOOR).any() | (by_col.bits < COEF_FLOOR).any()).int()
+        floor = flush_floor(max(self.n, self.m), _HIGH_COEF_SHARE if self.high else _COEF_SHARE)
+        lost = ((by_row.bits < floor).any() | (by_col.bits < floor).any()).int()
         for rows, cols, tiles_m, tiles_n in self.blocks():
             place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
@@ -297,6 +310,7 @@ class _Problem:
                     work[0],
                     work[-1],
                     lost,
+                    floor,
                     self.scalars,
                     *self.pointers(),
                     by_row.bits,
@@ -309,7 +323,6 @@ class _Problem:
                     work[0].stride(0),
                     COL_SUMS=col_sums,
                     HIGH=self.high,
-                    FLOOR=COEF_FLOOR,
                     **exact,
                 )
             block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]

@@ -408,6 +408,7 @@ def exact_coef_kernel(
     g_work,
     low_work,
     lost,
+    floor,
     scalars,
     col_add,
     row_ids,
@@ -434,9 +435,8 @@ def exact_coef_kernel(
     EXCLUDE: tl.constexpr,
     COL_SUMS: tl.constexpr,
     HIGH: tl.constexpr,
-    FLOOR: tl.constexpr,
 ):
-    """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below FLOOR.
+    """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below `floor`.
 
     G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j). A few programs walk
     all tiles, and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the
@@ -455,7 +455,7 @@ def exact_coef_kernel(
                 tl.min(tl.load(row_bits + rows, mask=rows < n, other=0.0), 0),
                 tl.min(tl.load(col_bits + cols, mask=cols < m, other=0.0), 0),
             )
-            if lowest < FLOOR:
+            if lowest < floor:
                 acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, False)
                 values = _coefficients(
                     acc,
