@@ -16,9 +16,10 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_pairs,
+    check_precision,
     check_scalar,
     check_unit_norm,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     scalar,
@@ -50,6 +51,7 @@ class Distill(nn.Module):
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton" for the student's log-sum-exp: see
             `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     It is the teacher's entropy when both agree. Siblings: `infonce`, which it is added to.
     """
@@ -66,8 +68,9 @@ class Distill(nn.Module):
     optional_inputs = ("sample_weight",)
     supplied_by = dict.fromkeys(inputs[3:], _TEACHER)
 
-    def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
+    def __init__(self, *, group: Group | str = "auto", impl: str = "auto", precision: str = "auto"):
         super().__init__()
+        self.precision = check_precision(precision)
         self.group = group
         self.impl = check_impl(impl)
 
@@ -139,7 +142,7 @@ class Distill(nn.Module):
             **more,
         )
         check_not_empty(image_features)
-        precision = kernel_precision(image_features)
+        kernel = kernel_settings(self, image_features)
         x, y = ranks.wide(image_features), ranks.wide(text_features)
         scale, own = scalar(logit_scale, x), ranks.own(len(x))
         images, texts = ranks.gather(x), ranks.gather(y)
@@ -149,8 +152,7 @@ class Distill(nn.Module):
             scale,
             row_offset=own.start,
             exclude_positives=False,
-            impl=self.impl,
-            precision=precision,
+            **kernel,
         )
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         u, v = ranks.wide(dist_image_features), ranks.wide(dist_text_features)

@@ -19,10 +19,11 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_pairs,
+    check_precision,
     check_scalar,
     constant,
     integers,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     reads_values,
@@ -79,6 +80,7 @@ class FastCLIP(nn.Module):
         eps: > 0.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     With gamma = 1 and eps -> 0 it is t (infoloob - log(N - 1) + rho). Siblings: `infonce`, `infoloob`.
     """
@@ -108,8 +110,10 @@ class FastCLIP(nn.Module):
         eps: float = 1e-14,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.num_samples = None if num_samples is None else int(check_number("num_samples", num_samples, 1))
         self.num_texts = self.num_samples
         if num_texts is not None:
@@ -179,7 +183,7 @@ class FastCLIP(nn.Module):
             text_index=text_index,
         )
         check_not_empty(image_features)
-        precision = kernel_precision(image_features)
+        kernel = kernel_settings(self, image_features)
         image_features, text_features = ranks.wide(image_features), ranks.wide(text_features)
         logit_scale = scalar(logit_scale, image_features)
         texts = ranks.gather(text_features)
@@ -190,9 +194,7 @@ class FastCLIP(nn.Module):
         if self.temperature_gradient == "released_code":
             # Its value, with twice the gradient.
             scale = 2 * logit_scale - logit_scale.detach()
-        row_lse, col_lse = pair_lse(
-            image_features, texts, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
+        row_lse, col_lse = pair_lse(image_features, texts, scale, row_offset=offset, **kernel)
         col_lse = logsumexp_over_ranks(col_lse, ranks.group)
         positive = paired_logits(image_features, text_features, scale)
         log_g = torch.stack([row_lse, col_lse]) - positive - constant(total - 1, positive).log()

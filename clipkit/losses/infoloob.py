@@ -15,8 +15,9 @@ from clipkit.losses.checks import (
     check_negatives,
     check_not_empty,
     check_pairs,
+    check_precision,
     check_scalar,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     scalar,
@@ -44,6 +45,7 @@ class InfoLOOB(nn.Module):
         hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `infonce`; `cloob`, which retrieves from a Hopfield memory first.
     """
@@ -52,8 +54,16 @@ class InfoLOOB(nn.Module):
     inputs = ("image_features", "text_features", "logit_scale")
     optional_inputs = ("hard_negative_features", "hard_negative_image_features", "sample_weight")
 
-    def __init__(self, *, hard_negatives: str = "group", group: Group | str = "auto", impl: str = "auto"):
+    def __init__(
+        self,
+        *,
+        hard_negatives: str = "group",
+        group: Group | str = "auto",
+        impl: str = "auto",
+        precision: str = "auto",
+    ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.group = group
         self.impl = check_impl(impl)
@@ -112,7 +122,7 @@ class InfoLOOB(nn.Module):
             **{name: value for name, value in options.items() if value is not None},
         )
         check_not_empty(image_features)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
+        kernel = kernel_settings(self, image_features)
         x, y = ranks.wide(image_features), ranks.wide(text_features)
         scale, own = scalar(logit_scale, x), ranks.own(len(x))
         texts = ranks.gather(y)

@@ -16,8 +16,9 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_pairs,
+    check_precision,
     check_scalar,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     scalar,
@@ -75,6 +76,7 @@ class InfoNCE(nn.Module):
         group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows
             alone.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `sigmoid` (no normalisation over the batch), `infoloob` (the positive left out of its
     denominator), `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
@@ -101,8 +103,10 @@ class InfoNCE(nn.Module):
         overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
@@ -177,13 +181,12 @@ class InfoNCE(nn.Module):
             **options,
         )
         check_not_empty(image_features)
-        precision = kernel_precision(image_features)
+        kernel = kernel_settings(self, image_features)
         x, y = ranks.wide(image_features), ranks.wide(text_features)
         scale, own = scalar(logit_scale, x), ranks.own(len(x))
         if ranks.group is None and reduction == "mean" and not options and self._is_plain:
             if runs_small(x, y, scale, self.impl):
                 return small_infonce(x, y, scale)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": precision}
         ring = runs_ring(self, ranks)
         same = same_content(self, pair_ids, y if content_features is None else content_features, ranks)
         masked = (self.false_negatives or self.same_ids) == "mask"

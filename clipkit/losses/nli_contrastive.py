@@ -14,9 +14,10 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     logaddexp,
     meet,
     paired_logits,
@@ -49,6 +50,7 @@ class NLIContrastive(nn.Module):
         hard_negative_weight: alpha >= 0; 0 drops each premise's own contradiction, not the other rows'.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `simcse` (unsupervised), `nli_softmax` (labelled pairs in place of triplets).
     """
@@ -64,8 +66,10 @@ class NLIContrastive(nn.Module):
         hard_negative_weight: float = 1.0,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.hard_negative_weight = check_number("hard_negative_weight", hard_negative_weight, 0.0)
         self.group = group
@@ -120,21 +124,17 @@ class NLIContrastive(nn.Module):
             contradiction_features=contradiction_features,
         )
         check_not_empty(premise_features)
-        precision = kernel_precision(premise_features)
+        kernel = kernel_settings(self, premise_features)
         premise_features = ranks.wide(premise_features)
         entailment_features = ranks.wide(entailment_features)
         contradiction_features = ranks.wide(contradiction_features)
         entailed, contradicted = ranks.gather(entailment_features), ranks.gather(contradiction_features)
         offset = ranks.own(len(premise_features)).start
         scale = constant(1 / self.temperature, premise_features)
-        negatives, _ = pair_lse(
-            premise_features, entailed, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
+        negatives, _ = pair_lse(premise_features, entailed, scale, row_offset=offset, **kernel)
         # (M, D) is K = 1.
         for own, everyone in zip(_each(contradiction_features), _each(contradicted)):
-            others, _ = pair_lse(
-                premise_features, everyone, scale, row_offset=offset, impl=self.impl, precision=precision
-            )
+            others, _ = pair_lse(premise_features, everyone, scale, row_offset=offset, **kernel)
             negatives = logaddexp(negatives, others)
             if self.hard_negative_weight > 0:
                 weight = math.log(self.hard_negative_weight)

@@ -15,8 +15,9 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_pairs,
+    check_precision,
     check_scalar,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     scalar,
@@ -53,6 +54,7 @@ class Sigmoid(nn.Module):
             holds all of them (`clipkit.losses.ring`). Not with `false_negatives`, nor with ids as positives.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_softplus`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_softplus`.
 
     Siblings: `infonce` (softmax over the batch).
     """
@@ -82,8 +84,10 @@ class Sigmoid(nn.Module):
         overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.same_ids = check_choice("same_ids", same_ids, ("positive", "mask"))
         self.group = group
         self.impl = check_impl(impl)
@@ -165,7 +169,7 @@ class Sigmoid(nn.Module):
             **{name: value for name, value in options.items() if value is not None},
         )
         check_not_empty(image_features)
-        kernel: dict[str, Any] = {"impl": self.impl, "precision": kernel_precision(image_features)}
+        kernel = kernel_settings(self, image_features)
         x, y = ranks.wide(image_features), ranks.wide(text_features)
         scale, bias, own = scalar(logit_scale, x), scalar(logit_bias, x), ranks.own(len(x))
         ring = runs_ring(self, ranks)

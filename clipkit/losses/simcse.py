@@ -15,9 +15,10 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     meet,
     paired_logits,
     reads_values,
@@ -48,6 +49,7 @@ class SimCSE(nn.Module):
         embed_dim: D; needed by the head alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `nli_contrastive` (the supervised SimCSE), `slip` (two views of images).
     """
@@ -67,8 +69,10 @@ class SimCSE(nn.Module):
         embed_dim: int | None = None,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.group = group
         self.impl = check_impl(impl)
@@ -118,13 +122,11 @@ class SimCSE(nn.Module):
         ranks = meet(self, ranks, text_features=text_features, text_features_view2=text_features_view2)
         check_not_empty(text_features)
         first, second = self._project(text_features), self._project(text_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
         others = ranks.gather(second)
         scale = constant(1 / self.temperature, first)
-        row_lse, _ = pair_lse(
-            first, others, scale, row_offset=ranks.own(len(first)).start, impl=self.impl, precision=precision
-        )
+        row_lse, _ = pair_lse(first, others, scale, row_offset=ranks.own(len(first)).start, **kernel)
         loss = softplus(row_lse - paired_logits(first, second, scale))
         return all_reduce_sum(loss.sum() / len(others), ranks.group)
 

@@ -15,9 +15,10 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     logaddexp,
     meet,
     paired_logits,
@@ -56,6 +57,7 @@ class SLIP(nn.Module):
         output_dim: width of the head's output.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `simcse` (two dropout views of captions, one direction, other view's rows alone).
     """
@@ -74,8 +76,10 @@ class SLIP(nn.Module):
         output_dim: int = 256,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.group = group
         self.impl = check_impl(impl)
@@ -135,22 +139,16 @@ class SLIP(nn.Module):
         )
         check_not_empty(image_features_view1)
         first, second = self._project(image_features_view1), self._project(image_features_view2)
-        precision = kernel_precision(first)
+        kernel = kernel_settings(self, first)
         first, second = ranks.wide(first), ranks.wide(second)
         all_first, all_second = ranks.gather(first), ranks.gather(second)
         offset = ranks.own(len(first)).start
         scale = constant(1 / self.temperature, first)
         # Excluding column offset + i leaves out the partner in the block between views and the row itself
         # within one.
-        to_second, to_first = pair_lse(
-            first, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_first, _ = pair_lse(
-            first, all_first, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
-        within_second, _ = pair_lse(
-            second, all_second, scale, row_offset=offset, impl=self.impl, precision=precision
-        )
+        to_second, to_first = pair_lse(first, all_second, scale, row_offset=offset, **kernel)
+        within_first, _ = pair_lse(first, all_first, scale, row_offset=offset, **kernel)
+        within_second, _ = pair_lse(second, all_second, scale, row_offset=offset, **kernel)
         to_first = logsumexp_over_ranks(to_first, ranks.group)
         positive = paired_logits(first, second, scale)
         loss = softplus(logaddexp(to_second, within_first) - positive)

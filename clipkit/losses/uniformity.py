@@ -15,9 +15,10 @@ from clipkit.losses.checks import (
     check_negatives,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
-    kernel_precision,
+    kernel_settings,
     meet,
     reads_values,
 )
@@ -40,6 +41,7 @@ class Uniformity(nn.Module):
         t: > 0.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `infonce`, whose denominator contains it; `cyclic`.
     """
@@ -53,8 +55,10 @@ class Uniformity(nn.Module):
         t: float = 2.0,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         of = (of,) if isinstance(of, str) else tuple(of)
         if not of or len(set(of)) != len(of):
             raise ValueError(f"of is {list(of)}: name one or more different features, such as text_features")
@@ -92,15 +96,13 @@ class Uniformity(nn.Module):
         return torch.stack([self._potential(features[name], ranks) for name in self.inputs]).mean()
 
     def _potential(self, x: Tensor, ranks: Ranks) -> Tensor:
-        precision = kernel_precision(x)
+        kernel = kernel_settings(self, x)
         x = ranks.wide(x)
         columns = ranks.gather(x)
         total = len(columns)
         check_negatives("uniformity", total)
         offset = ranks.own(len(x)).start
-        row_lse, _ = pair_lse(
-            x, columns, constant(2 * self.t, x), row_offset=offset, impl=self.impl, precision=precision
-        )
+        row_lse, _ = pair_lse(x, columns, constant(2 * self.t, x), row_offset=offset, **kernel)
         # No potential exceeds 1, so the plain sum over rows and ranks cannot overflow.
         mean = all_reduce_sum((row_lse - 2 * self.t).exp().sum(), ranks.group) / (total * (total - 1))
         return mean.log()
