@@ -90,10 +90,11 @@ class _Side:
         )
 
     def high_part(self, rows: slice) -> Tensor:
-        return self.operand[rows, : self.padded]
+        first = 2 * self.padded if self.high else 0
+        return self.operand[rows, first : first + self.padded]
 
     def low_part(self, rows: slice) -> Tensor:
-        first = self.padded if self.second else 2 * self.padded
+        first = self.padded if self.second else 0
         return self.operand[rows, first : first + self.padded]
 
     def finish(self, acc: Tensor, factor: Tensor, scale: Tensor, write: bool) -> tuple[Tensor | None, Tensor]:
