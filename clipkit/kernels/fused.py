@@ -263,7 +263,7 @@ class _Problem:
     def gradients(
         self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(G Y, G^T X, column sums of G), float32, in the operands' and coefficients' powers of two."""
+        """(G Y, G^T X, column sums of G, or their sum for the sigmoid), in the operands' and coefficients' powers of two."""
         c = self.config
         down, across = self.largest_block()
         work = [
@@ -271,12 +271,14 @@ class _Problem:
             for _ in range(2 if self.high else 1)
         ]
         targets = [self.source(g, c.block_m, c.block_n) for g in work]
-        cells = down * across * c.block_n if col_sums else 0
+        cells = down * across * (1 if self.softplus else c.block_n) if col_sums else 0
         col_part = torch.empty(cells, dtype=torch.float32, device=self.device)
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=self.device)
         x_acc = zeros(self.n, self.x.padded) if need_x else None
         y_acc = zeros(self.m, self.y.padded) if need_y else None
-        col_total = zeros(self.m) if col_sums else None
+        # Of the sigmoid loss the sum of all columns, which is what a bias needs.
+        total = () if self.softplus else (self.m,)
+        col_total = torch.zeros(total, dtype=torch.float64, device=self.device) if col_sums else None
         x, y = self.sources(c.block_n)
         narrow = min(32, c.block_n)
         exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
@@ -331,7 +333,9 @@ class _Problem:
                 self._multiply(x_acc[rows], block, self.y, cols)
             if need_y:
                 self._multiply(y_acc[cols], [g.T for g in block], self.x, rows)
-            if col_sums:
+            if col_total is not None and self.softplus:
+                col_total += col_part[: tiles_m * tiles_n].sum(dtype=torch.float64)
+            elif col_total is not None:
                 _add_partial(col_total, col_part, cols, tiles_m, tiles_n * c.block_n)
         return x_acc, y_acc, col_total
 
@@ -498,5 +502,4 @@ def softplus_backward(
     size = gradient_size(grad_row).float()
     weight = (grad_row.float() / size * COEF_POWER).contiguous()
     by_row = _Weights(weight, weight, weight)
-    d_x, d_y, d_scale, sums = _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)
-    return d_x, d_y, d_scale, None if sums is None else sums.sum(dtype=torch.float64)
+    return _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)
