@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipkit.kernels import chunked, configs, triton_tiles
-from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
+from clipkit.kernels.chunked import LOG2E, NEG_INF, Pairs, gradient_size, largest_finite, shift_room
 
 ROWS = 32
 # Coefficients are at most 2 in probability units: 2^14 keeps them, and their tails, within float16.
@@ -72,21 +72,24 @@ class _Side:
         triton_tiles.norm_kernel[self.grid](
             features, largest, self.n, *features.stride(), D=self.dim, ROWS=ROWS, BLOCK_K=self.block_k
         )
-        self.norm = largest.amax().sqrt()
-        self.power = torch.exp2(14.0 - torch.frexp(self.norm).exponent)
+        self.largest = largest
         self.operand = torch.empty(self.n, padded * (3 if high else 1), dtype=torch.float16, device=device)
+
+    def cast(self, power: Tensor) -> None:
+        """Fill the operand with the features times `power`."""
+        self.power = power
         triton_tiles.cast_kernel[self.grid](
-            features,
+            self.features,
             self.operand,
-            self.power,
+            power,
             self.n,
-            *features.stride(),
+            *self.features.stride(),
             D=self.dim,
-            PADDED=padded,
+            PADDED=self.padded,
             ROWS=ROWS,
             BLOCK_K=self.block_k,
-            HIGH=high,
-            SECOND=second,
+            HIGH=self.high,
+            SECOND=self.second,
         )
 
     def high_part(self, rows: slice) -> Tensor:
@@ -142,13 +145,29 @@ class _Problem:
         self.ids = None
         if pairs.row_ids is not None:
             self.ids = _small_ids(pairs.row_ids, pairs.col_ids)
-        multiplier = self.scale * LOG2E / (self.x.power * self.y.power)
-        if self.softplus:
-            self.shift, added = None, bias.float() * LOG2E
-        else:
-            self.shift = fixed_shift(self.x.norm * self.y.norm, self.scale, self.col_bits, self.n, self.m)
-            added = -self.shift
-        self.scalars = torch.stack([multiplier, added])
+        added = self.scale
+        if bias is not None:
+            added = bias.float()
+        elif self.col_bits is not None:
+            added = largest_finite(self.col_bits)
+        # One number each 16 bytes, as the kernels' pointers are compiled for.
+        self.scalars = torch.empty(16, dtype=torch.float32, device=self.device)
+        triton_tiles.scalars_kernel[(1,)](
+            self.x.largest,
+            self.y.largest,
+            self.scale,
+            added,
+            self.scalars,
+            len(self.x.largest),
+            len(self.y.largest),
+            shift_room(self.n, self.m),
+            SOFTPLUS=self.softplus,
+            HAS_WEIGHT=self.col_bits is not None,
+            BLOCK=1024,
+        )
+        self.x.cast(self.scalars[4])
+        self.y.cast(self.scalars[8])
+        self.shift = self.scalars[12]
 
     def source(self, tensor: Tensor, rows: int, cols: int) -> Tensor | TensorDescriptor:
         """What a kernel takes to read or write (rows, cols) tiles of `tensor`."""
@@ -231,9 +250,9 @@ class _Problem:
                 _add_partial(col_sum, col_part, cols, tiles_m, tiles_n * c.block_n)
         return row_sum, col_sum
 
-    def mend(self, lse_bits: Tensor, sums: Tensor, *, columns: bool) -> None:
-        """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are
-        none."""
+    def lse(self, sums: Tensor, *, columns: bool) -> Tensor:
+        """Log-sum-exp in nats; those whose sum was lost to the fixed shift are computed anew."""
+        lse = torch.empty_like(sums)
         constants, c, pairs = self.constants(), self.config, self.pairs
         col_add, row_ids, col_ids = self.pointers()
         n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
@@ -250,7 +269,7 @@ class _Problem:
             row_ids,
             col_ids,
             sums,
-            lse_bits,
+            lse,
             2.0 ** flush_floor(m, _SUM_SHARE),
             n,
             m,
@@ -259,6 +278,7 @@ class _Problem:
             HAS_WEIGHT=weighted and not columns,
             **constants,
         )
+        return lse
 
     def gradients(
         self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool
@@ -378,11 +398,7 @@ def lse_forward(
         return _no_tiles(x, y, scale, col_log_weight, pairs)[:2]
     problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_sums", high)
     row_sum, col_sum = problem.sums()
-    row_bits = (problem.shift.double() + row_sum.double().log2()).float()
-    col_bits = (problem.shift.double() + col_sum.double().log2()).float()
-    problem.mend(row_bits, row_sum, columns=False)
-    problem.mend(col_bits, col_sum, columns=True)
-    return row_bits.mul_(LN2), col_bits.mul_(LN2)
+    return problem.lse(row_sum, columns=False), problem.lse(col_sum, columns=True)
 
 
 def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs):

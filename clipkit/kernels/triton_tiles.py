@@ -1,9 +1,10 @@
 """The Triton kernels: similarity tiles that never leave the chip, and the passes over rows around them.
 
     norm_kernel    largest row norm of a matrix            -> how far to scale it up, and the fixed shift
+    scalars_kernel norms, scale and bias -> the few numbers that the other kernels read
     cast_kernel    features -> padded float16 operands (and their rounding errors, for precision "high")
     sums_kernel    a tile of logits -> its partial sums of rows and of columns
-    strip_kernel   exact log-sum-exp of the rows whose sum against the fixed shift came out too small
+    strip_kernel   log-sum-exp of the rows; exact for those whose sum against the fixed shift came out too small
     coef_kernel    a tile of logits -> the coefficients G = dL/ds, in float16
     exact_coef_kernel  the same for the tiles of those rows and columns
     finish_kernel  accumulated G Y -> the gradient in the features' dtype, and <x, dx> for the scale
@@ -220,7 +221,7 @@ def strip_kernel(
     row_ids,
     col_ids,
     sums,
-    lse_bits,
+    lse,
     floor,
     n,
     m,
@@ -235,10 +236,17 @@ def strip_kernel(
     EXCLUDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
+    """lse (n,) in nats, from the sums; by a running maximum where sums < floor, and exp2 has lost some."""
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    lost = tl.load(sums + rows, mask=rows < n, other=float("inf")) < floor
+    found = tl.load(sums + rows, mask=rows < n, other=float("inf"))
+    lost = found < floor
+    # In float64, once a row: a shift of 100 bits would take seven of the logarithm's.
+    shift = tl.load(scalars + 12).to(tl.float64)
+    kept = (shift + tl.log2(found.to(tl.float64))) * 0.6931471805599453
+    tl.store(lse + rows, kept.to(tl.float32), mask=(rows < n) & (found >= floor))
+    # NaN is neither lost nor kept.
+    tl.store(lse + rows, found, mask=(rows < n) & (found != found))
     if tl.max(lost.to(tl.int32), 0) > 0:
         multiplier = tl.load(scalars)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -266,7 +274,7 @@ def strip_kernel(
         result = top + tl.log2(total)
         if HAS_ROW_WEIGHT:
             result = result + tl.load(row_add + rows, mask=rows < n, other=0.0)
-        tl.store(lse_bits + rows, result, mask=lost)
+        tl.store(lse + rows, (result.to(tl.float64) * 0.6931471805599453).to(tl.float32), mask=lost)
 
 
 @triton.jit
@@ -547,6 +555,66 @@ def norm_kernel(
     # NaN and inf compare false: one bad row must not turn every row's sums into NaN.
     total = tl.where(total < float("inf"), total, 0.0)
     tl.store(largest + tl.program_id(0), tl.max(total, 0))
+
+
+@triton.jit
+def _power(norm):
+    """The power of two that puts `norm` in [2^13, 2^14)."""
+    exponent = (norm.to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.where(norm > 0.0, exponent, 0)
+    return ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(values, count, BLOCK: tl.constexpr):
+    """The largest of `count` numbers that are at least 0."""
+    found = tl.zeros((BLOCK,), tl.float32)
+    at = tl.arange(0, BLOCK)
+    start = 0
+    while start < count:
+        found = tl.maximum(found, tl.load(values + start + at, mask=start + at < count, other=0.0))
+        start += BLOCK
+    return tl.max(found, 0)
+
+
+@triton.jit(do_not_specialize=["x_parts", "y_parts", "room"])
+def scalars_kernel(
+    x_largest,
+    y_largest,
+    scale,
+    added,
+    scalars,
+    x_parts,
+    y_parts,
+    room,
+    SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """scalars[0, 1] as the tiles read them, [4] and [8] the powers of two of both sides, [12] the shift.
+
+    x_largest, y_largest: norm_kernel's. added: the bias; HAS_WEIGHT: the largest col_add, in bits. room: bits that
+    one exponential may take of the range: see clipkit.kernels.chunked.fixed_shift.
+    """
+    x_norm = tl.sqrt(_largest(x_largest, x_parts, BLOCK))
+    y_norm = tl.sqrt(_largest(y_largest, y_parts, BLOCK))
+    x_power = _power(x_norm)
+    y_power = _power(y_norm)
+    bits = tl.load(scale) * 1.4426950408889634
+    tl.store(scalars, bits / (x_power * y_power))
+    tl.store(scalars + 4, x_power)
+    tl.store(scalars + 8, y_power)
+    if SOFTPLUS:
+        tl.store(scalars + 1, tl.load(added) * 1.4426950408889634)
+    else:
+        bound = tl.abs(bits) * (x_norm * y_norm)
+        if HAS_WEIGHT:
+            bound += tl.load(added)
+        shift = tl.where(
+            bound > 0.0, tl.ceil(tl.where(bound - room > 0.0, bound - room, 0.0)), tl.ceil(bound)
+        )
+        tl.store(scalars + 1, -shift)
+        tl.store(scalars + 12, shift)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)

@@ -20,6 +20,7 @@ from tests.processes import command
 
 KERNELS = (
     "norm_kernel",
+    "scalars_kernel",
     "cast_kernel",
     "sums_kernel",
     "strip_kernel",
