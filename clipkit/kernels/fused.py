@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipkit.kernels import chunked, configs, triton_tiles
-from clipkit.kernels.chunked import LOG2E, NEG_INF, Pairs, gradient_size, largest_finite, shift_room
+from clipkit.kernels.chunked import LOG2E, Pairs, gradient_size, largest_finite, shift_room
 
 ROWS = 32
 # Coefficients are at most 2 in probability units: 2^14 keeps them, and their tails, within float16.
@@ -51,12 +51,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class _Weights(NamedTuple):
-    """What coef_kernel reads per row, or per column: (N,) float32 each. The sigmoid reads `weight` of rows
-    alone."""
+    """What coef_kernel reads per row, or per column: (N,) float32 each, and the least bits of a few rows each. The
+    sigmoid reads `factor` of rows alone."""
 
     bits: Tensor
     weight: Tensor
     factor: Tensor
+    lowest: Tensor
 
 
 class _Side:
@@ -304,7 +305,9 @@ class _Problem:
         exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
         del exact["DESCRIPTORS"]
         floor = flush_floor(max(self.n, self.m), _HIGH_COEF_SHARE if self.high else _COEF_SHARE)
-        lost = ((by_row.bits < floor).any() | (by_col.bits < floor).any()).int()
+        lost = None
+        if not self.softplus:
+            lost = (torch.cat([by_row.lowest, by_col.lowest]) < floor).any().int()
         for rows, cols, tiles_m, tiles_n in self.blocks():
             place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
@@ -449,10 +452,13 @@ def lse_backward(
 
 def _weights(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> _Weights:
     """The vectors of one side; an empty sum has weight 0."""
-    empty = lse == NEG_INF
-    bits = torch.where(empty, 0.0, lse.double() * LOG2E - shift.double()).float()
-    weight = torch.where(empty, 0.0, grad.float() / size * COEF_POWER)
-    return _Weights(bits, weight, weight * torch.exp2(-bits))
+    n = lse.shape[0]
+    empty = lambda count: torch.empty(count, dtype=torch.float32, device=lse.device)
+    found = _Weights(empty(n), empty(n), empty(n), empty(_cdiv(n, 256)))
+    triton_tiles.weights_kernel[(_cdiv(n, 256),)](
+        lse, grad.contiguous(), size, shift, *found, n, POWER=COEF_POWER, BLOCK=256
+    )
+    return found
 
 
 def _gradients(
@@ -517,5 +523,5 @@ def softplus_backward(
     problem = _Problem(x, y, scale, None, pairs, "softplus_coef", high, bias)
     size = gradient_size(grad_row).float()
     weight = (grad_row.float() / size * COEF_POWER).contiguous()
-    by_row = _Weights(weight, weight, weight)
+    by_row = _Weights(weight, weight, weight, weight)
     return _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)

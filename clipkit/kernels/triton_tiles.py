@@ -5,6 +5,7 @@
     cast_kernel    features -> padded float16 operands (and their rounding errors, for precision "high")
     sums_kernel    a tile of logits -> its partial sums of rows and of columns
     strip_kernel   log-sum-exp of the rows; exact for those whose sum against the fixed shift came out too small
+    weights_kernel log-sum-exp and its gradient -> what the coefficients of a row or column share
     coef_kernel    a tile of logits -> the coefficients G = dL/ds, in float16
     exact_coef_kernel  the same for the tiles of those rows and columns
     finish_kernel  accumulated G Y -> the gradient in the features' dtype, and <x, dx> for the scale
@@ -275,6 +276,30 @@ def strip_kernel(
         if HAS_ROW_WEIGHT:
             result = result + tl.load(row_add + rows, mask=rows < n, other=0.0)
         tl.store(lse + rows, (result.to(tl.float64) * 0.6931471805599453).to(tl.float32), mask=lost)
+
+
+@triton.jit(do_not_specialize=["n"])
+def weights_kernel(
+    lse, grad, size, shift, bits, weight, factor, lowest, n, POWER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the coefficients of one side are made of, (n,) each, and lowest[program], its least bits.
+
+    bits = lse log2(e) - shift; weight = grad / size POWER; factor = weight 2^-bits. An empty sum has weight 0.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n
+    value = tl.load(lse + rows, mask=inside, other=float("-inf"))
+    empty = value == float("-inf")
+    # In float64, once a row: the difference of two numbers of a hundred bits.
+    found = (value.to(tl.float64) * 1.4426950408889634 - tl.load(shift).to(tl.float64)).to(tl.float32)
+    found = tl.where(empty, 0.0, found)
+    share = tl.load(grad + rows, mask=inside, other=0.0).to(tl.float32) / tl.load(size) * POWER
+    share = tl.where(empty, 0.0, share)
+    tl.store(bits + rows, found, mask=inside)
+    tl.store(weight + rows, share, mask=inside)
+    tl.store(factor + rows, share * tl.exp2(-found), mask=inside)
+    # A NaN lies below nothing.
+    tl.store(lowest + tl.program_id(0), tl.min(tl.where(found == found, found, 0.0), 0))
 
 
 @triton.jit

@@ -24,6 +24,7 @@ KERNELS = (
     "cast_kernel",
     "sums_kernel",
     "strip_kernel",
+    "weights_kernel",
     "coef_kernel",
     "exact_coef_kernel",
     "finish_kernel",
