@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# A checkout's own package, installed or not.
+sys.path.insert(0, str(ROOT))
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -118,9 +120,11 @@ def _allowed_cores() -> int | None:
 
 def header(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and date, as the first lines of a result file state them."""
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(ROOT), *args], capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
         import triton
@@ -129,7 +133,7 @@ def header(device: torch.device) -> dict[str, str]:
     return {
         "Hardware": hardware(device),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Commit": git("rev-parse", "--short", "HEAD") or "not a git checkout",
+        "Commit": commit or "not a git checkout",
         "Date": datetime.date.today().isoformat(),
         "Threads": f"{torch.get_num_threads()}, on {_allowed_cores()} of {os.cpu_count()} cores",
         "Load before": " ".join(f"{value:.1f}" for value in os.getloadavg()),

@@ -3,11 +3,15 @@
     python benchmarks/losses.py --out benchmarks/results/2026-11-cpu2-losses.md      # on CUDA where there is one
     python benchmarks/losses.py --device cpu --pairs 4096                            # smaller and quicker
 
-Parity comes first: every candidate's value and gradients against the definition in float64 on a small batch;
-a failure stops the run. On a CPU: chunked InfoNCE against open_clip's own ClipLoss, and cyclic in closed form
-against the dense definition; about 15 minutes on 2 quiet cores, wall and processor time both given. On CUDA:
-the sizes of the kernel goals with every peer that is installed, under 8 minutes; `pip install inf-cl memeff
-siglip-kernel` for them.
+Parity comes first: every candidate's value and gradients against the definition in float64 on a small batch; one
+that fails is not timed. On a CPU: chunked InfoNCE against open_clip's own ClipLoss, and cyclic in closed form
+against the dense definition; about 15 minutes on 2 quiet cores, wall and processor time both given, and a
+failure stops the run. On CUDA: the sizes of the kernel goals with every peer that is installed, in stages of a
+process each (losses_cuda.py), in ten minutes:
+
+    pip install open_clip_torch inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2
+    python benchmarks/losses.py --out benchmarks/results/2026-12-h200-losses.md
+    python benchmarks/losses.py --rehearse --out /tmp/losses.md     # the same on a CPU: interpreted, tiny sizes
 """
 
 from __future__ import annotations
@@ -87,23 +91,32 @@ def definition_of(name: str) -> Callable:
     return next(dense for word, dense in DEFINITION.items() if word in name)
 
 
-def parity(
-    name: str, loss: Callable, device: str, dtype: torch.dtype, tolerance: float, pairs: int = 384
-) -> str:
-    """ "" when value and gradients agree with the definition in float64, else what does not."""
-    given = features(pairs, 256, device, dtype)
-    given[2] = torch.tensor(10.0, device=device, requires_grad=True)
+def errors(
+    name: str,
+    loss: Callable,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    pairs: int = 384,
+    dim: int = 256,
+    scale: float = 10.0,
+) -> dict[str, float]:
+    """Relative errors against the definition in float64: of the value, of the gradients of x and y."""
+    given = features(pairs, dim, device, dtype)
+    given[2] = torch.tensor(scale, device=device, requires_grad=True)
     exact = [t.detach().double().requires_grad_() for t in given]
     found, expected = loss(*given), definition_of(name)(*exact)
-    value, right = found.item(), expected.item()
-    if not abs(value - right) <= tolerance * abs(right):
-        return f"value {value:.6g} instead of {right:.6g}"
+    result = {"value": abs(found.item() - expected.item()) / abs(expected.item())}
     wanted = torch.autograd.grad(expected, exact[:2])
     for side, grad, reference in zip("xy", torch.autograd.grad(found, given[:2]), wanted):
-        error = float((grad.double() - reference).norm() / reference.norm())
-        if not error <= tolerance:
-            return f"gradient of {side} off by {error:.1e}"
-    return ""
+        result[side] = float((grad.double() - reference).norm() / reference.norm())
+    return result
+
+
+def parity(name: str, loss: Callable, device: str, dtype: torch.dtype, tolerance: float) -> str:
+    """ "" when value and gradients agree with the definition in float64, else what does not."""
+    found = errors(name, loss, device, dtype)
+    return ", ".join(f"{key} off by {error:.1e}" for key, error in found.items() if not error <= tolerance)
 
 
 def child(job: dict) -> None:
@@ -225,23 +238,28 @@ def main() -> None:
     parser.add_argument(
         "--timeout", type=float, default=600, help="CPU: seconds one candidate may take in a round"
     )
+    parser.add_argument("--minutes", type=float, default=9, help="CUDA: what is not begun by then is skipped")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="CUDA: candidates not begun by then are skipped"
+        "--stages", help="CUDA: some of parity,rate,infonce,sigmoid,cyclic,million,profile; default: all"
     )
-    parser.add_argument("--out", help="result file to write")
+    parser.add_argument("--rehearse", action="store_true", help="the CUDA stages on a CPU, at tiny sizes")
+    parser.add_argument("--out", help="result file to write; CUDA: each stage's file beside it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        child(json.loads(given.child))
-        return
-    facts = header(torch.device(given.device))
-    if given.device == "cpu":
+    if given.device == "cpu" and not given.rehearse:
+        if given.child:
+            child(json.loads(given.child))
+            return
+        facts = header(torch.device(given.device))
         sections, results, skipped = run_cpu(given.pairs, given.dim, given.rounds, given.timeout)
-    else:
-        from losses_cuda import run_cuda
+        report(TITLE, facts, sections, results, skipped, given.out)
+        return
+    from losses_cuda import run_stage, run_stages
 
-        sections, results, skipped = run_cuda(given.minutes)
-    report(TITLE, facts, sections, results, skipped, given.out)
+    if given.child:
+        run_stage(**json.loads(given.child))
+    else:
+        run_stages(TITLE, given.stages, given.minutes, given.out, rehearse=given.rehearse)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ def in_full(plan: dict[str, Any]) -> str:
         "",
     ]
     lines += _section("loss workspace by impl, GB", plan["loss_workspace"], 1e9, mark=plan["impl"])
+    if plan["operands"]:
+        operands = ", ".join(f"{term} {precision}" for term, precision in plan["operands"].items())
+        lines += [f"  triton's operands: {operands}"]
     lines += ["", *_section("operations a GPU, 1e12", plan["flops"], 1e12, plan["flops_total"])]
     lines += [
         "",

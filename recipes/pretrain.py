@@ -101,7 +101,7 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
         process.compile_towers(model, by_block=sharded)
 
     # Loss: a weighted sum. What its terms read decides which passes the model makes and what data is read.
-    loss = create_loss(config["loss"]).to(device)
+    loss = create_loss(config["loss"], towers=config["precision"]).to(device)
     model.check_inputs(loss.inputs)
     stream, sentences = feed.open_streams(
         data,

@@ -204,7 +204,7 @@ def test_a_loss_takes_what_its_formula_says(measured):
     assert dense.features == 2 * 4 * n * d + 4
 
 
-def test_fp32_features_take_triton_three_products(measured):
+def test_fp32_runs_take_triton_three_products(measured):
     triton = measured.loss_cost(2048, 1, "triton")
     n, d = 2048, 24
     assert sum(o.flops for o in triton.operators) == 3 * 4 * 2 * n * n * d + 7 * 2 * n * d * d

@@ -86,10 +86,19 @@ def fixed_shift(norms: Tensor, scale: Tensor, col_bits: Tensor | None, n: int, m
     """
     bound = scale.abs() * LOG2E * norms
     if col_bits is not None and col_bits.numel():
-        present = torch.where(col_bits == NEG_INF, torch.finfo(scale.dtype).min, col_bits)
-        bound = bound + present.nan_to_num().amax()
-    room = _bits(scale.dtype)[0] - math.log2(max(n, m, 1))
+        bound = bound + largest_finite(col_bits)
+    room = shift_room(n, m, scale.dtype)
     return torch.where(bound > 0, (bound - room).clamp(min=0).ceil(), bound.ceil())
+
+
+def largest_finite(col_bits: Tensor) -> Tensor:
+    """() the largest weight of a column that is there."""
+    return torch.where(col_bits == NEG_INF, torch.finfo(col_bits.dtype).min, col_bits).nan_to_num().amax()
+
+
+def shift_room(n: int, m: int, dtype: torch.dtype = torch.float32) -> float:
+    """Bits that one exponential may take, so that a sum of all stays under the top."""
+    return _bits(dtype)[0] - math.log2(max(n, m, 1))
 
 
 def _shift(x: Tensor, y: Tensor, scale: Tensor, col_bits: Tensor | None, chunk: int) -> Tensor:

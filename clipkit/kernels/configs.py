@@ -8,9 +8,11 @@ this table.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -57,8 +59,23 @@ _TABLE: tuple[tuple[str, int | None, int | None, TileConfig], ...] = (
 )
 
 
+_tried: dict[str, TileConfig] = {}
+
+
+@contextlib.contextmanager
+def trying(kind: str, config: TileConfig) -> Iterator[None]:
+    """Within it kernels of this kind launch with `config`, before any file or table."""
+    _tried[kind] = config
+    try:
+        yield
+    finally:
+        del _tried[kind]
+
+
 def find(kind: str, capability: tuple[int, int], padded_dim: int) -> TileConfig:
     """The configuration of one kernel, `kind` of KINDS; an override file comes before the table."""
+    if kind in _tried:
+        return _tried[kind]
     path = os.environ.get("CLIPKIT_KERNEL_CONFIGS")
     if path:
         for entry in _overrides(path):
@@ -94,6 +111,14 @@ def _overrides(path: str) -> list[dict]:
         if not set(entry["config"]) <= known:
             raise ValueError(f"{path}: config takes {sorted(known)}, got {sorted(entry['config'])}")
     return sorted(entries, key=lambda entry: entry["max_dim"])
+
+
+def read_overrides(path: str | Path) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
+    """{(kind, capability, max_dim): config} of an override file, as `write_overrides` takes it."""
+    return {
+        (entry["kind"], tuple(entry["capability"]), entry["max_dim"]): TileConfig(**entry["config"])
+        for entry in _overrides.__wrapped__(str(path))
+    }
 
 
 def write_overrides(path: str | Path, found: dict[tuple[str, tuple[int, int], int], TileConfig]) -> None:

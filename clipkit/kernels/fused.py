@@ -11,6 +11,7 @@ so the calls can be captured in a CUDA graph. precision "high" splits every oper
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,16 +19,27 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipkit.kernels import chunked, configs, triton_tiles
-from clipkit.kernels.chunked import LN2, LOG2E, NEG_INF, Pairs, fixed_shift, gradient_size
+from clipkit.kernels.chunked import LOG2E, Pairs, gradient_size, largest_finite, shift_room
 
 ROWS = 32
 # Coefficients are at most 2 in probability units: 2^14 keeps them, and their tails, within float16.
 COEF_POWER = 2.0**14
-# Bits of a sum (less the shift) under which exact_coef_kernel takes over, with an exponential per side; sums
-# that strip_kernel computed lie below -100 + log2 N.
-COEF_FLOOR = -70.0
 EXACT_PROGRAMS = 128
-SUM_FLOOR = 2.0**-100
+# The share of a sum that may be flushed to 0, as a power of two: of the log-sum-exp, and of the coefficients
+# that float16 rounds (to 2^-12 each) or, with "high", two float16 numbers.
+_SUM_SHARE, _COEF_SHARE, _HIGH_COEF_SHARE = -22, -14, -20
+
+
+def flush_floor(terms: int, share: int) -> float:
+    """Bits of a sum (less the shift) of `terms` exponentials from which on flushing takes at most 2^share of it.
+
+    The chip's exp2 gives 0 under 2^-126, so a sum of 2^b lacks at most terms 2^-126, a share of
+    2^(log2 terms - 126 - b): the floor is log2 terms - 126 - share. Coefficients are 2^bits times a factor of at
+    most COEF_POWER 2^-b = 2^(14 - b) for the row and as much for the column: float32 holds their sum down to
+    b = -112. At scale 100 and 2^15 to 2^17 pairs (shifts of 60 and 62) a floor of -97 and -95 is a
+    log-mean-exp of cosines of -0.36 and -0.35.
+    """
+    return max(-112.0, math.log2(terms) - 126 - share)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -39,12 +51,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class _Weights(NamedTuple):
-    """What coef_kernel reads per row, or per column: (N,) float32 each. The sigmoid reads `weight` of rows
-    alone."""
+    """What coef_kernel reads per row, or per column: (N,) float32 each, and the least bits of a few rows each. The
+    sigmoid reads `factor` of rows alone."""
 
     bits: Tensor
     weight: Tensor
     factor: Tensor
+    lowest: Tensor
 
 
 class _Side:
@@ -60,28 +73,32 @@ class _Side:
         triton_tiles.norm_kernel[self.grid](
             features, largest, self.n, *features.stride(), D=self.dim, ROWS=ROWS, BLOCK_K=self.block_k
         )
-        self.norm = largest.amax().sqrt()
-        self.power = torch.exp2(14.0 - torch.frexp(self.norm).exponent)
+        self.largest = largest
         self.operand = torch.empty(self.n, padded * (3 if high else 1), dtype=torch.float16, device=device)
+
+    def cast(self, power: Tensor) -> None:
+        """Fill the operand with the features times `power`."""
+        self.power = power
         triton_tiles.cast_kernel[self.grid](
-            features,
+            self.features,
             self.operand,
-            self.power,
+            power,
             self.n,
-            *features.stride(),
+            *self.features.stride(),
             D=self.dim,
-            PADDED=padded,
+            PADDED=self.padded,
             ROWS=ROWS,
             BLOCK_K=self.block_k,
-            HIGH=high,
-            SECOND=second,
+            HIGH=self.high,
+            SECOND=self.second,
         )
 
     def high_part(self, rows: slice) -> Tensor:
-        return self.operand[rows, : self.padded]
+        first = 2 * self.padded if self.high else 0
+        return self.operand[rows, first : first + self.padded]
 
     def low_part(self, rows: slice) -> Tensor:
-        first = self.padded if self.second else 2 * self.padded
+        first = self.padded if self.second else 0
         return self.operand[rows, first : first + self.padded]
 
     def finish(self, acc: Tensor, factor: Tensor, scale: Tensor, write: bool) -> tuple[Tensor | None, Tensor]:
@@ -129,13 +146,29 @@ class _Problem:
         self.ids = None
         if pairs.row_ids is not None:
             self.ids = _small_ids(pairs.row_ids, pairs.col_ids)
-        multiplier = self.scale * LOG2E / (self.x.power * self.y.power)
-        if self.softplus:
-            self.shift, added = None, bias.float() * LOG2E
-        else:
-            self.shift = fixed_shift(self.x.norm * self.y.norm, self.scale, self.col_bits, self.n, self.m)
-            added = -self.shift
-        self.scalars = torch.stack([multiplier, added])
+        added = self.scale
+        if bias is not None:
+            added = bias.float()
+        elif self.col_bits is not None:
+            added = largest_finite(self.col_bits)
+        # One number each 16 bytes, as the kernels' pointers are compiled for.
+        self.scalars = torch.empty(16, dtype=torch.float32, device=self.device)
+        triton_tiles.scalars_kernel[(1,)](
+            self.x.largest,
+            self.y.largest,
+            self.scale,
+            added,
+            self.scalars,
+            len(self.x.largest),
+            len(self.y.largest),
+            shift_room(self.n, self.m),
+            SOFTPLUS=self.softplus,
+            HAS_WEIGHT=self.col_bits is not None,
+            BLOCK=1024,
+        )
+        self.x.cast(self.scalars[4])
+        self.y.cast(self.scalars[8])
+        self.shift = self.scalars[12]
 
     def source(self, tensor: Tensor, rows: int, cols: int) -> Tensor | TensorDescriptor:
         """What a kernel takes to read or write (rows, cols) tiles of `tensor`."""
@@ -218,9 +251,9 @@ class _Problem:
                 _add_partial(col_sum, col_part, cols, tiles_m, tiles_n * c.block_n)
         return row_sum, col_sum
 
-    def mend(self, lse_bits: Tensor, sums: Tensor, *, columns: bool) -> None:
-        """Overwrite the entries whose sum was lost to the fixed shift; costs one launch when there are
-        none."""
+    def lse(self, sums: Tensor, *, columns: bool) -> Tensor:
+        """Log-sum-exp in nats; those whose sum was lost to the fixed shift are computed anew."""
+        lse = torch.empty_like(sums)
         constants, c, pairs = self.constants(), self.config, self.pairs
         col_add, row_ids, col_ids = self.pointers()
         n, m, weighted = self.n, self.m, constants.pop("HAS_WEIGHT")
@@ -237,8 +270,8 @@ class _Problem:
             row_ids,
             col_ids,
             sums,
-            lse_bits,
-            m * SUM_FLOOR,
+            lse,
+            2.0 ** flush_floor(m, _SUM_SHARE),
             n,
             m,
             pairs.row_offset,
@@ -246,11 +279,12 @@ class _Problem:
             HAS_WEIGHT=weighted and not columns,
             **constants,
         )
+        return lse
 
     def gradients(
         self, by_row: _Weights, by_col: _Weights, *, need_x: bool, need_y: bool, col_sums: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(G Y, G^T X, column sums of G), float32, in the operands' and coefficients' powers of two."""
+        """(G Y, G^T X, column sums of G, or their sum for the sigmoid), in the operands' and coefficients' powers of two."""
         c = self.config
         down, across = self.largest_block()
         work = [
@@ -258,17 +292,22 @@ class _Problem:
             for _ in range(2 if self.high else 1)
         ]
         targets = [self.source(g, c.block_m, c.block_n) for g in work]
-        cells = down * across * c.block_n if col_sums else 0
+        cells = down * across * (1 if self.softplus else c.block_n) if col_sums else 0
         col_part = torch.empty(cells, dtype=torch.float32, device=self.device)
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=self.device)
         x_acc = zeros(self.n, self.x.padded) if need_x else None
         y_acc = zeros(self.m, self.y.padded) if need_y else None
-        col_total = zeros(self.m) if col_sums else None
+        # Of the sigmoid loss the sum of all columns, which is what a bias needs.
+        total = () if self.softplus else (self.m,)
+        col_total = torch.zeros(total, dtype=torch.float64, device=self.device) if col_sums else None
         x, y = self.sources(c.block_n)
         narrow = min(32, c.block_n)
         exact = self.constants() | {"BLOCK_N": narrow, "num_stages": 2}
         del exact["DESCRIPTORS"]
-        lost = ((by_row.bits < COEF_FLOOR).any() | (by_col.bits < COEF_FLOOR).any()).int()
+        floor = flush_floor(max(self.n, self.m), _HIGH_COEF_SHARE if self.high else _COEF_SHARE)
+        lost = None
+        if not self.softplus:
+            lost = (torch.cat([by_row.lowest, by_col.lowest]) < floor).any().int()
         for rows, cols, tiles_m, tiles_n in self.blocks():
             place = (rows.start, cols.start, self.n, self.m, self.pairs.row_offset, tiles_m)
             triton_tiles.coef_kernel[(tiles_m * tiles_n,)](
@@ -297,6 +336,7 @@ class _Problem:
                     work[0],
                     work[-1],
                     lost,
+                    floor,
                     self.scalars,
                     *self.pointers(),
                     by_row.bits,
@@ -309,7 +349,6 @@ class _Problem:
                     work[0].stride(0),
                     COL_SUMS=col_sums,
                     HIGH=self.high,
-                    FLOOR=COEF_FLOOR,
                     **exact,
                 )
             block = [g[: rows.stop - rows.start, : cols.stop - cols.start] for g in work]
@@ -317,7 +356,9 @@ class _Problem:
                 self._multiply(x_acc[rows], block, self.y, cols)
             if need_y:
                 self._multiply(y_acc[cols], [g.T for g in block], self.x, rows)
-            if col_sums:
+            if col_total is not None and self.softplus:
+                col_total += col_part[: tiles_m * tiles_n].sum(dtype=torch.float64)
+            elif col_total is not None:
                 _add_partial(col_total, col_part, cols, tiles_m, tiles_n * c.block_n)
         return x_acc, y_acc, col_total
 
@@ -360,11 +401,7 @@ def lse_forward(
         return _no_tiles(x, y, scale, col_log_weight, pairs)[:2]
     problem = _Problem(x, y, scale, col_log_weight, pairs, "lse_sums", high)
     row_sum, col_sum = problem.sums()
-    row_bits = (problem.shift.double() + row_sum.double().log2()).float()
-    col_bits = (problem.shift.double() + col_sum.double().log2()).float()
-    problem.mend(row_bits, row_sum, columns=False)
-    problem.mend(col_bits, col_sum, columns=True)
-    return row_bits.mul_(LN2), col_bits.mul_(LN2)
+    return problem.lse(row_sum, columns=False), problem.lse(col_sum, columns=True)
 
 
 def _no_tiles(x: Tensor, y: Tensor, scale: Tensor, col_log_weight: Tensor | None, pairs: Pairs):
@@ -415,10 +452,13 @@ def lse_backward(
 
 def _weights(lse: Tensor, grad: Tensor, shift: Tensor, size: Tensor) -> _Weights:
     """The vectors of one side; an empty sum has weight 0."""
-    empty = lse == NEG_INF
-    bits = torch.where(empty, 0.0, lse.double() * LOG2E - shift.double()).float()
-    weight = torch.where(empty, 0.0, grad.float() / size * COEF_POWER)
-    return _Weights(bits, weight, weight * torch.exp2(-bits))
+    n = lse.shape[0]
+    empty = lambda count: torch.empty(count, dtype=torch.float32, device=lse.device)
+    found = _Weights(empty(n), empty(n), empty(n), empty(_cdiv(n, 256)))
+    triton_tiles.weights_kernel[(_cdiv(n, 256),)](
+        lse, grad.contiguous(), size, shift, *found, n, POWER=COEF_POWER, BLOCK=256
+    )
+    return found
 
 
 def _gradients(
@@ -483,6 +523,5 @@ def softplus_backward(
     problem = _Problem(x, y, scale, None, pairs, "softplus_coef", high, bias)
     size = gradient_size(grad_row).float()
     weight = (grad_row.float() / size * COEF_POWER).contiguous()
-    by_row = _Weights(weight, weight, weight)
-    d_x, d_y, d_scale, sums = _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)
-    return d_x, d_y, d_scale, None if sums is None else sums.sum(dtype=torch.float64)
+    by_row = _Weights(weight, weight, weight, weight)
+    return _gradients(problem, by_row, by_row, size, need_x, need_y, need_bias)

@@ -3,8 +3,10 @@ implementation."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -200,11 +202,11 @@ def choose_implementation(impl: str, precision: str, x: Tensor, y: Tensor) -> st
             )
         return "dense"
     if impl == "auto":
-        if _triton_runs(x):
+        if runs_triton(x):
             impl = "triton"
         else:
             impl = "dense" if x.shape[0] * y.shape[0] <= DENSE_PAIRS else "chunked"
-    elif impl == "triton" and not (_triton_runs(x) or _interpreted(x)):
+    elif impl == "triton" and not (runs_triton(x) or _interpreted(x)):
         raise ValueError(
             'impl="triton" needs float32, bfloat16 or float16 features on a CUDA device of capability 8.0 or '
             f'later with triton installed, got {x.dtype} on {x.device}. Use impl="auto" or "chunked".'
@@ -219,8 +221,26 @@ def _interpreted(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float64 and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_runs(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype != torch.float64 and _device_runs_triton(x.device.index)
+def runs_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels take these features where they are."""
+    if x.dtype == torch.float64:
+        return False
+    return _assumed or (x.device.type == "cuda" and _device_runs_triton(x.device.index))
+
+
+_assumed = False
+
+
+@contextlib.contextmanager
+def assume_triton() -> Iterator[None]:
+    """Within it features on any device are taken to be where the Triton kernels run: for those who ask what a
+    GPU would do and run no operator for real, such as a plan on fake tensors."""
+    global _assumed
+    before, _assumed = _assumed, True
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def _device_runs_triton(index: int) -> bool:

@@ -1,9 +1,11 @@
 """The Triton kernels: similarity tiles that never leave the chip, and the passes over rows around them.
 
     norm_kernel    largest row norm of a matrix            -> how far to scale it up, and the fixed shift
+    scalars_kernel norms, scale and bias -> the few numbers that the other kernels read
     cast_kernel    features -> padded float16 operands (and their rounding errors, for precision "high")
     sums_kernel    a tile of logits -> its partial sums of rows and of columns
-    strip_kernel   exact log-sum-exp of the rows whose sum against the fixed shift came out too small
+    strip_kernel   log-sum-exp of the rows; exact for those whose sum against the fixed shift came out too small
+    weights_kernel log-sum-exp and its gradient -> what the coefficients of a row or column share
     coef_kernel    a tile of logits -> the coefficients G = dL/ds, in float16
     exact_coef_kernel  the same for the tiles of those rows and columns
     finish_kernel  accumulated G Y -> the gradient in the features' dtype, and <x, dx> for the scale
@@ -27,6 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _RUN_TIME = ["row_start", "col_start", "n", "m", "row_offset", "tiles_m", "tiles_n"]
 
 
@@ -125,10 +128,33 @@ def _zero_excluded(
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for e in [0, 1], accurate near 0 where 1 + e has lost e's digits."""
-    series = e * (1.0 - e * (0.5 - e * (0.3333333333 - e * (0.25 - e * 0.2))))
-    return tl.where(e < 0.03, series, tl.log2(1.0 + e) * 0.6931471805599453)
+def _softplus_bits(bits):
+    """log2(1 + 2^bits), relatively exact to 4e-7: the larger of bits and 0, and log2(1 + e) of e = 2^-|bits|.
+
+    log2(1 + e) / e is a polynomial, the best of degree 7 on [0, 1] by relative error: eight multiply-adds cost the
+    chip what one special function does, and 1 + e, which loses e's digits, is never formed.
+    """
+    e = tl.exp2(-tl.abs(bits))
+    p = 0.06360789388418198 + e * -0.01231947261840105
+    p = -0.1553518921136856 + e * p
+    p = 0.2560097575187683 + e * p
+    p = -0.35339483618736267 + e * p
+    p = 0.48006370663642883 + e * p
+    p = -0.7213100790977478 + e * p
+    p = 1.4426947832107544 + e * p
+    return tl.maximum(bits, 0.0, propagate_nan=tl.PropagateNan.ALL) + e * p
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to a bit or two, 0 for inf: one instruction, where a division rescales operands that are never huge."""
+    if _INTERPRETED:
+        result = 1.0 / x
+    else:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -170,14 +196,17 @@ def sums_kernel(
         cols = col + tl.arange(0, BLOCK_N)
         bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
     if SOFTPLUS:
-        values = _log1p(tl.exp2(-tl.abs(bits))) + tl.where(bits < 0, 0.0, bits) * 0.6931471805599453
+        values = _softplus_bits(bits)
     else:
         values = tl.exp2(bits)
     values = _zero_excluded(
         values, row, col, n, m, row_offset, row_ids, col_ids, EXCLUDE, HAS_IDS, BLOCK_M, BLOCK_N
     )
     in_block_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(row_part + tile_n.to(tl.int64) * (tiles_m * BLOCK_M) + in_block_m, tl.sum(values, 1))
+    row_sum = tl.sum(values, 1)
+    if SOFTPLUS:
+        row_sum *= 0.6931471805599453
+    tl.store(row_part + tile_n.to(tl.int64) * (tiles_m * BLOCK_M) + in_block_m, row_sum)
     if not SOFTPLUS:
         in_block_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N) + in_block_n, tl.sum(values, 0))
@@ -193,7 +222,7 @@ def strip_kernel(
     row_ids,
     col_ids,
     sums,
-    lse_bits,
+    lse,
     floor,
     n,
     m,
@@ -208,10 +237,17 @@ def strip_kernel(
     EXCLUDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Overwrites lse_bits (n,) with its exact value, by a running maximum, where sums < floor."""
+    """lse (n,) in nats, from the sums; by a running maximum where sums < floor, and exp2 has lost some."""
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    lost = tl.load(sums + rows, mask=rows < n, other=float("inf")) < floor
+    found = tl.load(sums + rows, mask=rows < n, other=float("inf"))
+    lost = found < floor
+    # In float64, once a row: a shift of 100 bits would take seven of the logarithm's.
+    shift = tl.load(scalars + 12).to(tl.float64)
+    kept = (shift + tl.log2(found.to(tl.float64))) * 0.6931471805599453
+    tl.store(lse + rows, kept.to(tl.float32), mask=(rows < n) & (found >= floor))
+    # NaN is neither lost nor kept.
+    tl.store(lse + rows, found, mask=(rows < n) & (found != found))
     if tl.max(lost.to(tl.int32), 0) > 0:
         multiplier = tl.load(scalars)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -239,7 +275,31 @@ def strip_kernel(
         result = top + tl.log2(total)
         if HAS_ROW_WEIGHT:
             result = result + tl.load(row_add + rows, mask=rows < n, other=0.0)
-        tl.store(lse_bits + rows, result, mask=lost)
+        tl.store(lse + rows, (result.to(tl.float64) * 0.6931471805599453).to(tl.float32), mask=lost)
+
+
+@triton.jit(do_not_specialize=["n"])
+def weights_kernel(
+    lse, grad, size, shift, bits, weight, factor, lowest, n, POWER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the coefficients of one side are made of, (n,) each, and lowest[program], its least bits.
+
+    bits = lse log2(e) - shift; weight = grad / size POWER; factor = weight 2^-bits. An empty sum has weight 0.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n
+    value = tl.load(lse + rows, mask=inside, other=float("-inf"))
+    empty = value == float("-inf")
+    # In float64, once a row: the difference of two numbers of a hundred bits.
+    found = (value.to(tl.float64) * 1.4426950408889634 - tl.load(shift).to(tl.float64)).to(tl.float32)
+    found = tl.where(empty, 0.0, found)
+    share = tl.load(grad + rows, mask=inside, other=0.0).to(tl.float32) / tl.load(size) * POWER
+    share = tl.where(empty, 0.0, share)
+    tl.store(bits + rows, found, mask=inside)
+    tl.store(weight + rows, share, mask=inside)
+    tl.store(factor + rows, share * tl.exp2(-found), mask=inside)
+    # A NaN lies below nothing.
+    tl.store(lowest + tl.program_id(0), tl.min(tl.where(found == found, found, 0.0), 0))
 
 
 @triton.jit
@@ -275,7 +335,7 @@ def _coefficients(
         bits = bits + tl.load(col_add + cols, mask=cols < m, other=0.0)[None, :]
     by_row = tl.load(row_weight + rows, mask=rows < n, other=0.0)
     if SOFTPLUS:
-        values = by_row[:, None] / (1.0 + tl.exp2(-bits))
+        values = by_row[:, None] * _reciprocal(1.0 + tl.exp2(-bits))
     else:
         by_col = tl.load(col_weight + cols, mask=cols < m, other=0.0)
         if TWO:
@@ -302,16 +362,20 @@ def _store_coefficients(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COL_SUMS: tl.constexpr,
+    ONE_SUM: tl.constexpr,
     HIGH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Writes the tile at (row, col) of the block; col_part points to this row of tiles."""
+    """Writes the tile at (row, col) of the block; col_part points to the place of its sum, or to this row of
+    tiles."""
     g = values.to(tl.float16)
     _store_tile(g_work, g, row, col, work_stride, BLOCK_M, BLOCK_N, DESCRIPTORS)
     if HIGH:
         low = (values - g.to(tl.float32)).to(tl.float16)
         _store_tile(low_work, low, row, col, work_stride, BLOCK_M, BLOCK_N, DESCRIPTORS)
-    if COL_SUMS:
+    if ONE_SUM:
+        tl.store(col_part, tl.sum(values))
+    elif COL_SUMS:
         tl.store(col_part + col + tl.arange(0, BLOCK_N), tl.sum(values, 0))
 
 
@@ -353,7 +417,7 @@ def coef_kernel(
 
     softmax: G_ij = 2^bits_ij (row_factor_i + col_factor_j),  row_factor = dL/drow_lse * 2^-(row's sum in
     bits)
-    sigmoid: G_ij = row_factor_i sigma(bits_ij ln 2)
+    sigmoid: G_ij = row_factor_i sigma(bits_ij ln 2), and COL_SUMS stores one sum a tile, (tiles,), for the bias
 
     One exponential serves both sums. Where a sum is too small to divide by, the tile is done again by
     exact_coef_kernel: a second path in here would take twice the registers from every tile.
@@ -389,13 +453,14 @@ def coef_kernel(
         values,
         g_work,
         low_work,
-        col_part + tile_m.to(tl.int64) * (tiles_n * BLOCK_N),
+        col_part + (tl.program_id(0) if SOFTPLUS else tile_m.to(tl.int64) * (tiles_n * BLOCK_N)),
         tile_m * BLOCK_M,
         tile_n * BLOCK_N,
         work_stride,
         BLOCK_M,
         BLOCK_N,
         COL_SUMS,
+        COL_SUMS and SOFTPLUS,
         HIGH,
         DESCRIPTORS,
     )
@@ -408,6 +473,7 @@ def exact_coef_kernel(
     g_work,
     low_work,
     lost,
+    floor,
     scalars,
     col_add,
     row_ids,
@@ -434,9 +500,8 @@ def exact_coef_kernel(
     EXCLUDE: tl.constexpr,
     COL_SUMS: tl.constexpr,
     HIGH: tl.constexpr,
-    FLOOR: tl.constexpr,
 ):
-    """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below FLOOR.
+    """Overwrites the tiles that hold a row or column whose sum, in bits less the shift, is below `floor`.
 
     G_ij = row_weight_i 2^(bits_ij - row_bits_i) + col_weight_j 2^(bits_ij - col_bits_j). A few programs walk
     all tiles, and leave at once where `lost` is 0. BLOCK_M is coef_kernel's, BLOCK_N narrower: this is the
@@ -455,7 +520,7 @@ def exact_coef_kernel(
                 tl.min(tl.load(row_bits + rows, mask=rows < n, other=0.0), 0),
                 tl.min(tl.load(col_bits + cols, mask=cols < m, other=0.0), 0),
             )
-            if lowest < FLOOR:
+            if lowest < floor:
                 acc = _tile_product(x, y, row, col, n, m, D, BLOCK_M, BLOCK_N, BLOCK_K, False)
                 values = _coefficients(
                     acc,
@@ -491,6 +556,7 @@ def exact_coef_kernel(
                     BLOCK_M,
                     BLOCK_N,
                     COL_SUMS,
+                    False,
                     HIGH,
                     False,
                 )
@@ -516,6 +582,66 @@ def norm_kernel(
     tl.store(largest + tl.program_id(0), tl.max(total, 0))
 
 
+@triton.jit
+def _power(norm):
+    """The power of two that puts `norm` in [2^13, 2^14)."""
+    exponent = (norm.to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.where(norm > 0.0, exponent, 0)
+    return ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(values, count, BLOCK: tl.constexpr):
+    """The largest of `count` numbers that are at least 0."""
+    found = tl.zeros((BLOCK,), tl.float32)
+    at = tl.arange(0, BLOCK)
+    start = 0
+    while start < count:
+        found = tl.maximum(found, tl.load(values + start + at, mask=start + at < count, other=0.0))
+        start += BLOCK
+    return tl.max(found, 0)
+
+
+@triton.jit(do_not_specialize=["x_parts", "y_parts", "room"])
+def scalars_kernel(
+    x_largest,
+    y_largest,
+    scale,
+    added,
+    scalars,
+    x_parts,
+    y_parts,
+    room,
+    SOFTPLUS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """scalars[0, 1] as the tiles read them, [4] and [8] the powers of two of both sides, [12] the shift.
+
+    x_largest, y_largest: norm_kernel's. added: the bias; HAS_WEIGHT: the largest col_add, in bits. room: bits that
+    one exponential may take of the range: see clipkit.kernels.chunked.fixed_shift.
+    """
+    x_norm = tl.sqrt(_largest(x_largest, x_parts, BLOCK))
+    y_norm = tl.sqrt(_largest(y_largest, y_parts, BLOCK))
+    x_power = _power(x_norm)
+    y_power = _power(y_norm)
+    bits = tl.load(scale) * 1.4426950408889634
+    tl.store(scalars, bits / (x_power * y_power))
+    tl.store(scalars + 4, x_power)
+    tl.store(scalars + 8, y_power)
+    if SOFTPLUS:
+        tl.store(scalars + 1, tl.load(added) * 1.4426950408889634)
+    else:
+        bound = tl.abs(bits) * (x_norm * y_norm)
+        if HAS_WEIGHT:
+            bound += tl.load(added)
+        shift = tl.where(
+            bound > 0.0, tl.ceil(tl.where(bound - room > 0.0, bound - room, 0.0)), tl.ceil(bound)
+        )
+        tl.store(scalars + 1, -shift)
+        tl.store(scalars + 12, shift)
+
+
 @triton.jit(do_not_specialize=_RUN_TIME)
 def cast_kernel(
     x,
@@ -531,11 +657,12 @@ def cast_kernel(
     HIGH: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [hi, hi, lo], or [hi, lo,
-    hi].
+    """out (n, PADDED) = x * power in float16, zeros beyond D; HIGH: (n, 3 PADDED) = [lo, hi, hi], or SECOND: [hi,
+    lo, hi].
 
-    With x = hi + lo and y = hi' + lo', the inner product of [hi, hi, lo] and [hi', lo', hi'] leaves out lo
-    lo' alone.
+    With x = hi + lo and y = hi' + lo', the inner product of [lo, hi, hi] and [hi', lo', hi'] leaves out lo lo'
+    alone. Small terms come first: a tensor core cuts its accumulator off at every step of 16, by up to 2^-23 of
+    what it holds, which is next to nothing until the last third.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     width: tl.constexpr = 3 * PADDED if HIGH else PADDED
@@ -549,11 +676,13 @@ def cast_kernel(
         values = tl.load(start + at.to(tl.int64)[None, :] * col_stride, mask=inside, other=0.0)
         values = values.to(tl.float32) * factor
         high = values.to(tl.float16)
-        tl.store(to + at[None, :], high, mask=stored)
-        if HIGH:
+        if not HIGH:
+            tl.store(to + at[None, :], high, mask=stored)
+        else:
             low = (values - high.to(tl.float32)).to(tl.float16)
+            tl.store(to + at[None, :], high if SECOND else low, mask=stored)
             tl.store(to + (PADDED + at)[None, :], low if SECOND else high, mask=stored)
-            tl.store(to + (2 * PADDED + at)[None, :], high if SECOND else low, mask=stored)
+            tl.store(to + (2 * PADDED + at)[None, :], high, mask=stored)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipkit.distributed import Group, Ranks, agree, assert_same_rows, check_same_rows, resolve_group
-from clipkit.kernels.pairs import IMPLEMENTATIONS
+from clipkit.kernels.pairs import IMPLEMENTATIONS, PRECISIONS
 from clipkit.kernels.reference import compute_dtype
 from clipkit.registry import unknown
 
@@ -214,6 +214,11 @@ def check_impl(impl: str) -> str:
     return check_choice("impl", impl, IMPLEMENTATIONS)
 
 
+def check_precision(precision: str) -> str:
+    """`precision` if the kernels know it; ValueError with the nearest otherwise."""
+    return check_choice("precision", precision, PRECISIONS)
+
+
 def check_negatives(loss: str, pairs: int) -> None:
     """ValueError for a group with a single pair, in a loss without a value there."""
     if pairs < 2:
@@ -306,10 +311,10 @@ def paired_logits(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def kernel_settings(loss: Any, features: Tensor) -> dict[str, Any]:
-    """The kernels' `impl`, which is the loss's, and `precision` for features as they were given; `Ranks.wide`
-    hands them on in fp32."""
-    half = features.dtype in (torch.float16, torch.bfloat16)
-    return {"impl": loss.impl, "precision": "half" if half else "auto"}
+    """The kernels' `impl` and `precision`, which are the loss's; "auto" goes by the features as they were given:
+    `Ranks.wide` hands them on in fp32."""
+    half = loss.precision == "auto" and features.dtype in (torch.float16, torch.bfloat16)
+    return {"impl": loss.impl, "precision": "half" if half else loss.precision}
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from clipkit.losses.checks import (
     check_not_empty,
     check_number,
     check_pairs,
+    check_precision,
     constant,
+    kernel_settings,
     meet,
     paired_logits,
 )
@@ -41,6 +44,7 @@ class CLOOB(nn.Module):
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton" for the InfoLOOB sums: see `clipkit.kernels.pair_lse`.
             The retrieval is torch's scaled dot-product attention.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `infoloob` (beta large: everything retrieves itself where x and y agree), `infonce`.
     """
@@ -55,8 +59,10 @@ class CLOOB(nn.Module):
         beta: float = 8.0,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.inverse_temperature = check_number(
             "inverse_temperature", inverse_temperature, 0.0, open_low=True
         )
@@ -87,8 +93,9 @@ class CLOOB(nn.Module):
         check_negatives("cloob", len(texts))
         image_by_image, image_by_text = self._retrieve(x, images), self._retrieve(y, images)
         text_by_image, text_by_text = self._retrieve(x, texts), self._retrieve(y, texts)
-        loss = self._infoloob(image_by_image, image_by_text, ranks) + self._infoloob(
-            text_by_text, text_by_image, ranks
+        kernel = kernel_settings(self, image_features)
+        loss = self._infoloob(image_by_image, image_by_text, ranks, kernel) + self._infoloob(
+            text_by_text, text_by_image, ranks, kernel
         )
         return all_reduce_sum(loss / len(texts), ranks.group)
 
@@ -100,11 +107,9 @@ class CLOOB(nn.Module):
             )[0]
         return nn.functional.normalize(recalled, dim=-1)
 
-    def _infoloob(self, anchors: Tensor, candidates: Tensor, ranks: Ranks) -> Tensor:
+    def _infoloob(self, anchors: Tensor, candidates: Tensor, ranks: Ranks, kernel: dict[str, Any]) -> Tensor:
         """Sum over own anchors (B, D) of InfoLOOB among every rank's candidates."""
         scale = constant(self.inverse_temperature, anchors)
         columns = ranks.gather(candidates)
-        negatives, _ = pair_lse(
-            anchors, columns, scale, row_offset=ranks.own(len(anchors)).start, impl=self.impl
-        )
+        negatives, _ = pair_lse(anchors, columns, scale, row_offset=ranks.own(len(anchors)).start, **kernel)
         return (negatives - paired_logits(anchors, candidates, scale)).sum()

@@ -172,7 +172,10 @@ class WeightedSum(nn.Module):
 
 
 def create_loss(
-    spec: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None], *, group: Group | str = "auto"
+    spec: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+    *,
+    group: Group | str = "auto",
+    towers: str | None = None,
 ) -> WeightedSum:
     """The weighted sum of losses that a config's `loss` describes.
 
@@ -189,6 +192,11 @@ def create_loss(
             of the loss's class, `name` where the term is not called as the loss is (to have one twice) and
             `inputs`, {input as the loss names it: feature to take in its place}.
         group: passed to each loss that takes a group and whose settings give none.
+        towers: what the towers of a run compute in: "fp32" (tf32 too), "bf16", "fp16" or "pure_bf16". Where a
+            loss's `precision` is "auto", its similarities on a GPU then take float16 operands beside towers in
+            half precision, whose own rounding is coarser, and operands split in two beside fp32. None: each
+            call goes by its features' type and autocast, which tell nothing where features leave the model in
+            fp32 and the loss is called outside autocast.
 
     Raises:
         ValueError: an unknown loss or setting (with the nearest match and the list), an empty sum, a setting
@@ -221,7 +229,21 @@ def create_loss(
                 "features', such as {'image_features': 'audio_features'}"
             )
         terms[name] = build(settings.pop("name", None) or name, settings, group=group)
-    return WeightedSum(terms, weights, renamed)
+    total = WeightedSum(terms, weights, renamed)
+    if towers is not None:
+        _set_precision(total, towers)
+    return total
+
+
+def _set_precision(loss: nn.Module, towers: str) -> None:
+    """The one rule of which operands a run's similarities take, for every part that says "auto"."""
+    precision = {"fp32": "high", "bf16": "half", "fp16": "half", "pure_bf16": "half"}
+    if towers not in precision:
+        raise unknown("towers", towers, precision)
+    for part in loss.modules():
+        if getattr(part, "precision", None) == "auto":
+            # torch's stub has a module hold tensors and modules alone.
+            part.precision = precision[towers]  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 def build(name: str, settings: Mapping[str, Any], *, group: Group | str = "auto") -> nn.Module:

@@ -14,6 +14,7 @@ from clipkit.losses.checks import (
     check_impl,
     check_matrix,
     check_pairs,
+    check_precision,
     check_scalar,
     check_unit_norm,
     paired_logits,
@@ -47,6 +48,7 @@ class Distill(nn.Module):
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton" for the student's log-sum-exp: see
             `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     It is the teacher's entropy when both agree. Siblings: `infonce`, which it is added to.
     """
@@ -63,8 +65,9 @@ class Distill(nn.Module):
     optional_inputs = ("sample_weight",)
     supplied_by = dict.fromkeys(inputs[3:], _TEACHER)
 
-    def __init__(self, *, group: Group | str = "auto", impl: str = "auto"):
+    def __init__(self, *, group: Group | str = "auto", impl: str = "auto", precision: str = "auto"):
         super().__init__()
+        self.precision = check_precision(precision)
         self.group = group
         self.impl = check_impl(impl)
 

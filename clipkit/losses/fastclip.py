@@ -17,6 +17,7 @@ from clipkit.losses.checks import (
     check_negatives,
     check_number,
     check_pairs,
+    check_precision,
     constant,
     integers,
     paired_logits,
@@ -74,6 +75,7 @@ class FastCLIP(nn.Module):
         eps: > 0.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     With gamma = 1 and eps -> 0 it is t (infoloob - log(N - 1) + rho). Siblings: `infonce`, `infoloob`.
     """
@@ -103,8 +105,10 @@ class FastCLIP(nn.Module):
         eps: float = 1e-14,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.num_samples = None if num_samples is None else int(check_number("num_samples", num_samples, 1))
         self.num_texts = self.num_samples
         if num_texts is not None:

@@ -13,6 +13,7 @@ from clipkit.losses.checks import (
     check_impl,
     check_negatives,
     check_pairs,
+    check_precision,
     paired_logits,
 )
 from clipkit.losses.negatives import HARD_NEGATIVES, HardNegatives, joined
@@ -38,6 +39,7 @@ class InfoLOOB(nn.Module):
         hard_negatives: "group": every row meets those of all rows of the group; "own": its own K alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `infonce`; `cloob`, which retrieves from a Hopfield memory first.
     """
@@ -46,8 +48,16 @@ class InfoLOOB(nn.Module):
     inputs = ("image_features", "text_features", "logit_scale")
     optional_inputs = ("hard_negative_features", "hard_negative_image_features", "sample_weight")
 
-    def __init__(self, *, hard_negatives: str = "group", group: Group | str = "auto", impl: str = "auto"):
+    def __init__(
+        self,
+        *,
+        hard_negatives: str = "group",
+        group: Group | str = "auto",
+        impl: str = "auto",
+        precision: str = "auto",
+    ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.hard_negatives = check_choice("hard_negatives", hard_negatives, HARD_NEGATIVES)
         self.group = group
         self.impl = check_impl(impl)

@@ -15,6 +15,7 @@ from clipkit.losses.checks import (
     check_impl,
     check_number,
     check_pairs,
+    check_precision,
     paired_logits,
     softplus,
 )
@@ -70,6 +71,7 @@ class InfoNCE(nn.Module):
         group: "auto" (the default group when there are several ranks), a ProcessGroup, or None for these rows
             alone.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `sigmoid` (no normalisation over the batch), `infoloob` (the positive left out of its
     denominator), `cyclic` (added to this one in CyCLIP). With one pair the loss is zero.
@@ -90,8 +92,10 @@ class InfoNCE(nn.Module):
         overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 0.999)
         self.group = group
         self.impl = check_impl(impl)

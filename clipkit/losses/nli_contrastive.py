@@ -14,6 +14,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
     kernel_settings,
@@ -49,6 +50,7 @@ class NLIContrastive(nn.Module):
         hard_negative_weight: alpha >= 0; 0 drops each premise's own contradiction, not the other rows'.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `simcse` (unsupervised), `nli_softmax` (labelled pairs in place of triplets).
     """
@@ -64,8 +66,10 @@ class NLIContrastive(nn.Module):
         hard_negative_weight: float = 1.0,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.hard_negative_weight = check_number("hard_negative_weight", hard_negative_weight, 0.0)
         self.group = group

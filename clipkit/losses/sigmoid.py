@@ -13,6 +13,7 @@ from clipkit.losses.checks import (
     check_choice,
     check_impl,
     check_pairs,
+    check_precision,
     check_scalar,
     paired_logits,
     scalar,
@@ -49,6 +50,7 @@ class Sigmoid(nn.Module):
             holds all of them (`clipkit.losses.ring`). Not with `false_negatives`, nor with ids as positives.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_softplus`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_softplus`.
 
     Siblings: `infonce` (softmax over the batch).
     """
@@ -72,8 +74,10 @@ class Sigmoid(nn.Module):
         overlap: str = "none",
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.group = group
         self.impl = check_impl(impl)
         self.same_ids, self.false_negatives, self.false_negative_threshold = check_same_content(

@@ -15,6 +15,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     check_width,
     constant,
@@ -50,6 +51,7 @@ class SimCSE(nn.Module):
         embed_dim: D; needed by the head alone.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `nli_contrastive` (the supervised SimCSE), `slip` (two views of images).
     """
@@ -69,8 +71,10 @@ class SimCSE(nn.Module):
         embed_dim: int | None = None,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.group = group
         self.impl = check_impl(impl)

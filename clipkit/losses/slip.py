@@ -15,6 +15,7 @@ from clipkit.losses.checks import (
     check_matrix,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     check_width,
     constant,
@@ -59,6 +60,7 @@ class SLIP(nn.Module):
         output_dim: width of the head's output.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `simcse` (two dropout views of captions, one direction, other view's rows alone).
     """
@@ -77,8 +79,10 @@ class SLIP(nn.Module):
         output_dim: int = 256,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         self.temperature = check_number("temperature", temperature, 0.0, open_low=True)
         self.group = group
         self.impl = check_impl(impl)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkit.kernels.pairs import DENSE_PAIRS
+from clipkit.kernels.pairs import DENSE_PAIRS, runs_triton
 from clipkit.losses.checks import softplus
 
 
@@ -15,6 +15,7 @@ def runs_small(x: Tensor, y: Tensor, scale: Tensor, impl: str) -> bool:
     return (
         impl in ("auto", "dense")
         and x.device.type == "cpu"
+        and not runs_triton(x)
         and 1 < len(x) <= DENSE_PAIRS // len(x)
         and x.dtype == y.dtype == scale.dtype
         and not torch.compiler.is_compiling()

@@ -15,6 +15,7 @@ from clipkit.losses.checks import (
     check_negatives,
     check_not_empty,
     check_number,
+    check_precision,
     check_unit_norm,
     constant,
     kernel_settings,
@@ -40,6 +41,7 @@ class Uniformity(nn.Module):
         t: > 0.
         group: "auto", a ProcessGroup or None.
         impl: "auto", "dense", "chunked" or "triton": see `clipkit.kernels.pair_lse`.
+        precision: "auto", "half" or "high", of impl="triton" alone: see `clipkit.kernels.pair_lse`.
 
     Siblings: `infonce`, whose denominator contains it; `cyclic`.
     """
@@ -53,8 +55,10 @@ class Uniformity(nn.Module):
         t: float = 2.0,
         group: Group | str = "auto",
         impl: str = "auto",
+        precision: str = "auto",
     ):
         super().__init__()
+        self.precision = check_precision(precision)
         of = (of,) if isinstance(of, str) else tuple(of)
         if not of or len(set(of)) != len(of):
             raise ValueError(f"of is {list(of)}: name one or more different features, such as text_features")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from clipkit.kernels.pairs import assume_triton
 from clipkit.loading import model_config, with_architecture
 from clipkit.losses import create_loss
 from clipkit.model import _IMAGE_PASSES, _TEXT_PASSES, DualEncoder, Vocabulary, create_model
@@ -104,6 +105,7 @@ class Measured:
 
     Attributes:
         impls: the implementations that the losses ask for, "auto" left out.
+        operands: {term of the loss: "half" or "high"}, what Triton's products of similarities take.
         checkpointing: whether a tower recomputes its activations.
         weights, buffers, trainable: bytes. gradients: bytes, of the image tower's weights and of all others.
         units: bytes of what FSDP2 gathers at once, one entry a tower block, then the rest.
@@ -141,8 +143,14 @@ class Measured:
                 ).train()
             if precision == "pure_bf16":
                 self.model.hold_in_bf16()
-            self.loss = create_loss(loss)
+            self.loss = create_loss(loss, towers=precision)
             self._by_impl: list[Any] = [part for part in self.loss.modules() if hasattr(part, "impl")]
+            self.operands = {
+                name: part.precision
+                for name, term in self.loss.terms.items()
+                for part in term.modules()
+                if hasattr(part, "precision")
+            }
             self.impls = {part.impl for part in self._by_impl} - {"auto"}
             self.model.check_inputs(self.loss.inputs)
             self.inputs = tuple(self.loss.inputs)
@@ -211,16 +219,14 @@ class Measured:
         "triton".
         """
         for part in self._by_impl:
-            # What Triton computes is asked for in chunks; the meter puts its figures in their place.
-            part.impl = "dense" if impl == "dense" else "chunked"
+            part.impl = impl
             # As if gathered: a ring holds less; it sends the texts once more, backward, for each of its terms.
             if hasattr(part, "overlap"):
                 part.overlap = "none"
-        with _ranks(world_size), self._fake:
+        on_gpu = assume_triton() if impl == "triton" else contextlib.nullcontext()
+        with _ranks(world_size), self._fake, on_gpu:
             features = self._features(pairs, world_size)
-            meter = Meter(
-                answer=False, kernels="triton" if impl == "triton" else "chunked", capability=capability
-            )
+            meter = Meter(answer=False, capability=capability)
             with meter:
                 self.loss(features)["loss"].backward()
             gradients = _bytes(f.grad for f in features.values() if f.grad is not None)

@@ -85,8 +85,7 @@ class Meter(TorchDispatchMode):
     Args:
         answer: what a value read off a tensor (`bool(t)`, `t.item()`, `torch.equal`) is taken for; None reads
             it, which fake tensors refuse.
-        kernels: how clipkit's pair operators are taken to run: "chunked", or "triton" on a GPU of
-            `capability`.
+        capability: of the GPU that clipkit's Triton operators are taken to run on.
         mask_share: rows that a boolean index keeps, which only the data knows.
 
     Attributes:
@@ -99,12 +98,11 @@ class Meter(TorchDispatchMode):
         self,
         *,
         answer: bool | None = None,
-        kernels: str = "chunked",
         capability: tuple[int, int] = (9, 0),
         mask_share: float = 0.15,
     ):
         super().__init__()
-        self.answer, self.kernels, self.capability, self.mask_share = answer, kernels, capability, mask_share
+        self.answer, self.capability, self.mask_share = answer, capability, mask_share
         self.alive = self.peak = 0
         self.operators: list[Operator] = []
         self.collectives: list[Collective] = []
@@ -172,10 +170,10 @@ class Meter(TorchDispatchMode):
         backward = name.endswith("backward")
         products = 1 + (given["need_x"] + given["need_y"] if backward else 0)
         flops = 2 * n * m * dim * products
-        if self.kernels == "chunked":
+        if given["impl"] == "chunked":
             return flops, chunked_workspace(n, m, dim, backward=backward), False
-        # fp32 features are split in two fp16 numbers, at three times the operations.
-        high = given["x"].dtype == torch.float32
+        # Operands split in two fp16 numbers, at three times the operations.
+        high = given["impl"] == "triton_high"
         kind = f"{'softplus' if 'softplus' in name else 'lse'}_{'coef' if backward else 'sums'}"
         workspace = triton_workspace(n, m, dim, kind, capability=self.capability, high=high)
         return flops * (3 if high else 1), workspace, True

@@ -158,6 +158,7 @@ class Planner:
             "micro_batch_size": size,
             "micro_batches": math.ceil(pairs / size),
             "impl": self.implementation(pairs, world_size),
+            "operands": self.measured.operands if "triton" in self._runnable() else {},
             "memory": memory,
             "memory_total": total,
             "memory_limit": self.limit,

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from clipkit.kernels import configs
+from clipkit.kernels import configs, tune
 from clipkit.kernels.configs import KINDS, TileConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -85,3 +86,66 @@ def test_the_tuning_command_lists_its_candidates_and_refuses_without_a_gpu(tmp_p
     )
     wrong = run(*tune, "--dry-run", "--kinds", "lse_sum")
     assert "Did you mean 'lse_sums'" in wrong.stderr
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """tune.main that measures nothing: (kind, config) of what it asked for, milliseconds by tile."""
+    asked = []
+
+    def measure(self, config):
+        asked.append((self.kind, config))
+        if config.block_n == 16:
+            raise KeyboardInterrupt
+        return "too large" if config.block_m == 16 else float(config.block_m + config.group)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(tune.Problem, "measure", measure)
+    return asked
+
+
+def test_tuning_goes_on_where_it_was_ended_and_keeps_other_entries(quick, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own.json"
+    configs.write_overrides(own, {("lse_coef", (0, 0), 64): TileConfig(block_m=64)})
+    monkeypatch.setenv("CLIPKIT_KERNEL_CONFIGS", str(own))
+    out = tmp_path / "out.json"
+    other = {("lse_sums", (9, 0), 512): TileConfig(num_stages=5)}
+    configs.write_overrides(out, other)
+    command = [str(out), "--rehearse", "--kinds", "lse_coef"]
+    # The second candidate ends the process; the same command measures what comes after it, and nothing twice.
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(command)
+    assert configs.read_overrides(out) == other
+    before = list(quick)
+    tune.main(command)
+    assert len(quick) == len(set(quick)) and before == quick[: len(before)]
+    found = configs.read_overrides(out)
+    assert found.pop(("lse_coef", (0, 0), 32)).block_m == 32 and found == other
+    # The user's own entry is where the search starts, and stays where it was.
+    assert quick[0] == ("lse_coef", TileConfig(block_m=64))
+    assert os.environ["CLIPKIT_KERNEL_CONFIGS"] == str(own)
+    assert "too large" in capsys.readouterr().err
+    tune.main(command)
+    assert len(quick) == len(set(quick))
+
+
+def test_a_candidate_that_computes_something_else_is_no_candidate(monkeypatch):
+    problem = tune.Problem("lse_sums", (0, 0), 8, 4, "cpu")
+    x, y = (side.detach().double() for side in (problem.x, problem.y))
+    logits = 50 * x @ y.T
+    logits.diagonal().fill_(-torch.inf)
+    right = [torch.logsumexp(logits, 1).float(), torch.logsumexp(logits, 0).float(), x.half(), y.half()]
+
+    def results(self):
+        wrong = configs.find("lse_sums", (0, 0), 4) == TileConfig(block_m=64)
+        return [*right[:2], right[2] * 1.01 if wrong else right[2], *right[3:]]
+
+    monkeypatch.setattr(tune.Problem, "results", results)
+    monkeypatch.setattr(tune.Problem, "_time", lambda self, repeats: 1.0)
+    assert problem.measure(TileConfig(block_m=32)) == 1.0
+    assert "differs from the table's entry by 1.0e-02" in str(problem.measure(TileConfig(block_m=64)))
+    # What it starts from is held against the definition.
+    right[0] = right[0] + 0.1
+    problem.expected = None
+    with pytest.raises(SystemExit, match="against float64"):
+        problem.measure(TileConfig(block_m=32))

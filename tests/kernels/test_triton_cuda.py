@@ -36,8 +36,11 @@ def test_two_runs_are_equal_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(step(x, y, scale), step(x, y, scale)))
 
 
+# Float32: tensor cores cut their accumulator off by up to 2^-23 at every 16 products. Of 80 times a cosine near 0.16,
+# which is where these softmaxes lie, 512 / 16 such steps take up to 5e-5, and of the products with a block's
+# coefficients 8448 / 16 steps, half a step each on sums that grow, about 1.6e-5.
 @pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 6e-3), (torch.float32, 1e-5)]
+    "dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 6e-3), (torch.float32, 7e-5)]
 )
 def test_many_rows_equal_float64_on_a_sample(dtype, tolerance):
     n, d, sample = 33000, 512, slice(31000, 31064)
@@ -47,7 +50,7 @@ def test_many_rows_equal_float64_on_a_sample(dtype, tolerance):
     grad = torch.autograd.grad(row_lse.sum() + col_lse.sum(), x)[0]
     rows, columns = x.detach()[sample].double().requires_grad_(), y.detach().double()
     exact, _ = pair_lse(rows, columns, 80.0, row_offset=sample.start, impl="dense")
-    assert torch.allclose(row_lse[sample].double(), exact, rtol=2e-6, atol=2e-5)
+    assert torch.allclose(row_lse[sample].double(), exact, rtol=2e-6, atol=5e-5)
     # The columns' part of a row's gradient needs every column's sum: taken from the float32 outputs.
     logits = 80.0 * rows.detach() @ columns.T
     weights = (logits - exact.detach()[:, None]).exp() + (logits - col_lse.double()[None, :]).exp()

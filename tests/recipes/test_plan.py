@@ -34,6 +34,8 @@ def test_plans_without_data_and_leaves_no_folder(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text()) == result
     assert os.listdir(tmp_path) == ["plan.json"]
     one, eight = result["plans"]
+    # A bf16 run: half operands, and the cyclic loss has none.
+    assert one["operands"] == {"infonce": "half", "simcse": "half"}
     assert (one["gpus"], eight["gpus"], eight["pairs_per_gpu"], one["impl"]) == (1, 8, 512, "triton")
     # CLIP's own vocabulary, known without captions: 49,408 rows of 128.
     assert result["parameters"] > 49_408 * 128 and result["assumed"] == []
