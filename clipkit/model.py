@@ -43,6 +43,8 @@ _IMAGE_PASSES = {
 }
 # What a loss may use, that no data setting brings: a batch of one's own has it by this name.
 _GIVEN = ("text_index", "sample_weight", "content_features", "hard_negative_image_features")
+# A teacher's, one for each picture, one for each text, and its temperature.
+_TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
 # What a loss may use where it is there, and is not missed where it is not.
 _OPTIONAL = ("hard_negative_features", "pair_ids", *_GIVEN)
 # Entries handed from the batch to the losses.
@@ -51,9 +53,10 @@ _PASSED_ON = {
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": "data.pair_ids",
     **dict.fromkeys(_GIVEN, "a batch of yours"),
+    **dict.fromkeys(_TEACHER, "data.teacher: a folder that `clipkit-predict teacher` has written"),
 }
 # One for each picture: repeated for each of its captions.
-_OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight")
+_OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight", "dist_image_features")
 _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
@@ -219,7 +222,8 @@ class DualEncoder(nn.Module):
                 hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
                 pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
                 What a batch of one's own has of text_index, sample_weight (B,), content_features (B, E) and
-                hard_negative_image_features is handed on.
+                hard_negative_image_features is handed on, and a teacher's dist_image_features (B, E),
+                dist_text_features (B, E) or (B, m, E) and dist_logit_scale ().
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:
@@ -233,6 +237,8 @@ class DualEncoder(nn.Module):
         for name, source in _PASSED_ON.items():
             if name in inputs and _there(batch, name, name):
                 features[name] = _entry(batch, name, name, source)
+        if features.get("dist_text_features") is not None and features["dist_text_features"].ndim == 3:
+            features["dist_text_features"] = features["dist_text_features"].flatten(0, 1).clone()
         per_picture = _captions_per_picture(batch)
         if "hard_negative_features" in features:
             pictures, texts = batch["hard_negative"].shape[:2]

@@ -120,7 +120,7 @@ MAY_IMPORT = {
     "distributed": "",
     "kernels": "registry",
     "towers": "registry",
-    "data": "foreign registry",
+    "data": "files foreign registry",
     "grad_cache": "registry",
     "loggers": "files foreign registry",
     "sharding": "distributed",

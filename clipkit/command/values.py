@@ -140,6 +140,7 @@ PRETRAIN: dict[str, Any] = {
     "data.pair_ids": or_null(TEXT),
     "data.hard_negatives": or_null(TEXT),
     "data.hard_negatives_per_caption": COUNT,
+    "data.teacher": or_null(TEXT),
     "data.augmentation": or_null(Kind((dict,), "a mapping")),
     "data.augmentation.crop_scale": or_null(ListOf(Number(0, 1, above=True), 2)),
     "data.augmentation.crop_ratio": ListOf(POSITIVE, 2),

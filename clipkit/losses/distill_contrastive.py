@@ -67,6 +67,7 @@ class InteractiveContrastive(nn.Module):
         super().__init__()
         self.group, self.sides = group, check_sides(self.name, sides)
         self.impl = check_impl(impl)
+        self.teacher_dim = None if teacher_dim is None else int(teacher_dim)
         self.heads = make_heads(self.name, self.sides, embed_dim, teacher_dim)
         self._pairs = [(f"{side}_features", f"dist_{_OTHER[side]}_features") for side in self.sides]
         self.inputs = (*(name for pair in self._pairs for name in pair), "logit_scale")

@@ -53,6 +53,7 @@ class FeatureDistillation(nn.Module):
     ):
         super().__init__()
         self.group, self.sides = group, check_sides(self.name, sides)
+        self.teacher_dim = None if teacher_dim is None else int(teacher_dim)
         self.heads = make_heads(self.name, self.sides, embed_dim, teacher_dim)
         self._pairs = [(f"{side}_features", f"dist_{side}_features") for side in self.sides]
         self.inputs = tuple(name for pair in self._pairs for name in pair)

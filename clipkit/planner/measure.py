@@ -232,6 +232,11 @@ class Measured:
         }
         for name in ("logit_scale", "logit_bias"):
             features[name] = torch.zeros((), requires_grad=True)
+        # A teacher's columns are the data's: those that a loss was told of, or else the student's.
+        columns = [one for part in self.loss.modules() if (one := getattr(part, "teacher_dim", None))]
+        for name in ("dist_image_features", "dist_text_features"):
+            features[name] = torch.zeros(pairs * self.captions, *(columns or [dim])[:1])
+        features["dist_logit_scale"] = torch.zeros(())
         features["sample_index"] = torch.zeros(pairs * self.captions, dtype=torch.int64)
         features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
         if self.mlm:
