@@ -17,7 +17,14 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import NotRequired
 
-from clipkit.checkpoint import SHARDS, find_checkpoint, load_checkpoint, split_weights, tensor_shapes
+from clipkit.checkpoint import (
+    SHARDS,
+    find_checkpoint,
+    frozen_file,
+    load_checkpoint,
+    split_weights,
+    tensor_shapes,
+)
 from clipkit.data.tokenizers import Tokenizer, load_tokenizer
 from clipkit.foreign import BrokenFile, checked, named_by, permit, read_json
 from clipkit.model import DualEncoder, create_model
@@ -77,6 +84,8 @@ def load_model(
 def _model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint's model, without its weights."""
     files = sorted((path / SHARDS).iterdir()) if (path / SHARDS).is_dir() else [path / "model.safetensors"]
+    frozen = frozen_file(path)
+    files += [frozen] if frozen is not None else []
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not file.is_file():

@@ -24,6 +24,7 @@ from clipkit.distributed import full_tensor
 from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
+from clipkit.towers.lora import add_lora
 
 # Feature name -> the batch entry it encodes, and the setting that brings that entry.
 _TEXT_PASSES = {
@@ -335,13 +336,15 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]
 
 
-def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEncoder:
+def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary, adapters: bool = True) -> DualEncoder:
     """The model that a config describes, for a tokenizer's ids.
 
     Args:
         config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
             optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last.
         tokenizer: one of clipkit.data, or anything with its numbers and perhaps mask_id.
+        adapters: False leaves out those that the towers' `lora` asks for, which `add_adapters` puts in once the weights
+            are those that are to be adapted.
 
     Raises:
         ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it
@@ -353,6 +356,13 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
     for key in ("embed_dim", "image_tower", "text_tower"):
         if config.get(key) is None:
             raise ValueError(f"the model's config has no {key!r}")
+    if not adapters:
+        towers = {
+            key: {name: value for name, value in config[key].items() if name != "lora"}
+            for key in ("image_tower", "text_tower")
+            if isinstance(config[key], Mapping)
+        }
+        config = {**config, **towers}
     embed_dim = int(config["embed_dim"])
     text_tower = create_text_tower(
         config["text_tower"],
@@ -378,6 +388,14 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
         sot_id=tokenizer.sot_id,
         **{key: config[key] for key in optional if config.get(key) is not None},
     )
+
+
+def add_adapters(model: DualEncoder, config: Mapping[str, Any]) -> None:
+    """Put the adapters that a config's image_tower.lora and text_tower.lora ask for beside the weights there are."""
+    for key, tower in (("image_tower", model.image_tower), ("text_tower", model.text_tower)):
+        lora = config[key].get("lora") if isinstance(config[key], Mapping) else None
+        if lora and lora.get("rank"):
+            add_lora(tower, **lora)
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

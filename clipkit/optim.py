@@ -19,6 +19,7 @@ from torch import nn
 
 from clipkit.registry import Registry, check_keys, suggest
 from clipkit.towers.base import Tower
+from clipkit.towers.lora import plain_name
 
 _optimizers = Registry("optimizer")
 _schedules = Registry("schedule")
@@ -348,7 +349,9 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[int, float]:
     for tower in module.modules():
         if isinstance(tower, Tower):
             for name, parameter in tower.named_parameters():
-                scales[id(parameter)] = layer_decay ** (tower.num_layers + 1 - tower.layer_of(name))
+                scales[id(parameter)] = layer_decay ** (
+                    tower.num_layers + 1 - tower.layer_of(plain_name(tower, name))
+                )
     return scales
 
 

@@ -20,6 +20,7 @@ from clipkit.export import save_open_clip, save_sentence_transformer
 from clipkit.foreign import blamed_on, named_by, output_in_run
 from clipkit.loading import load_model
 from clipkit.registry import unknown
+from clipkit.towers.lora import merge_lora
 
 TARGETS = ("open_clip", "safetensors", "sentence_transformers")
 
@@ -42,6 +43,9 @@ def export(config: Mapping[str, Any], run_dir: Path) -> Path:
         raise ValueError(f"{folder} already holds files: give output=ANOTHER, or remove them")
     with blamed_on(given), named_by(given):
         model, tokenizer, _ = load_model(path, trust_paths=config["trust_paths"])
+    for tower in (model.image_tower, model.text_tower):
+        # Other libraries know a tower without adapters.
+        merge_lora(tower)
     with blamed_on(given, settings=False):
         if target == "open_clip":
             save_open_clip(model, folder, tokenizer=tokenizer)

@@ -29,6 +29,16 @@ from clipkit.kinds import (
 from clipkit.registry import suggest, unknown
 from clipkit.settings import AMENDABLE
 
+
+def _lora(tower: str) -> dict[str, Any]:
+    return {
+        f"{tower}.lora.rank": NATURAL,
+        f"{tower}.lora.alpha": POSITIVE,
+        f"{tower}.lora.dropout": PROBABILITY,
+        f"{tower}.lora.targets": Either((OneOf(("all",)), ListOf(TEXT))),
+    }
+
+
 PRETRAIN: dict[str, Any] = {
     **AMENDABLE,
     "seed": Number(0, 2**63 - 1, whole=True),
@@ -85,6 +95,7 @@ PRETRAIN: dict[str, Any] = {
     "image_tower.interpolation": OneOf(("bicubic", "bilinear")),
     "image_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "image_tower.activation_checkpointing": FLAG,
+    **_lora("image_tower"),
     "text_tower.name": TEXT,
     "text_tower.pretrained": or_null(TEXT),
     "text_tower.model_type": or_null(TEXT),
@@ -102,6 +113,7 @@ PRETRAIN: dict[str, Any] = {
     "text_tower.quick_gelu": FLAG,
     "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "text_tower.activation_checkpointing": FLAG,
+    **_lora("text_tower"),
     "optim.name": TEXT,
     "optim.betas": or_null(ListOf(PROBABILITY, 2)),
     "optim.eps": or_null(POSITIVE),

@@ -1,8 +1,8 @@
 """Image and text encoders by name, behind one interface each.
 
 `create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it
-is: `name` is the registry name, the rest are that tower's settings. Two settings belong to every tower:
-`freeze` (0, a number of blocks, or all) and `activation_checkpointing`; two more to every image tower, `resize_mode` and
+is: `name` is the registry name, the rest are that tower's settings. Three settings belong to every tower:
+`freeze` (0, a number of blocks, or all), `lora` (clipkit.towers.lora) and `activation_checkpointing`; two more to every image tower, `resize_mode` and
 `interpolation`: how its pictures are made. timm, open_clip and transformers are
 imported by the towers that need them, when one is created.
 """
@@ -18,6 +18,7 @@ from clipkit.registry import Registry, check_keys, unknown
 # These register the built-in names.
 from clipkit.towers import hugging_face, image, text  # noqa: F401
 from clipkit.towers.base import RESIZING, ImageTower, TextTower, Tower
+from clipkit.towers.lora import NONE, add_lora
 from clipkit.towers.registry import image_towers, register_image_tower, register_text_tower, text_towers
 
 
@@ -86,8 +87,15 @@ def _check(
     given = set(given) - {"context_length"}
     valid = [key for key in parameters if key not in given]
     resizing = RESIZING if registry is image_towers else {}
-    shared = ["freeze", "activation_checkpointing", *resizing]
+    shared = ["freeze", "lora", "activation_checkpointing", *resizing]
     check_keys(settings, [*valid, *shared], f"the {registry.what} {name!r}")
+    lora: Any = settings.get("lora") or {}
+    check_keys(lora, NONE, f"{registry.what.replace(' ', '_')}.lora")
+    if lora.get("rank") and settings.get("freeze"):
+        raise ValueError(
+            f"{registry.what.replace(' ', '_')}.freeze={settings['freeze']} beside lora.rank={lora['rank']}: adapters leave all of "
+            "the tower's own weights as they are; leave freeze at 0"
+        )
     for key, choices in resizing.items():
         if settings.get(key, choices[0]) not in choices:
             raise unknown(key, settings[key], choices)
@@ -102,13 +110,14 @@ def _check(
         )
     check = getattr(factory, "check", None)
     if check:
-        check(**{key: value for key, value in settings.items() if key not in resizing})
+        check(**{key: value for key, value in settings.items() if key not in (*resizing, "lora")})
     return name, factory, settings, valid
 
 
 def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:
     name, factory, settings, valid = _check(registry, spec, given)
     freeze = settings.pop("freeze", 0)
+    lora = {**NONE, **(settings.pop("lora", None) or {})}
     recompute = settings.pop("activation_checkpointing", False)
     resizing = {key: settings.pop(key) for key in RESIZING if key in settings and key not in valid}
     parameters = inspect.signature(factory).parameters
@@ -118,6 +127,8 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     for key, value in resizing.items():
         setattr(tower, key, value)
     tower.freeze(0 if freeze is None else freeze)
+    if lora["rank"]:
+        add_lora(tower, **lora)
     if recompute:
         tower.set_activation_checkpointing()
     return tower
