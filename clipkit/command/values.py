@@ -195,7 +195,9 @@ EVALUATE: dict[str, Any] = {
     "trust_paths": FLAG,
 }
 EXPORT: dict[str, Any] = {
-    "checkpoint": TEXT,
+    "checkpoint": or_null(TEXT),
+    "merge": or_null(ListOf(TEXT)),
+    "alpha": or_null(Either((FRACTION, ListOf(FRACTION)))),
     "to": TEXT,
     "output": or_null(TEXT),
     "project": FLAG,

@@ -18,6 +18,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clipkit.data.faults import DataError
@@ -151,8 +153,6 @@ class Teacher:
         return self._open(side, part).get_slice("features")[row]
 
     def _open(self, side: str, part: int) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         if (side, part) not in self._files:
             path = self.folder / self._parts[side][part]
             try:
@@ -253,8 +253,6 @@ class TeacherWriter:
         return self.folder
 
     def _write(self, side: str, held: Sequence[tuple[int, Tensor]]) -> None:
-        from safetensors.torch import save_file
-
         features = torch.stack([row for _, row in held])
         known = self._index["sides"].setdefault(side, {"width": features.shape[1], "count": 0, "parts": {}})
         path = self._temporary / f"{side}-{len(known['parts']):05d}.safetensors"
