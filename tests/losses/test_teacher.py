@@ -1,15 +1,16 @@
-"""Losses with a teacher's features: against loops written from the papers' formulas in float64, and by properties."""
+"""Losses with a teacher's features: against loops written from the papers' formulas in float64, and by properties.
+
+Over ranks and in micro-batches: test_gradient_contract and test_contract_kit.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-
 import pytest
 import torch
 from torch.nn.functional import mse_loss, normalize
 
-from clipkit.losses import ContractCase, InfoNCE, check_gradient_contracts, create_loss
+from clipkit.losses import InfoNCE, create_loss
 
 N, D, E = 6, 4, 5
 NAMES = ("distill_features", "distill_relations", "distill_contrastive")
@@ -150,17 +151,3 @@ def test_weights_of_rows_are_those_of_a_batch_that_repeats_them(given):
     again = {key: x[rows] if x.ndim else x for key, x in given.items()}
     found = value("distill_features", {**given, "sample_weight": weight})
     assert found == pytest.approx(value("distill_features", again), rel=1e-12)
-
-
-def test_micro_batches_change_nothing():
-    """Over ranks: test_gradient_contract and, through the kit with micro-batches, test_contract_kit."""
-    settings = {"distill_relations": {}}
-    settings |= {
-        name: {"embed_dim": 8, "teacher_dim": 9} for name in ("distill_features", "distill_contrastive")
-    }
-    cases = {
-        name: ContractCase(partial(create_loss, {name: given}), micro_batches=3)
-        for name, given in settings.items()
-    }
-    for report in check_gradient_contracts(cases, world_size=1).values():
-        assert report.ok, str(report)
