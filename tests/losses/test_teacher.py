@@ -6,6 +6,7 @@ Over ranks and in micro-batches: test_gradient_contract and test_contract_kit.
 from __future__ import annotations
 
 import math
+
 import pytest
 import torch
 from torch.nn.functional import mse_loss, normalize
