@@ -330,6 +330,11 @@ def test_every_loss_can_be_planned():
     assert plan["fits"] and plan["flops"]["loss"] > 0 and plan["communication"]["losses"] > 0
 
 
+def test_adapters_are_refused():
+    with pytest.raises(ValueError, match="a plan knows no adapters"):
+        measure(text_tower={**MODEL["text_tower"], "lora": {"rank": 2}})
+
+
 def test_a_teachers_features_are_counted():
     """16 columns of fp32 for 6 pairs on each side, beside the students' of 24, twice: the features and the maps' input."""
     terms = ("distill", "distill_relations", "distill_features", "distill_contrastive")

@@ -131,6 +131,11 @@ class Measured:
         self.captions, self.hard_negatives = captions_per_image, hard_negatives_per_caption
         self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
+        if any((tower.get("lora") or {}).get("rank") for tower in towers):
+            # peft moves what it makes, which tensors without memory do not allow.
+            raise ValueError(
+                "a plan knows no adapters: leave lora.rank at 0 (and freeze=all for a lower bound of what they take)"
+            )
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = FakeTensorMode()
         with self._fake:
