@@ -10,6 +10,9 @@ A checkpoint is a folder `step_00000600/`:
     tokenizer.json      what turns captions into ids for this model
     manifest.json       step, metrics, versions, and the sha256 of every other file
 
+Weights that training leaves as they were (a tower's beside its adapters) are in none of them, but once beside the folders, in
+`frozen-HASH.safetensors`, which the manifests name.
+
 It is written under a temporary name, each file flushed to the disk, the manifest last, and then renamed: a
 folder that has the final name is whole. Reading verifies the hashes, and falls back to the newest checkpoint
 that is good. No pickle is loaded: `train.pt` is read with `weights_only=True`.
@@ -36,6 +39,7 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from typing_extensions import NotRequired
 
 from clipkit.data.tokenizers import Tokenizer
 from clipkit.distributed import Group, gather_objects, rank
@@ -45,6 +49,7 @@ from clipkit.sharding import read_shards
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+_FROZEN = re.compile(r"frozen-[0-9a-f]{16}\.safetensors")
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 # A file that deflates to more is no train.pt.
 _TRAIN_STATE_BYTES = 1 << 30
@@ -56,6 +61,8 @@ class Manifest(TypedDict):
     step: int
     metrics: dict[str, float]
     sha256: dict[str, str]
+    # Of the file beside the checkpoint, by name.
+    frozen: NotRequired[dict[str, str]]
 
 
 def _sha256(path: Path) -> str:
@@ -102,6 +109,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
     metrics: Mapping[str, float] | None = None,
+    frozen: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/step_XXXXXXXX` atomically and return it.
 
@@ -112,6 +120,7 @@ def save_checkpoint(
         config: the resolved config, JSON-serialisable.
         tokenizer: saved beside the weights; None: nothing is.
         metrics: the last evaluation's numbers, kept in the manifest so that the best checkpoint can be told.
+        frozen: what `save_frozen` gave for the weights that are not among these.
 
     Raises:
         OSError: the disk is full or the folder cannot be written. Nothing half-written is left, and older
@@ -125,7 +134,7 @@ def save_checkpoint(
         save_file(_on_cpu(weights), temporary / "model.safetensors")
         if optimizer:
             save_file(_on_cpu(optimizer), temporary / "optimizer.safetensors")
-        return _seal(folder, temporary, step, metrics)
+        return _seal(folder, temporary, step, metrics, frozen)
 
 
 def save_sharded_checkpoint(
@@ -138,6 +147,7 @@ def save_sharded_checkpoint(
     config: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
     metrics: Mapping[str, float] | None = None,
+    frozen: Mapping[str, str] | None = None,
     group: Group,
 ) -> Future:
     """The same from the ranks of a run whose tensors are split (FSDP2): each writes its parts, in the
@@ -182,7 +192,7 @@ def save_sharded_checkpoint(
     def finish() -> Path | None:
         with _nothing_half_written(temporary):
             written.result()
-            return _seal(folder, temporary, step, metrics) if rank(group) == 0 else None
+            return _seal(folder, temporary, step, metrics, frozen) if rank(group) == 0 else None
 
     return _writer.submit(finish)
 
@@ -242,7 +252,52 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float] | None) -> Path:
+def save_frozen(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Write weights that every checkpoint of a folder shares, once; {file: sha256}, for the checkpoints' manifests.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; no half of it is left.
+    """
+    folder = Path(folder)
+    temporary = folder / f".writing-frozen-{os.getpid()}"
+    with _nothing_half_written(temporary):
+        _make_temporary(temporary)
+        written = temporary / "frozen.safetensors"
+        save_file(_on_cpu(weights), written)
+        # safetensors writes files that none but the owner may read.
+        written.chmod(0o666 & ~_umask())
+        flush(written)
+        digest = _sha256(written)
+        final = folder / f"frozen-{digest[:16]}.safetensors"
+        os.replace(written, final)
+        flush(folder)
+        temporary.rmdir()
+    return {final.name: digest}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def frozen_file(path: Path) -> Path | None:
+    """The file of a checkpoint's frozen weights, beside its folder; None where it has all of its own.
+
+    Raises:
+        BrokenFile: the manifest names another file.
+    """
+    named = list(read_manifest(path).get("frozen", {}))
+    return path.parent / named[0] if named else None
+
+
+def _seal(
+    folder: Path,
+    temporary: Path,
+    step: int,
+    metrics: Mapping[str, float] | None,
+    frozen: Mapping[str, str] | None,
+) -> Path:
     """Flush every file, write the manifest last, and give the folder its final name, which is returned."""
     final = folder / f"step_{step:08d}"
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -252,6 +307,7 @@ def _seal(folder: Path, temporary: Path, step: int, metrics: Mapping[str, float]
         "metrics": dict(metrics or {}),
         "versions": {"torch": torch.__version__},
         "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
+        **({"frozen": dict(frozen)} if frozen else {}),
     }
     for path in files:
         # safetensors writes files that none but the owner may read.
@@ -289,7 +345,9 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     manifest: Manifest = read_json(path / MANIFEST, Manifest)
-    listed = manifest["sha256"]
+    listed, frozen = manifest["sha256"], manifest.get("frozen", {})
+    if len(frozen) > 1 or not all(map(_FROZEN.fullmatch, frozen)):
+        raise BrokenFile(f"{path / MANIFEST} names frozen weights that clipkit did not write")
     for name in listed:
         if name.startswith("/") or not set(name.split("/")).isdisjoint({"", ".", ".."}):
             raise BrokenFile(f"{path / MANIFEST} lists a file outside of the checkpoint")
@@ -327,6 +385,15 @@ def verify(path: str | Path, *, training: bool = True) -> str | None:
                 tensor_shapes(path / name)
             if _sha256(path / name) != expected:
                 return f"{name} does not have the content its manifest states (truncated or altered)"
+        for name, expected in read_manifest(path).get("frozen", {}).items():
+            beside = path.parent / name
+            if not beside.is_file():
+                return f"{name}, the weights that its run left as they were, is missing beside it in {path.parent}"
+            tensor_shapes(beside)
+            if _sha256(beside) != expected:
+                return (
+                    f"{name} beside it does not have the content its manifest states (truncated or altered)"
+                )
     except BrokenFile as error:
         return str(error)
     except OSError as error:
@@ -430,6 +497,17 @@ def load_checkpoint(
         tensors = load_file(path / "model.safetensors")
         if training and (path / "optimizer.safetensors").is_file():
             tensors |= load_file(path / "optimizer.safetensors")
+    for name in manifest.get("frozen", {}):
+        frozen = load_file(path.parent / name)
+        if any(one.startswith("average.") for one in tensors):
+            # An average of what does not change, which is kept in fp32.
+            frozen |= {
+                f"average.{one[6:]}": tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                if tensor.is_floating_point()
+                else tensor
+                for one, tensor in frozen.items()
+            }
+        tensors |= frozen
     found = {
         "step": manifest["step"],
         "metrics": manifest["metrics"],

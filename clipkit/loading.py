@@ -22,6 +22,7 @@ from clipkit.checkpoint import (
     MANIFEST,
     SHARDS,
     find_checkpoint,
+    frozen_file,
     load_checkpoint,
     split_weights,
     tensor_shapes,
@@ -116,6 +117,8 @@ def _is_export(path: Path) -> bool:
 def _model_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint's model, without its weights."""
     files = sorted((path / SHARDS).iterdir()) if (path / SHARDS).is_dir() else [path / "model.safetensors"]
+    frozen = frozen_file(path)
+    files += [frozen] if frozen is not None else []
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not file.is_file():

@@ -25,6 +25,7 @@ from clipkit.loggers import tolerate_broken_wandb
 from clipkit.registry import check_keys, unknown
 from clipkit.towers import ImageTower, TextTower, create_image_tower, create_text_tower
 from clipkit.towers.image import NO_IMAGES
+from clipkit.towers.lora import add_lora
 
 # Feature name -> the batch entry it encodes, and the setting that brings that entry.
 _TEXT_PASSES = {
@@ -44,6 +45,8 @@ _IMAGE_PASSES = {
 }
 # What a loss may use, that no data setting brings: a batch of one's own has it by this name.
 _GIVEN = ("text_index", "sample_weight", "content_features", "hard_negative_image_features")
+# A teacher's, one for each picture, one for each text, and its temperature.
+_TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
 # What a loss may use where it is there, and is not missed where it is not.
 _OPTIONAL = ("hard_negative_features", "pair_ids", *_GIVEN)
 # Entries handed from the batch to the losses.
@@ -52,9 +55,10 @@ _PASSED_ON = {
     "sample_index": "data: a stream that numbers its samples",
     "pair_ids": "data.pair_ids",
     **dict.fromkeys(_GIVEN, "a batch of yours"),
+    **dict.fromkeys(_TEACHER, "data.teacher: a folder that `clipkit-predict teacher` has written"),
 }
 # One for each picture: repeated for each of its captions.
-_OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight")
+_OF_PICTURES = ("image_features", "sample_index", "pair_ids", "sample_weight", "dist_image_features")
 _OWN = ("logit_scale", "logit_bias", "mlm_logits", "mlm_labels")
 FEATURES = (*_IMAGE_PASSES, *_TEXT_PASSES, *_PASSED_ON, *_OWN)
 
@@ -230,7 +234,8 @@ class DualEncoder(nn.Module):
                 hard_negative (B, m h, L), premise, entailment, contradiction (M, L), pair_premise,
                 pair_hypothesis (P, L), nli_labels (P,), pair_ids, sample_index (B,) as needed.
                 What a batch of one's own has of text_index, sample_weight (B,), content_features (B, E) and
-                hard_negative_image_features is handed on.
+                hard_negative_image_features is handed on, and a teacher's dist_image_features (B, E),
+                dist_text_features (B, E) or (B, m, E) and dist_logit_scale ().
             inputs: names from `clipkit.model.FEATURES`.
 
         Returns:
@@ -244,6 +249,8 @@ class DualEncoder(nn.Module):
         for name, source in _PASSED_ON.items():
             if name in inputs and _there(batch, name, name):
                 features[name] = _entry(batch, name, name, source)
+        if features.get("dist_text_features") is not None and features["dist_text_features"].ndim == 3:
+            features["dist_text_features"] = features["dist_text_features"].flatten(0, 1).clone()
         per_picture = _captions_per_picture(batch)
         if "hard_negative_features" in features:
             pictures, texts = batch["hard_negative"].shape[:2]
@@ -340,13 +347,15 @@ class MaskedLanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), embedding, self.bias), text[drawn]
 
 
-def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEncoder:
+def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary, adapters: bool = True) -> DualEncoder:
     """The model that a config describes, for a tokenizer's ids.
 
     Args:
         config: embed_dim, image_tower and text_tower (dicts with `name` and that tower's settings), and
             optionally init_logit_scale, init_logit_bias, mlm_probability, channels_last, text_projection_bias.
         tokenizer: one of clipkit.data, or anything with its numbers and perhaps mask_id.
+        adapters: False leaves out those that the towers' `lora` asks for, which `add_adapters` puts in once the weights
+            are those that are to be adapted.
 
     Raises:
         ValueError: an unknown key or name, a vocabulary that is not the tower's, or texts longer than it
@@ -364,6 +373,13 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
     for key in ("embed_dim", "image_tower", "text_tower"):
         if config.get(key) is None:
             raise ValueError(f"the model's config has no {key!r}")
+    if not adapters:
+        towers = {
+            key: {name: value for name, value in config[key].items() if name != "lora"}
+            for key in ("image_tower", "text_tower")
+            if isinstance(config[key], Mapping)
+        }
+        config = {**config, **towers}
     embed_dim = int(config["embed_dim"])
     text_tower = create_text_tower(
         config["text_tower"],
@@ -389,6 +405,14 @@ def create_model(config: Mapping[str, Any], *, tokenizer: Vocabulary) -> DualEnc
         sot_id=tokenizer.sot_id,
         **{key: config[key] for key in optional if config.get(key) is not None},
     )
+
+
+def add_adapters(model: DualEncoder, config: Mapping[str, Any]) -> None:
+    """Put the adapters that a config's image_tower.lora and text_tower.lora ask for beside the weights there are."""
+    for key, tower in (("image_tower", model.image_tower), ("text_tower", model.text_tower)):
+        lora = config[key].get("lora") if isinstance(config[key], Mapping) else None
+        if lora and lora.get("rank"):
+            add_lora(tower, **lora)
 
 
 def _projection(width: int, embed_dim: int, *, bias: bool = False) -> nn.Linear:

@@ -19,6 +19,7 @@ from torch import nn
 
 from clipkit.registry import Registry, check_keys, suggest
 from clipkit.towers.base import ImageTower, TextTower, Tower
+from clipkit.towers.lora import plain_name
 
 _optimizers = Registry("optimizer")
 _schedules = Registry("schedule")
@@ -364,7 +365,8 @@ def _tower_scales(module: nn.Module, layer_decay: float, towers: Mapping[type, f
         if isinstance(tower, Tower):
             own = next((factor for kind, factor in towers.items() if isinstance(tower, kind)), 1.0)
             for name, parameter in tower.named_parameters():
-                scales[id(parameter)] = own * layer_decay ** (tower.num_layers + 1 - tower.layer_of(name))
+                depth = tower.num_layers + 1 - tower.layer_of(plain_name(tower, name))
+                scales[id(parameter)] = own * layer_decay**depth
     return scales
 
 

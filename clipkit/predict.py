@@ -6,14 +6,16 @@
     for key, score in predictor.search("a red circle", keys, features, k=5): ...
     for key, classes in predictor.classify("photos/", ["cat", "dog"], k=2): ...
 
-`save_embeddings` and `load_embeddings` keep features between sessions.
+`save_embeddings` and `load_embeddings` keep features between sessions; `write_teacher` writes those of training data, which
+`data.teacher` reads.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from clipkit.data.decode import resizing_of
+from clipkit.data.decode import decode_eval, resizing_of
 from clipkit.data.faults import DataError
+from clipkit.data.shards import open_sets
+from clipkit.data.spec import resolve_data
+from clipkit.data.teacher import SIDES, TeacherWriter, content_of
 from clipkit.evals.checks import TaskRecord
 from clipkit.evals.classification import read_templates, zero_shot_classifier
 from clipkit.evals.encoder import Encoder, check_features
@@ -150,6 +155,85 @@ class Predictor:
             (key, [(classes[int(i)], float(p)) for i, p in zip(found, values, strict=True)])
             for key, found, values in rows
         ]
+
+
+@torch.no_grad()
+def write_teacher(
+    predictor: Predictor,
+    data: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    name: str,
+    sides: Sequence[str] = SIDES,
+    half: bool = False,
+) -> dict[str, Any]:
+    """Write the features of every training image and caption, each content once, for `data.teacher`.
+
+    Args:
+        predictor: the teacher.
+        data: data settings: `kind` and `train`, as of conf/data.
+        folder: to be made.
+        name: of the teacher, for people to read.
+        sides: image, text or both.
+        half: keep float16.
+
+    Returns:
+        {"image": how many, "text": how many, "skipped": {cause: samples left out}}.
+
+    Raises:
+        ValueError: a teacher without such a tower, or a folder that is there.
+    """
+    model, encoder = predictor.encoder.model, predictor.encoder
+    if "image" in sides and not hasattr(model, "encode_image"):
+        raise ValueError(f"{name} encodes text only: ask it for the features of texts alone")
+    scale = getattr(model, "logit_scale", None)
+    writer = TeacherWriter(
+        folder,
+        teacher=name,
+        logit_scale=None if scale is None else float(torch.as_tensor(scale).detach()),
+        half=half,
+    )
+    tower: Any = model.image_tower if "image" in sides else None
+    images: list[tuple[int, Tensor]] = []
+    texts: dict[int, str] = {}
+    counts: Counter[str] = Counter(dict.fromkeys(sides, 0))
+    skipped: Counter[str] = Counter()
+
+    def write(at_least: int) -> None:
+        if images and len(images) >= at_least:
+            batch = torch.stack([image for _, image in images]).to(encoder.device)
+            features = model.encode_image(batch).float().cpu()
+            check_features(features, "image features")
+            writer.add("image", [one for one, _ in images], features)
+            counts["image"] += len(images)
+            images.clear()
+        if texts and len(texts) >= at_least:
+            writer.add("text", list(texts), encoder.texts(list(texts.values())))
+            counts["text"] += len(texts)
+            texts.clear()
+
+    for samples in open_sets(resolve_data(data))[0]:
+        for sample in samples:
+            try:
+                captions, raw = samples.captions(sample), b""
+                if tower is not None:
+                    raw = samples.image(sample)
+                    picture = decode_eval(raw, tower.image_size, **resizing_of(tower))
+                    if writer.missing("image", content_of(raw)):
+                        images.append((content_of(raw), picture))
+            except DataError as error:
+                skipped[error.cause] += 1
+                continue
+            for text in captions if "text" in sides else ():
+                if writer.missing("text", content_of(text)):
+                    texts[content_of(text)] = text
+            write(encoder.batch_size)
+        samples.close()
+    write(1)
+    if not sum(counts.values()):
+        raise ValueError(f"no sample of {data.get('train')} could be read: {dict(skipped)}")
+    writer.close()
+    return {**counts, "skipped": dict(sorted(skipped.items()))}
 
 
 def find_images(images: str | Path | Iterable[str | Path]) -> list[Path]:

@@ -58,6 +58,7 @@ LOCATION = (
     "data.val",
     "data.zeroshot",
     "data.shapes.folder",
+    "data.teacher",
     "data.sentences.triplets",
     "data.sentences.pairs",
 )

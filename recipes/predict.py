@@ -5,6 +5,7 @@
     clipkit-predict search   runs/quickstart/default "a red circle" photos/ --top 5
     clipkit-predict search   runs/quickstart/default "a red circle" photos.npy
     clipkit-predict classify runs/quickstart/default photos/ --labels cat,dog --top 2
+    clipkit-predict teacher  runs/quickstart/default 'shards/*.tar' --output teacher   # features for data.teacher
 
 MODEL is a run or checkpoint folder, a folder that clipkit-export wrote, open_clip:NAME[=WEIGHTS],
 open_clip:local-dir:FOLDER, open_clip:hf-hub:NAME, or (texts alone) sentence_transformers:FOLDER.
@@ -22,7 +23,7 @@ from pathlib import Path
 from clipkit.evals.classification import read_classes
 from clipkit.evals.models import other_library
 from clipkit.foreign import blamed_on, named_by
-from clipkit.predict import Predictor, load_embeddings, save_embeddings
+from clipkit.predict import Predictor, load_embeddings, save_embeddings, write_teacher
 
 # The exit status of a command that has done its work but for files that could not be read.
 SKIPPED = 3
@@ -85,6 +86,20 @@ def classify(given: argparse.Namespace) -> dict[str, str]:
     return predictor.skipped
 
 
+def teacher(given: argparse.Namespace) -> None:
+    """Write the features of training data for data.teacher."""
+    predictor = _predictor(given)
+    able = ["image", "text"] if hasattr(predictor.encoder.model, "encode_image") else ["text"]
+    table = Path(given.train[0]).suffix in (".csv", ".tsv", ".jsonl", ".parquet")
+    data = {"kind": "table" if table else "shards", "train": given.train}
+    if table:
+        data["table"] = {"image": given.image, "caption": given.caption}
+    written = write_teacher(
+        predictor, data, given.output, name=given.model, sides=given.sides or able, half=given.half
+    )
+    print(json.dumps({"output": given.output, **written}))
+
+
 def _predictor(given: argparse.Namespace) -> Predictor:
     if other_library(given.model):
         return Predictor(given.model, device=given.device, batch_size=given.batch_size)
@@ -96,11 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="clipkit-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="embed|search|classify")
+    commands = parser.add_subparsers(required=True, metavar="embed|search|classify|teacher")
     for name, run, text in (
         ("embed", embed, "embeddings of images or texts to a file"),
         ("search", search, "the images of a folder nearest to a text"),
         ("classify", classify, "the likeliest of some labels for every image"),
+        ("teacher", teacher, "features of training images and captions, for data.teacher"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
@@ -121,6 +137,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("query")
             command.add_argument("where", help="folder of images, or embeddings written by embed")
             command.add_argument("--top", type=int, default=5)
+        elif name == "teacher":
+            command.add_argument(
+                "train", nargs="+", help="shards (paths, globs, braces), or a table of pictures"
+            )
+            command.add_argument("--output", required=True, help="folder to make")
+            command.add_argument(
+                "--sides", nargs="+", choices=("image", "text"), help="default: what the model encodes"
+            )
+            command.add_argument("--half", action="store_true", help="keep float16, in half the space")
+            command.add_argument("--image", default="image", help="of a table: column with paths")
+            command.add_argument(
+                "--caption", default="caption", nargs="+", help="of a table: columns with captions"
+            )
         else:
             command.add_argument("images", nargs="+", help="image files or folders")
             command.add_argument("--labels", required=True, help="a,b,c or a file with one a line")

@@ -32,7 +32,7 @@ from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.grad_cache import cached_backward
 from clipkit.loading import model_config
 from clipkit.losses import WeightedSum, create_loss
-from clipkit.model import DualEncoder, create_model
+from clipkit.model import DualEncoder, add_adapters, create_model
 from clipkit.optim import WeightAverage, create_optimizer, create_schedule
 from clipkit.settings import LENGTH
 from clipkit.sharding import optimizer_parameters, shard
@@ -90,8 +90,9 @@ def build_and_train(config: Mapping[str, Any], run_dir: Path, device: torch.devi
 
     # Model: image tower, text tower, projections, logit_scale.
     sharded = process.sharded(config["parallel"])
-    model = create_model(model_config(config), tokenizer=tokenizer)
+    model = create_model(model_config(config), tokenizer=tokenizer, adapters=False)
     run_folder.record_start(run_dir, start.load(model, tokenizer))
+    add_adapters(model, config)
     model = model.to(device)
     precision.cast_towers(model, config["precision"], sharded=sharded)
     if config["channels_last"] and not sharded:

@@ -83,6 +83,8 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
         "content_features": torch.ones(4, 24),
     }
     given["hard_negative_image_features"] = torch.ones(4, 2, 24)
+    given |= {f"dist_{side}_features": torch.ones(4, 5) for side in ("image", "text")}
+    given["dist_logit_scale"] = torch.tensor(9.0)
     batch |= given
     features = dual(batch, FEATURES)
     assert all(features.pop(name) is value for name, value in given.items())
@@ -96,6 +98,17 @@ def test_every_feature_has_its_shape_and_no_parameter_is_left_out(batch):
     assert features["logit_bias"].item() == -10.0 and features["logit_bias"].shape == ()
     sum((value.float() * torch.rand_like(value.float())).sum() for value in features.values()).backward()
     assert [name for name, parameter in dual.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_teachers_rows_stand_beside_those_of_several_captions(batch):
+    """Row i m + k is picture i with its caption k."""
+    batch["text"] = torch.stack([texts(4, 10, seed=seed) for seed in range(3)], dim=1)
+    batch["dist_image_features"] = torch.arange(4.0)[:, None]
+    batch["dist_text_features"] = torch.arange(12.0).view(4, 3, 1)
+    features = model()(batch, ("text_features", "dist_image_features", "dist_text_features"))
+    assert features["text_features"].shape[0] == 12
+    assert features["dist_image_features"].flatten().tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert features["dist_text_features"].flatten().tolist() == list(range(12))
 
 
 def test_what_a_loss_may_use_is_known_and_not_missed(batch):

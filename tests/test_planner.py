@@ -310,8 +310,8 @@ def test_every_loss_can_be_planned():
         "queue": {"embed_dim": 24, "size": 16},
     }
     m = measure(
-        # A teacher's features come from a trainer of one's own.
-        loss={name: settings.get(name, {}) for name in list_losses() if name != "distill"},
+        # A teacher's features are data, whose width a plan does not know.
+        loss={name: settings.get(name, {}) for name in list_losses() if not name.startswith("distill")},
         text_tower={**MODEL["text_tower"], "dropout": 0.1, "causal": False},
         sentences=8,
         init_logit_bias=-10.0,
@@ -328,6 +328,24 @@ def test_every_loss_can_be_planned():
     features = 18 * (4 * 50 + 8) + 4 * 24 * (3 * 6 + 2 * 6 + 5 * 4) + 2 * 4 + 8 * (6 + 4)
     assert everything.measured.loss_cost(6, 2, "dense").features == features
     assert plan["fits"] and plan["flops"]["loss"] > 0 and plan["communication"]["losses"] > 0
+
+
+def test_adapters_are_refused():
+    with pytest.raises(ValueError, match="a plan knows no adapters"):
+        measure(text_tower={**MODEL["text_tower"], "lora": {"rank": 2}})
+
+
+def test_a_teachers_features_are_counted():
+    """16 columns of fp32 for 6 pairs on each side, beside the students' of 24, twice: the features and the maps' input."""
+    terms = ("distill", "distill_relations", "distill_features", "distill_contrastive")
+    wide = {"distill_features": {"embed_dim": 24, "teacher_dim": 16}}
+    plain, taught = (
+        measure(loss={name: wide.get(name, {}) for name in names})
+        for names in (["infonce"], ["infonce", "distill_features"])
+    )
+    found, expected = (m.loss_cost(6, 2, "dense").features for m in (taught, plain))
+    assert found - expected == 2 * 4 * 6 * 16
+    assert measure(loss={name: {} for name in terms}).loss_cost(6, 2, "chunked").workspace > 0
 
 
 def test_a_pretrained_tower_is_planned_by_its_sizes(tmp_path):

@@ -29,6 +29,16 @@ from clipkit.kinds import (
 from clipkit.registry import suggest, unknown
 from clipkit.settings import AMENDABLE
 
+
+def _lora(tower: str) -> dict[str, Any]:
+    return {
+        f"{tower}.lora.rank": NATURAL,
+        f"{tower}.lora.alpha": POSITIVE,
+        f"{tower}.lora.dropout": PROBABILITY,
+        f"{tower}.lora.targets": Either((OneOf(("all",)), ListOf(TEXT))),
+    }
+
+
 PRETRAIN: dict[str, Any] = {
     **AMENDABLE,
     "seed": Number(0, 2**63 - 1, whole=True),
@@ -89,6 +99,7 @@ PRETRAIN: dict[str, Any] = {
     "image_tower.interpolation": or_null(OneOf(("bicubic", "bilinear"))),
     "image_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "image_tower.activation_checkpointing": FLAG,
+    **_lora("image_tower"),
     "text_tower.name": TEXT,
     "text_tower.pretrained": or_null(TEXT),
     "text_tower.model_type": or_null(TEXT),
@@ -109,6 +120,7 @@ PRETRAIN: dict[str, Any] = {
     "text_tower.init_from": or_null(TEXT),
     "text_tower.freeze": Either((NATURAL, OneOf(("all",)))),
     "text_tower.activation_checkpointing": FLAG,
+    **_lora("text_tower"),
     "optim.name": TEXT,
     "optim.betas": or_null(ListOf(PROBABILITY, 2)),
     "optim.eps": or_null(POSITIVE),
@@ -149,6 +161,7 @@ PRETRAIN: dict[str, Any] = {
     "data.pair_ids": or_null(TEXT),
     "data.hard_negatives": or_null(TEXT),
     "data.hard_negatives_per_caption": COUNT,
+    "data.teacher": or_null(TEXT),
     "data.augmentation": or_null(Kind((dict,), "a mapping")),
     "data.augmentation.crop_scale": or_null(ListOf(Number(0, 1, above=True), 2)),
     "data.augmentation.crop_ratio": ListOf(POSITIVE, 2),
@@ -191,7 +204,9 @@ EVALUATE: dict[str, Any] = {
     "trust_paths": FLAG,
 }
 EXPORT: dict[str, Any] = {
-    "checkpoint": TEXT,
+    "checkpoint": or_null(TEXT),
+    "merge": or_null(ListOf(TEXT)),
+    "alpha": or_null(Either((FRACTION, ListOf(FRACTION)))),
     "to": TEXT,
     "output": or_null(TEXT),
     "project": FLAG,

@@ -17,6 +17,7 @@ from clipkit.data.faults import SHARD_CAUSES, DataError
 from clipkit.data.order import EpochOrder, Mixture, number, uniforms
 from clipkit.data.pairs import Known, Pairs
 from clipkit.data.shardset import ShardSet
+from clipkit.data.teacher import Teacher, content_of
 
 # Of the crop's DRAWS random numbers, the one that it leaves to the caption.
 _CAPTION = 4
@@ -41,10 +42,12 @@ class Batches(torch.utils.data.Dataset):
         world_size: int,
         resize_mode: str = "shortest",
         interpolation: str = "bicubic",
+        teacher: Teacher | None = None,
     ):
         self.sets, self.orders, self.mixture = sets, orders, mixture
         self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.teacher = teacher
         self.pairs, self.max_pixels = Pairs(spec, seed=seed), spec["max_pixels"]
         scale = spec["augmentation"]["crop_scale"]
         self.scale = None if scale is None else tuple(scale)
@@ -91,7 +94,7 @@ class Batches(torch.utils.data.Dataset):
 
     def _batch(self, start: int) -> dict[str, Any]:
         faults: list[tuple[str, str, str, str]] = []
-        texts, wrong, keys, index, ids = [], [], [], [], []
+        texts, wrong, keys, index, ids, contents = [], [], [], [], [], []
         # Pixel by pixel in memory (channels_last), as decoders write and convolutions like it.
         side = self.image_size or 0
         images = torch.empty(self.batch_size, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -102,13 +105,16 @@ class Batches(torch.utils.data.Dataset):
             for shard, cause, key in data.late_faults(sample):
                 whole = cause in SHARD_CAUSES
                 faults.append((cause, shard, "" if whole else key, key if whole else ""))
-            image, known, sample, draw = self._sample(source, epoch, place, sample, draws[row], faults)
+            image, known, content, sample, draw = self._sample(
+                source, epoch, place, sample, draws[row], faults
+            )
             if image is not None:
                 images[row] = image
             captions, negatives = self.pairs.draw(known, draw, epoch, data.key(sample))
             texts += captions
             wrong += negatives
             keys.append(data.key(sample))
+            contents.append(content)
             index.append(int(self.offsets[source]) + sample)
             ids.append(self.pairs.id(known, captions[0], data, sample, index[-1]))
         batch = {
@@ -126,6 +132,8 @@ class Batches(torch.utils.data.Dataset):
             )
         if self.pairs.have_ids:
             batch["pair_ids"] = torch.tensor(ids, dtype=torch.int64)
+        if self.teacher is not None:
+            batch |= self.teacher.entries(contents, texts, self.pairs.per_image)
         return batch
 
     def _draws(self, rows: list[tuple[int, int, int]]) -> np.ndarray:
@@ -144,8 +152,10 @@ class Batches(torch.utils.data.Dataset):
         sample: int,
         draws: np.ndarray,
         faults: list[tuple[str, str, str, str]],
-    ) -> tuple[torch.Tensor | None, Known, int, float]:
-        """Image, texts and number of a sample, or of the first readable substitute, and its caption's draw."""
+    ) -> tuple[torch.Tensor | None, Known, int, int, float]:
+        """Image, texts, the image file's content and the number of a sample, or of the first readable substitute, and its
+        caption's draw.
+        """
         cause = ""
         for attempt in range(_ATTEMPTS):
             try:
@@ -170,17 +180,19 @@ class Batches(torch.utils.data.Dataset):
             cause, f"{_ATTEMPTS} samples in a row are bad; this is the last", shard=shard, key=key
         )
 
-    def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor | None, Known]:
+    def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor | None, Known, int]:
         data = self.sets[source]
         if self.image_size is None:
             return None, self.pairs.read(data, sample)
         if self.cache is not None:
-            known, pixels, shape = self.cache.get(source, sample)
+            known, pixels, shape, content = self.cache.get(source, sample)
             image = self._crop(pixels, shape, draws)
         else:
             known = self.pairs.read(data, sample)
+            raw = data.image(sample)
+            content = 0 if self.teacher is None else content_of(raw)
             image = decode_train(
-                data.image(sample),
+                raw,
                 self.image_size,
                 draws=draws,
                 scale=self.scale,
@@ -189,7 +201,9 @@ class Batches(torch.utils.data.Dataset):
                 resize_mode=self.resize_mode,
                 max_pixels=self.max_pixels,
             )
-        return image, known
+        if self.teacher is not None:
+            self.teacher.check(content, known.captions)
+        return image, known, content
 
     def _keep(self, data: bytes, area: int) -> tuple[torch.Tensor, tuple[int, int]]:
         """What is kept in memory of a picture, (h, w, 3) uint8 of at most `area` pixels, and its own height and width."""
@@ -257,19 +271,24 @@ class _Cache:
         # Height and width of what is kept, and of the picture itself.
         self.shapes = [torch.zeros(len(one), 4, dtype=torch.int32).share_memory_() for one in sets]
         self.ready = [torch.zeros(len(one), dtype=torch.bool).share_memory_() for one in sets]
+        # The image files', which a teacher's features are found by.
+        self.contents = [torch.zeros(len(one), dtype=torch.int64).share_memory_() for one in sets]
         self.texts: list[dict[int, Known]] = [{} for _ in sets]
 
-    def get(self, source: int, sample: int) -> tuple[Known, torch.Tensor, tuple[int, int]]:
+    def get(self, source: int, sample: int) -> tuple[Known, torch.Tensor, tuple[int, int], int]:
         data = self.sets[source]
         known = self.texts[source].get(sample)
         if known is None:
             known = self.texts[source][sample] = self.pairs.read(data, sample)
         slot, shapes = self.pixels[source][sample], self.shapes[source][sample]
         if not self.ready[source][sample]:
-            pixels, own = self.keep(data.image(sample), self.area)
+            raw = data.image(sample)
+            pixels, own = self.keep(raw, self.area)
+            self.contents[source][sample] = content_of(raw)
             shapes.copy_(torch.tensor([*pixels.shape[:2], *own]))
             slot[: pixels.numel()].view(pixels.shape).copy_(pixels)
             # Written last: another worker that sees it may use the pixels.
             self.ready[source][sample] = True
         h, w, height, width = shapes.tolist()
-        return known, slot[: h * w * 3].view(h, w, 3), (height, width)
+        content = int(self.contents[source][sample])
+        return known, slot[: h * w * 3].view(h, w, 3), (height, width), content

@@ -38,6 +38,7 @@ CAUSES = {
     "broken_json": "the json does not parse, or is no object; the caption file, where there is one, is used without it",
     "missing_pair_id": "the json lacks the field that data.pair_ids names",
     "missing_hard_negative": "the json lacks the text that data.hard_negatives names",
+    "missing_teacher": "data.teacher holds no feature of the image, or of one of its captions",
     # Rows of a table that is packed.
     "broken_row": "the row has more or fewer fields than the header",
     # Samples of a labelled evaluation set.

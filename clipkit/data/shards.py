@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,10 @@ from clipkit.data.shardset import ShardSet
 from clipkit.data.spec import KINDS, cache_folder, check_kind, plain, resolve_data, sources
 from clipkit.data.spool import Spool
 from clipkit.data.table import open_registered, open_tables
+from clipkit.data.teacher import Teacher
 from clipkit.data.urls import expand_shards
 from clipkit.data.workers import LOOK_EVERY_S, Workers
+from clipkit.foreign import permit
 
 _FIRST_WARNING_S = 30.0
 # Shards of a set whose content a checkpoint knows.
@@ -53,6 +55,7 @@ class Stream:
             sources.
         batches_per_epoch: whole global batches in one epoch.
         batch_size, world_size, rank: as given.
+        teacher: the stored features that it reads; None: none.
         faults: what was left out. A rank holds its own share against the limits, unless `faults.agreed`.
     """
 
@@ -71,6 +74,8 @@ class Stream:
         self.global_batch_size = self.batch_size * self.world_size
         self.samples_per_epoch, self.num_workers, self.epochs = samples_per_epoch, num_workers, epochs
         self.batches_per_epoch = samples_per_epoch // self.global_batch_size
+        self.teacher = batches.teacher
+        self._teacher = batches.teacher.fingerprint if batches.teacher is not None else ""
         self._position = 0
         self._restarts = 0
         self._samples = sum(len(one) for one in batches.sets)
@@ -186,6 +191,7 @@ class Stream:
             ],
             "faults": self.faults.state_dict(),
             "version": VERSION,
+            "teacher": self._teacher,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -212,6 +218,11 @@ class Stream:
                 "the shards differ from those of the checkpoint (names, sizes, weights or order settings), "
                 "so "
                 "its position has no meaning here; give the same data.train or start a new run"
+            )
+        if state.get("teacher", "") != self._teacher:
+            raise ValueError(
+                "data.teacher holds other features than when the run began: the run would learn from two teachers; give the "
+                "same folder, or start a new run"
             )
         for one, probes in zip(self._batches.sets, state.get("content", [])):
             found = [int(probes[at : at + 16], 16) for at in range(0, len(probes), 16)]
@@ -330,6 +341,7 @@ def create_stream(
     epochs: int | None = None,
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
+    teacher_sides: Sequence[str] | None = None,
 ) -> Stream:
     """The training stream.
 
@@ -344,11 +356,14 @@ def create_stream(
         epochs: end after so many (the last incomplete global batch is left out); None never ends.
         resize_mode: shortest, longest or squash, of pictures that are not cropped (crop_scale null).
         interpolation: bicubic or bilinear.
+        teacher_sides: image, text or both: what is read of data.teacher; None: all it holds.
 
     Returns:
         An iterable of {"image": (B, 3, H, W) uint8, "text": (B, L) int64, "key": list of str, "sample_index":
         (B,) int64}, and by the settings "pair_ids": (B,) int64 and "hard_negative": (B, m h, L) int64; with m
-        captions_per_image text is (B, m, L). Images are neither flipped nor normalised: clipkit.data.augment does that on the device.
+        captions_per_image text is (B, m, L). With data.teacher also "dist_image_features": (B, E), "dist_text_features":
+        (B, E) or (B, m, E) float32, and "dist_logit_scale": () of a teacher that has one. Images are neither flipped nor
+        normalised: clipkit.data.augment does that on the device.
 
     Raises:
         ValueError: wrong settings, shards that are not there, a global batch larger than the data.
@@ -366,38 +381,8 @@ def create_stream(
         )
     check_kind(full["kind"])
     check_resizing(resize_mode, interpolation)
-    cache_dir = cache_folder(full)
-    spool = Spool(
-        cache_dir / "shards",
-        limit_gb=full["spool_gb"],
-        stall_s=full["shard_stall_s"],
-        deadline_s=full["shard_deadline_s"],
-        retries=full["shard_retries"],
-    )
-    given = sources(full["train"])
+    sets, given, spool = open_sets(full)
     weighted = given[0]["weight"] is not None
-    gaps = full["on_bad_shard"] == "skip"
-    sets: list[Any] = []
-    if full["kind"] in KINDS:
-        lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
-        if not weighted:
-            lists, given = [[shard for one in lists for shard in one]], given[:1]
-        for one in lists:
-            if full["kind"] == "table":
-                sets.append(open_tables(full, one, cache_dir))
-                continue
-            sets.append(
-                ShardSet(
-                    one,
-                    cache_dir=cache_dir,
-                    spool=spool,
-                    on_bad_shard=full["on_bad_shard"],
-                    declared=True,
-                    together=max(full["window"], full["canonical_nodes"]),
-                )
-            )
-    else:
-        sets += open_registered(full, cache_dir)
     orders = [
         EpochOrder(
             one.counts,
@@ -438,6 +423,7 @@ def create_stream(
         world_size=world_size,
         resize_mode=resize_mode,
         interpolation=interpolation,
+        teacher=_open_teacher(full, teacher_sides),
     )
     return Stream(
         batches,
@@ -447,3 +433,55 @@ def create_stream(
         epochs=epochs,
         spool=spool,
     )
+
+
+def open_sets(spec: Mapping[str, Any]) -> tuple[list[Any], list[dict[str, Any]], Spool]:
+    """The samples of data.train: a set for each weighted source or one of all, the sources, and what fetches shards.
+
+    Args:
+        spec: completed settings (resolve_data).
+
+    Raises:
+        ValueError, DataError: as `create_stream`.
+    """
+    full = spec
+    cache_dir = cache_folder(full)
+    spool = Spool(
+        cache_dir / "shards",
+        limit_gb=full["spool_gb"],
+        stall_s=full["shard_stall_s"],
+        deadline_s=full["shard_deadline_s"],
+        retries=full["shard_retries"],
+    )
+    given = sources(full["train"])
+    weighted = given[0]["weight"] is not None
+    gaps = full["on_bad_shard"] == "skip"
+    sets: list[Any] = []
+    if full["kind"] in KINDS:
+        lists = [expand_shards(source["shards"] or [], what="data.train", gaps=gaps) for source in given]
+        if not weighted:
+            lists, given = [[shard for one in lists for shard in one]], given[:1]
+        for one in lists:
+            if full["kind"] == "table":
+                sets.append(open_tables(full, one, cache_dir))
+                continue
+            sets.append(
+                ShardSet(
+                    one,
+                    cache_dir=cache_dir,
+                    spool=spool,
+                    on_bad_shard=full["on_bad_shard"],
+                    declared=True,
+                    together=max(full["window"], full["canonical_nodes"]),
+                )
+            )
+    else:
+        sets += open_registered(full, cache_dir)
+    return sets, given, spool
+
+
+def _open_teacher(spec: Mapping[str, Any], sides: Sequence[str] | None) -> Teacher | None:
+    if not spec["teacher"] or sides == []:
+        return None
+    permit(spec["teacher"], "data.teacher")
+    return Teacher(spec["teacher"], sides)

@@ -36,6 +36,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "pair_ids": None,
     "hard_negatives": None,
     "hard_negatives_per_caption": 1,
+    "teacher": None,
     "augmentation": {
         "crop_scale": [0.9, 1.0],
         "crop_ratio": [0.75, 1.3333],

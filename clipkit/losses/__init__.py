@@ -16,6 +16,9 @@ from clipkit.losses.contract import (
 )
 from clipkit.losses.cyclic import CyclicGeometry
 from clipkit.losses.distill import Distill
+from clipkit.losses.distill_contrastive import InteractiveContrastive
+from clipkit.losses.distill_features import FeatureDistillation
+from clipkit.losses.distill_relations import RelationalDistillation
 from clipkit.losses.fastclip import FastCLIP
 from clipkit.losses.infoloob import InfoLOOB
 from clipkit.losses.infonce import InfoNCE
@@ -36,14 +39,17 @@ __all__ = [
     "CyclicGeometry",
     "Distill",
     "FastCLIP",
+    "FeatureDistillation",
     "GradientReport",
     "InfoLOOB",
     "InfoNCE",
+    "InteractiveContrastive",
     "MaskedLanguageModel",
     "Matryoshka",
     "MemoryQueue",
     "NLIContrastive",
     "NLISoftmax",
+    "RelationalDistillation",
     "SLIP",
     "Sigmoid",
     "SimCSE",

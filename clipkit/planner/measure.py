@@ -133,6 +133,11 @@ class Measured:
         self.captions, self.hard_negatives = captions_per_image, hard_negatives_per_caption
         self.mlm_probability = float(model.get("mlm_probability") or 0.15)
         towers = (model["image_tower"], model["text_tower"])
+        if any((tower.get("lora") or {}).get("rank") for tower in towers):
+            # peft moves what it makes, which tensors without memory do not allow.
+            raise ValueError(
+                "a plan knows no adapters: leave lora.rank at 0 (and freeze=all for a lower bound of what they take)"
+            )
         self.checkpointing = any(tower.get("activation_checkpointing") for tower in towers)
         self._fake = FakeTensorMode()
         with self._fake:
@@ -240,6 +245,11 @@ class Measured:
         }
         for name in ("logit_scale", "logit_bias"):
             features[name] = torch.zeros((), requires_grad=True)
+        # A teacher's columns are the data's: those that a loss was told of, or else the student's.
+        columns = [one for part in self.loss.modules() if (one := getattr(part, "teacher_dim", None))]
+        for name in ("dist_image_features", "dist_text_features"):
+            features[name] = torch.zeros(pairs * self.captions, *(columns or [dim])[:1])
+        features["dist_logit_scale"] = torch.zeros(())
         features["sample_index"] = torch.zeros(pairs * self.captions, dtype=torch.int64)
         features["nli_labels"] = torch.zeros(rows.get("pair_premise_features", 0), dtype=torch.int64)
         if self.mlm:

@@ -10,10 +10,12 @@ import torch
 from clipkit.checkpoint import MANIFEST
 from clipkit.foreign import named_by, read_json
 from clipkit.loading import model_folder, read_model
+from clipkit.model import create_model
 from clipkit.sources import libraries, open_clip
 from clipkit.sources.files import SUFFIXES, read_state_dict
-from clipkit.sources.source import Source
+from clipkit.sources.source import TOWERS, Source
 from clipkit.towers.hugging_face import without_weights
+from clipkit.towers.lora import merge_lora, without_adapters
 
 _FORMS = (
     "a run or export of clipkit, open_clip:NAME=TAG_OR_FILE, local-dir:FOLDER, hf-hub:NAME, timm:NAME, hf:NAME, "
@@ -85,6 +87,13 @@ def _clipkit(name: str, path: Path, kind: str) -> Source:
     place = model_folder(path)
     with named_by(place):
         settings, weights, tokenizer, _ = read_model(place, verified=place != path)
+        if any((settings[tower].get("lora") or {}).get("rank") for tower in TOWERS):
+            model = create_model(settings, tokenizer=tokenizer)
+            model.load_state_dict(weights)
+            for tower in (model.image_tower, model.text_tower):
+                merge_lora(tower)
+            weights = model.state_dict()
+        settings = without_adapters(settings)
         if isinstance(settings["text_tower"].get("pretrained"), str):
             # A run of before checkpoints held its sizes.
             settings = {**settings, "text_tower": without_weights(settings["text_tower"])}

@@ -38,7 +38,7 @@ from clipkit.towers.structure import position_limit
 
 # What a run says of a tower whatever its source: how it is trained, how long its inputs are, how pictures are made.
 _OF_THE_RUN = (
-    "init_from", "pretrained", "freeze", "activation_checkpointing", "dropout", "attention_dropout", "hidden_dropout",
+    "init_from", "pretrained", "freeze", "lora", "activation_checkpointing", "dropout", "attention_dropout", "hidden_dropout",
     "drop_path", "patch_dropout", "image_size", "context_length", "resize_mode", "interpolation",
 )  # fmt: skip
 _PROJECTIONS = {"image_tower": "image_projection", "text_tower": "text_projection"}

@@ -1,10 +1,11 @@
 """Image and text encoders by name, behind one interface each.
 
 `create_image_tower({"name": "timm", "model": "resnet50"}, embed_dim=1024)` takes a config group's dict as it
-is: `name` is the registry name, the rest are that tower's settings. Two settings belong to every tower:
-`freeze` (0, a number of blocks, or all) and `activation_checkpointing`; two more to every image tower, `resize_mode` and
-`interpolation`: how its pictures are made. `init_from`, where a training program takes a tower's weights from, is
-clipkit.sources' to read. timm, open_clip and transformers are imported by the towers that need them, when one is created.
+is: `name` is the registry name, the rest are that tower's settings. Three settings belong to every tower:
+`freeze` (0, a number of blocks, or all), `lora` (clipkit.towers.lora) and `activation_checkpointing`; two more to every
+image tower, `resize_mode` and `interpolation`: how its pictures are made. `init_from`, where a training program takes a
+tower's weights from, is clipkit.sources' to read. timm, open_clip and transformers are imported by the towers that need
+them, when one is created.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from clipkit.registry import Registry, check_keys, unknown
 # These register the built-in names.
 from clipkit.towers import hugging_face, image, text  # noqa: F401
 from clipkit.towers.base import RESIZING, ImageTower, TextTower, Tower
+from clipkit.towers.lora import NONE, add_lora
 from clipkit.towers.registry import image_towers, register_image_tower, register_text_tower, text_towers
 
 
@@ -86,7 +88,7 @@ def _check(
     given = set(given) - {"context_length"}
     valid = [key for key in parameters if key not in given]
     resizing = RESIZING if registry is image_towers else {}
-    shared = ["freeze", "activation_checkpointing", "init_from", *resizing]
+    shared = ["freeze", "lora", "activation_checkpointing", "init_from", *resizing]
     check_keys(settings, [*valid, *shared], f"the {registry.what} {name!r}")
     for key in settings:
         default = parameters[key].default if key in parameters else None
@@ -98,6 +100,13 @@ def _check(
             raise ValueError(
                 f"{registry.what.replace(' ', '_')}.{key} is null: {name!r} needs a value (its default: {default})"
             )
+    lora: Any = settings.get("lora") or {}
+    check_keys(lora, NONE, f"{registry.what.replace(' ', '_')}.lora")
+    if lora.get("rank") and settings.get("freeze"):
+        raise ValueError(
+            f"{registry.what.replace(' ', '_')}.freeze={settings['freeze']} beside lora.rank={lora['rank']}: adapters leave all of "
+            "the tower's own weights as they are; leave freeze at 0"
+        )
     for key, choices in resizing.items():
         if settings.get(key, choices[0]) not in choices:
             raise unknown(key, settings[key], choices)
@@ -112,13 +121,16 @@ def _check(
         )
     check = getattr(factory, "check", None)
     if check:
-        check(**{key: value for key, value in settings.items() if key not in (*resizing, "init_from")})
+        check(
+            **{key: value for key, value in settings.items() if key not in (*resizing, "init_from", "lora")}
+        )
     return name, factory, settings, valid
 
 
 def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, Any]) -> Any:
     name, factory, settings, valid = _check(registry, spec, given)
     freeze = settings.pop("freeze", 0)
+    lora = {**NONE, **(settings.pop("lora", None) or {})}
     recompute = settings.pop("activation_checkpointing", False)
     if settings.pop("init_from", None) is not None:
         raise ValueError(
@@ -133,6 +145,8 @@ def _create(registry: Registry, spec: Mapping[str, Any] | str, given: dict[str, 
     for key, value in resizing.items():
         setattr(tower, key, value)
     tower.freeze(0 if freeze is None else freeze)
+    if lora["rank"]:
+        add_lora(tower, **lora)
     if recompute:
         tower.set_activation_checkpointing()
     return tower

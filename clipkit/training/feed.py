@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from clipkit.data import Augment, SentenceStream, Stream, create_sentences, create_stream
+from clipkit.data.teacher import Teacher
 from clipkit.distributed import gather_objects, rank, world_size
 from clipkit.losses import WeightedSum
 from clipkit.towers import ImageTower
@@ -48,9 +49,11 @@ def open_streams(
         interpolation=image_tower.interpolation,
         num_workers=data["num_workers"],
         batch_size=split(batch_size, world_size(), "batch_size"),
+        teacher_sides=[side for side in ("image", "text") if f"dist_{side}_features" in inputs],
         **share,
     )
     agree(stream)
+    _check_teacher(stream.teacher, inputs)
     needed = {"triplets": "premise_features" in inputs, "pairs": "pair_premise_features" in inputs}
     given = data["sentences"] or {}
     files = {name: given.get(name) for name in needed if needed[name]}
@@ -96,6 +99,17 @@ def check_pairs(data: Mapping[str, Any], loss: WeightedSum) -> None:
                 f"negatives in {name}, which reads no ids. Set it to 1 (data.captions=random draws one a step), or "
                 "train with infonce, sigmoid or cyclic"
             )
+    taught = [name for name, reads in terms.items() if any(one.startswith("dist_") for one in reads)]
+    if data["teacher"] and not taught:
+        raise ValueError(
+            f"data.teacher={data['teacher']}, but no term of the loss ({', '.join(terms)}) has a teacher: leave it out, or "
+            "train with one that has, such as distill_features"
+        )
+    if taught and not data["teacher"]:
+        raise ValueError(
+            f"{', '.join(taught)} learns from a teacher: write its features with `clipkit-predict teacher` and set "
+            "data.teacher to their folder"
+        )
     with_negatives = [name for name, reads in terms.items() if "hard_negative_features" in reads]
     if data["hard_negatives"] and not with_negatives:
         raise ValueError(
@@ -105,6 +119,14 @@ def check_pairs(data: Mapping[str, Any], loss: WeightedSum) -> None:
     if not data["hard_negatives"] and "hard_negative_features" in loss.inputs:
         raise ValueError(
             "this loss learns from hard negatives: set data.hard_negatives to the field of KEY.json that holds them"
+        )
+
+
+def _check_teacher(teacher: Teacher | None, inputs: Sequence[str]) -> None:
+    if "dist_logit_scale" in inputs and teacher is not None and teacher.logit_scale is None:
+        raise ValueError(
+            f"distill compares similarities at the teacher's temperature, and that of {teacher.folder} has none: it is no "
+            "CLIP model. Train with distill_features, distill_relations or distill_contrastive"
         )
 
 

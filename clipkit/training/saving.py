@@ -18,6 +18,7 @@ from clipkit.checkpoint import (
     prune,
     rng_state,
     save_checkpoint,
+    save_frozen,
     save_sharded_checkpoint,
     set_rng_state,
     split_weights,
@@ -36,7 +37,9 @@ from clipkit.sharding import (
     optimizer_tensors,
     split_as,
     take_unsplit_of_rank_0,
+    whole,
 )
+from clipkit.towers.lora import frozen_names
 from clipkit.training.precision import LossScale
 from clipkit.training.record import due
 from clipkit.training.run_folder import record_amendment
@@ -93,6 +96,9 @@ class Checkpoints:
         self.stream, self.sentences = stream, sentences
         self.total_steps, self.every, self.keep, self.best_metric = total_steps, every, keep, best_metric
         self.skipped = skipped
+        # Of the adapted towers' own weights: they are written once, and what was written.
+        self._frozen_names = sorted(f"model.{name}" for name in frozen_names(model))
+        self._frozen: dict[str, str] | None = None
         # Warnings that were said, which are not said again.
         self._said: set[str] = set()
         # One that is written in the background, and its step.
@@ -139,6 +145,13 @@ class Checkpoints:
         sharded = is_sharded(weights)
         if sharded:
             take_unsplit_of_rank_0(weights)
+        try:
+            self._write_frozen(weights)
+        except OSError as error:
+            self._not_written(step, error)
+            return
+        left_out = {*self._frozen_names, *(f"average.{name[6:]}" for name in self._frozen_names)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in left_out}
         ranks = gather_objects({"rng": rng_state(), "stream": self.stream.state_dict()})
         train_state = {
             "optimizer": optimizer_settings(self.optimizer),
@@ -156,6 +169,7 @@ class Checkpoints:
             "tokenizer": self.tokenizer,
             "metrics": metrics,
             "train_state": train_state,
+            "frozen": self._frozen,
         }
         try:
             if sharded:
@@ -169,6 +183,20 @@ class Checkpoints:
         if wait:
             self._settle()
         self._drop_old()
+
+    def _write_frozen(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Once, by all ranks: the weights that this run leaves as they are. OSError on every rank."""
+        if not self._frozen_names or self._frozen:
+            return
+        tensors, problem, written = whole({name: weights[name] for name in self._frozen_names}), None, None
+        if rank() == 0:
+            try:
+                written = save_frozen(self.folder, tensors)
+            except OSError as error:
+                problem = str(error)
+        problem, self._frozen = gather_objects((problem, written))[0]
+        if problem:
+            raise OSError(problem)
 
     def resume(self) -> tuple[int, dict[str, float]]:
         """Go on from the folder's newest good checkpoint, whatever number of ranks wrote it.

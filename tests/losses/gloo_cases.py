@@ -67,6 +67,13 @@ SPECS = {
     "matryoshka of a ring": {"matryoshka": {"dims": [2, 5, 6], "settings": {"overlap": "ring"}}},
     "a sum with a ring": {"infonce": {"overlap": "ring"}, "cyclic": {}, "sigmoid": {"overlap": "ring"}},
     "distill": {"distill": {}},
+    "distill_features": {"distill_features": {"embed_dim": D, "teacher_dim": 9}},
+    "distill_features weighted": {"distill_features": {"sides": ["text"], "embed_dim": D, "teacher_dim": 9}},
+    "distill_relations": {"distill_relations": {}},
+    "distill_contrastive": {"distill_contrastive": {"embed_dim": D, "teacher_dim": 9}},
+    "distill_contrastive weighted": {
+        "distill_contrastive": {"sides": ["image"], "embed_dim": D, "teacher_dim": 9}
+    },
     "queue": {"queue": {"embed_dim": D, "size": 11}},
     "queue of sigmoid weighted": {"queue": {"loss": "sigmoid", "embed_dim": D, "size": 5}},
     "twice": {

@@ -75,6 +75,8 @@ def called(trained, to, output):
                 "output": str(output),
                 "project": True,
                 "trust_paths": False,
+                "merge": None,
+                "alpha": None,
             }
         ),
         output,
