@@ -86,7 +86,7 @@ def classify(given: argparse.Namespace) -> dict[str, str]:
     return predictor.skipped
 
 
-def teacher(given: argparse.Namespace) -> None:
+def teacher(given: argparse.Namespace) -> dict[str, str]:
     """Write the features of training data for data.teacher."""
     predictor = _predictor(given)
     able = ["image", "text"] if hasattr(predictor.encoder.model, "encode_image") else ["text"]
@@ -98,6 +98,7 @@ def teacher(given: argparse.Namespace) -> None:
         predictor, data, given.output, name=given.model, sides=given.sides or able, half=given.half
     )
     print(json.dumps({"output": given.output, **written}))
+    return {cause: f"{count} samples" for cause, count in written["skipped"].items()}
 
 
 def _predictor(given: argparse.Namespace) -> Predictor:

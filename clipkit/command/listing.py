@@ -46,8 +46,6 @@ def ls(program: str, arguments: Sequence[str], config_dir: str | None = None) ->
     plugins.search(plugins.given(overrides))
     folders = [CONF, *plugins.folders(), *([Path(config_dir)] if config_dir else [])]
     groups = _groups(program)
-    if not groups:
-        return f"clipkit-{program} has no groups: its keys are those of `clipkit-{program} --help`."
     if words and words[0] not in groups:
         raise unknown("group", words[0], groups)
     pattern = words[1] if len(words) > 1 else "*"

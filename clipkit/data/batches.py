@@ -183,8 +183,11 @@ class Batches(torch.utils.data.Dataset):
     def _read(self, source: int, sample: int, draws: list[float]) -> tuple[torch.Tensor | None, Known, int]:
         data = self.sets[source]
         if self.image_size is None:
-            return None, self.pairs.read(data, sample)
-        if self.cache is not None:
+            known, image, content = self.pairs.read(data, sample), None, 0
+            if self.teacher is not None and "image" in self.teacher.sides:
+                # Which picture it is says its bytes, though nobody looks at it.
+                content = content_of(data.image(sample))
+        elif self.cache is not None:
             known, pixels, shape, content = self.cache.get(source, sample)
             image = self._crop(pixels, shape, draws)
         else:

@@ -163,7 +163,7 @@ class _Found(dict):
     """Features that say what else there was when one is missing."""
 
     # FSDP2 makes another of the entries alone.
-    def __init__(self, kept: Features, output: Features = MappingProxyType({})):
+    def __init__(self, kept: Features, output: Mapping[str, Any] = MappingProxyType({})):
         super().__init__(kept)
         self.output = sorted(output)
 

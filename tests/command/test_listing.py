@@ -56,10 +56,6 @@ def test_the_default_is_the_one_that_is_composed():
         assert heading == f"{group}=  (default: {chosen[group]})"
 
 
-def test_the_commands_without_groups_say_so():
-    assert "no groups" in ls("export", [])
-
-
 def test_one_group_and_a_pattern_of_its_names():
     assert set(parsed(ls("pretrain", ["loss"]))) == {"loss"}
     assert list(parsed(ls("pretrain", ["loss", "cycl*"]))["loss"]) == ["cyclic", "cyclip"]

@@ -284,8 +284,9 @@ def labelled_shard(folder: Path, rng: random.Random) -> None:
 
 def drain(source: Any) -> None:
     for _, batch in source.batches(16, 2):
-        assert len(batch["image"]) == len(batch["labels"]) == len(batch["captions"]) == len(batch["keys"])
-        assert all(label is None or isinstance(label, int) for label in batch["labels"])
+        assert len(batch["image"]) == len(batch["captions"]) == len(batch["keys"]) == len(batch["meta"])
+        labels = map(source.label, batch["keys"], batch["meta"])
+        assert all(label is None or isinstance(label, (int, DataError)) for label in labels)
 
 
 def cifar(folder: Path, rng: random.Random) -> None:

@@ -24,7 +24,7 @@ from tests.processes import fork, launch
 PROGRAM = Path(__file__).with_name("remote_run.py")
 SHARDS = 16
 # What a stream asks of an image tower.
-TOWER: Any = SimpleNamespace(image_size=8, resize_mode="shortest", interpolation="bicubic")
+TOWER: Any = SimpleNamespace(encodes=True, image_size=8, resize_mode="shortest", interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")

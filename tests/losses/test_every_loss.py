@@ -260,7 +260,10 @@ def test_a_sum_hands_a_loss_all_that_its_forward_takes(name):
         return
     needed = tuple(value.name for value in taken if value.default is value.empty)
     optional = {value.name for value in taken if value.default is None} - {"ranks"}
-    assert needed == tuple(loss.inputs) and optional == set(getattr(loss, "optional_inputs", ()))
+    # What a loss of some sides alone needs is said by its settings, not by forward.
+    some = set(loss.inputs) - set(needed)
+    assert needed == tuple(loss.inputs)[: len(needed)] and some <= optional
+    assert optional - some == set(getattr(loss, "optional_inputs", ()))
 
 
 @pytest.mark.parametrize("name", [n for n in list_losses() if build(n).optional_inputs])
