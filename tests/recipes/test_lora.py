@@ -125,6 +125,7 @@ def test_a_run_with_adapters_is_a_source_and_its_export_a_model(adapted, tmp_pat
         torch.testing.assert_close(one.encode_text(text), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit(adapted, settings, tmp_path):
     run(*settings, *LORA, f"output_dir={tmp_path}", "max_minutes=0", status=75)
     run(*settings, *LORA, f"output_dir={tmp_path}")

@@ -114,6 +114,7 @@ def test_plain_ddp_with_micro_batches(pairs_curve):
     torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_lightning_on_two_processes(pairs_curve):
     needs("lightning")
     losses = curve("lightning_trainer.py", "--devices", "2", "--accelerator", "cpu")
@@ -157,6 +158,7 @@ def test_sentence_transformers_trainer(example):
     torch.testing.assert_close(curve("sentence_transformers_trainer.py"), expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_open_clip_model_with_either_loss(example):
     """open_clip's model on two ranks with clipkit's loss, against one process with open_clip's ClipLoss."""
     needs("open_clip")

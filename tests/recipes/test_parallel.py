@@ -113,8 +113,13 @@ def test_ranks_train_the_model_of_one_process(one, settings, tmp_path, world_siz
     assert sharded == (parallel == "fsdp")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("others", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "parallel, others",
+    [
+        ("fsdp", 1),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("ddp", 1), ("ddp", 4), ("fsdp", 4))),
+    ],
+)
 def test_two_ranks_go_on_as_one_or_four(one, settings, tmp_path, parallel, others):
     """The same samples in the same order: each step's loss is the uninterrupted run's."""
     settings = [*settings, f"parallel={parallel}", f"output_dir={tmp_path}"]
