@@ -193,7 +193,10 @@ def test_a_run_folder_that_is_deleted_in_mid_run_is_made_again(tmp_path, shapes)
     settings = [*QUIET, shapes, f"output_dir={tmp_path}", "eval=none", "steps=60", "save_every=30"]
     process = start(*settings)
     process.wait_for("step 1/")
-    shutil.rmtree(only_run(tmp_path))
+    folder = only_run(tmp_path)
+    # The run may write into it meanwhile.
+    shutil.rmtree(folder, ignore_errors=True)
+    assert not (folder / "config.yaml").exists()
     output = process.finished()
     assert "Final numbers" in output
     (summary,) = tmp_path.rglob("summary.json")

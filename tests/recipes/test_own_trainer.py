@@ -134,6 +134,7 @@ def test_accelerate_on_two_processes(pairs_curve):
     torch.testing.assert_close(losses, pairs_curve, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_trainer(example):
     needs("sentence_transformers", "accelerate", "datasets")
     module = example("sentence_transformers_trainer")

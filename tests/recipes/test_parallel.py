@@ -92,7 +92,10 @@ def test_the_run_moves_far_beyond_the_tolerance(one):
 
 
 COMBINATIONS = [
-    pytest.param(world_size, parallel, micro, marks=[pytest.mark.slow] if world_size == 4 else [])
+    pytest.param(
+        *(world_size, parallel, micro),
+        marks=pytest.mark.slow if world_size == 4 or (parallel, micro) == ("fsdp", "3") else (),
+    )
     for world_size in (2, 4)
     for parallel in ("ddp", "fsdp")
     for micro in ("null", "3")

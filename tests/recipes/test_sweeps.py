@@ -62,7 +62,7 @@ def summaries(folder: Path) -> dict[Path, float]:
 
 @pytest.mark.parametrize(
     "launcher",
-    [pytest.param(name, marks=pytest.mark.slow if name == "submitit" else ()) for name in LAUNCHERS],
+    [pytest.param(name, marks=() if name == "basic" else pytest.mark.slow) for name in LAUNCHERS],
 )
 def test_a_sweep_outlives_a_failed_job_and_completes_when_repeated(tmp_path, shapes, launcher):
     runs = tmp_path / "runs"
