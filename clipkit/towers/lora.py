@@ -120,7 +120,10 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 def plain_name(tower: Tower, name: str) -> str:
     """A parameter's name as it is without adapters: that of the weight it is, or is added to."""
-    plain = _ADAPTER.sub("", name)
+    # DLA's own stem is called base_layer, too.
+    plain = _ADAPTER.sub(
+        lambda found: "" if _is_adapter(tower.get_submodule(name[: found.start()])) else found[0], name
+    )
     owner, _, kind = plain.rpartition(".")
     attention, _, part = owner.rpartition(".")
     if part == "in_proj" and isinstance(tower.get_submodule(attention), LinearAttention):
