@@ -6,31 +6,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipkit.distributed import Group, Ranks
 from clipkit.kernels import pair_lse
 from clipkit.losses.checks import (
     check_impl,
-    check_not_empty,
     check_precision,
     check_scalar,
     kernel_settings,
-    meet,
     paired_logits,
     scalar,
     softplus,
-    value_checks,
 )
-from clipkit.losses.reduction import check_weight, reduced
+from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
-from clipkit.losses.teacher import SUPPLIED_BY, check_sides, check_teacher, make_heads, mapped
-
-_OTHER = {"image": "text", "text": "image"}
+from clipkit.losses.teacher import OTHER, TeacherLoss, mapped
 
 
 @register_loss("distill_contrastive")
-class InteractiveContrastive(nn.Module):
+class InteractiveContrastive(TeacherLoss):
     """InfoNCE of the student's features as anchors against the teacher's of the other modality.
 
         L = -1/(S N) sum_i [ log softmax_j(s <x_i, v_j>)_i + log softmax_j(s <y_i, u_j>)_i ]
@@ -67,22 +62,15 @@ class InteractiveContrastive(nn.Module):
         impl: str = "auto",
         precision: str = "auto",
     ):
-        super().__init__()
-        self.group, self.sides = group, check_sides(self.name, sides)
+        super().__init__(sides, against=OTHER, group=group, embed_dim=embed_dim, teacher_dim=teacher_dim)
+        self.inputs = (*self.inputs, "logit_scale")
         self.impl = check_impl(impl)
         self.precision = check_precision(precision)
-        self.teacher_dim = None if teacher_dim is None else int(teacher_dim)
-        self.heads = make_heads(self.name, self.sides, embed_dim, teacher_dim)
-        self._pairs = [(f"{side}_features", f"dist_{_OTHER[side]}_features") for side in self.sides]
-        self.inputs = (*(name for pair in self._pairs for name in pair), "logit_scale")
-        self.supplied_by = {teacher: SUPPLIED_BY for _, teacher in self._pairs}
 
-    def check(self, logit_scale: Any = None, sample_weight: Any = None, **features: Any) -> None:
+    def check(self, logit_scale: Any = None, **others: Any) -> None:
         """ValueError for what forward refuses, as far as this process can see it."""
-        check_teacher(self, features, self._pairs, heads=self.heads)
+        super().check(**others)
         check_scalar("logit_scale", logit_scale)
-        rows = features[self.inputs[0]]
-        check_weight(sample_weight, len(rows), values=value_checks(rows.device))
 
     def forward(
         self,
@@ -110,17 +98,15 @@ class InteractiveContrastive(nn.Module):
             ValueError: features are missing, differ in rows, are off unit norm or of a width that no map was built for;
                 ranks with different B.
         """
-        every: dict[str, Any] = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "dist_image_features": dist_image_features,
-            "dist_text_features": dist_text_features,
-            "logit_scale": logit_scale,
-        }
-        given = {name: every[name] for name in self.inputs}
-        more = {} if sample_weight is None else {"sample_weight": sample_weight}
-        ranks = meet(self, ranks, **given, **more)
-        check_not_empty(given[self.inputs[0]])
+        ranks, given = self.begin(
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            dist_image_features=dist_image_features,
+            dist_text_features=dist_text_features,
+            logit_scale=logit_scale,
+            sample_weight=sample_weight,
+        )
         losses = []
         for student, teacher in self._pairs:
             x = mapped(self.heads, student.partition("_")[0], given[student])

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipkit.distributed import Group, Ranks
-from clipkit.losses.checks import check_not_empty, meet, paired_logits, value_checks
-from clipkit.losses.reduction import check_weight, reduced
+from clipkit.losses.checks import paired_logits
+from clipkit.losses.reduction import reduced
 from clipkit.losses.registry import register_loss
-from clipkit.losses.teacher import SUPPLIED_BY, check_sides, check_teacher, make_heads, mapped
+from clipkit.losses.teacher import SAME, TeacherLoss, mapped
 
 
 @register_loss("distill_features")
-class FeatureDistillation(nn.Module):
+class FeatureDistillation(TeacherLoss):
     """One minus the cosine of the student's and the teacher's feature, a mean over pairs and sides.
 
         L = 1/(S N) sum_side sum_i (1 - <W x_i, u_i> / |W x_i|)
@@ -51,19 +50,7 @@ class FeatureDistillation(nn.Module):
         teacher_dim: int | None = None,
         group: Group | str = "auto",
     ):
-        super().__init__()
-        self.group, self.sides = group, check_sides(self.name, sides)
-        self.teacher_dim = None if teacher_dim is None else int(teacher_dim)
-        self.heads = make_heads(self.name, self.sides, embed_dim, teacher_dim)
-        self._pairs = [(f"{side}_features", f"dist_{side}_features") for side in self.sides]
-        self.inputs = tuple(name for pair in self._pairs for name in pair)
-        self.supplied_by = {teacher: SUPPLIED_BY for _, teacher in self._pairs}
-
-    def check(self, sample_weight: Any = None, **features: Any) -> None:
-        """ValueError for what forward refuses, as far as this process can see it."""
-        check_teacher(self, features, self._pairs, heads=self.heads)
-        rows = features[self.inputs[0]]
-        check_weight(sample_weight, len(rows), values=value_checks(rows.device))
+        super().__init__(sides, against=SAME, group=group, embed_dim=embed_dim, teacher_dim=teacher_dim)
 
     def forward(
         self,
@@ -89,16 +76,14 @@ class FeatureDistillation(nn.Module):
             ValueError: a side's features are missing, differ in rows, are off unit norm or of a width that no map was
                 built for; ranks with different B.
         """
-        every = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "dist_image_features": dist_image_features,
-            "dist_text_features": dist_text_features,
-        }
-        given: dict[str, Any] = {name: every[name] for name in self.inputs}
-        more = {} if sample_weight is None else {"sample_weight": sample_weight}
-        ranks = meet(self, ranks, **given, **more)
-        check_not_empty(given[self.inputs[0]])
+        ranks, given = self.begin(
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            dist_image_features=dist_image_features,
+            dist_text_features=dist_text_features,
+            sample_weight=sample_weight,
+        )
         losses = []
         for student, teacher in self._pairs:
             x = mapped(self.heads, student.partition("_")[0], given[student])

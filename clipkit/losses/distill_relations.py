@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipkit.distributed import Group, Ranks, all_reduce_sum, sum_over_ranks
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_not_empty, meet
 from clipkit.losses.registry import register_loss
-from clipkit.losses.teacher import SUPPLIED_BY, check_sides, check_teacher
+from clipkit.losses.teacher import SAME, TeacherLoss
 
 
 @register_loss("distill_relations")
-class RelationalDistillation(nn.Module):
+class RelationalDistillation(TeacherLoss):
     """Similarity-preserving distillation: rows of the student's similarity matrix against the teacher's.
 
         L = 1/(S N) sum_side sum_i | g_i / |g_i| - h_i / |h_i| |^2,   g_ij = <x_i, x_j>,  h_ij = <u_i, u_j>
@@ -41,17 +39,10 @@ class RelationalDistillation(nn.Module):
     name = "distill_relations"
     # Rows are compared as the teacher has them, copies too.
     without_negatives = True
+    any_widths = True
 
     def __init__(self, *, sides: Sequence[str] = ("image", "text"), group: Group | str = "auto"):
-        super().__init__()
-        self.group, self.sides = group, check_sides(self.name, sides)
-        self._pairs = [(f"{side}_features", f"dist_{side}_features") for side in self.sides]
-        self.inputs = tuple(name for pair in self._pairs for name in pair)
-        self.supplied_by = {teacher: SUPPLIED_BY for _, teacher in self._pairs}
-
-    def check(self, **features: Any) -> None:
-        """ValueError for what forward refuses, as far as this process can see it."""
-        check_teacher(self, features, self._pairs)
+        super().__init__(sides, against=SAME, group=group)
 
     def forward(
         self,
@@ -74,16 +65,14 @@ class RelationalDistillation(nn.Module):
         Raises:
             ValueError: a side's features are missing, differ in rows or are off unit norm; ranks with different B.
         """
-        every = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "dist_image_features": dist_image_features,
-            "dist_text_features": dist_text_features,
-        }
-        given: dict[str, Any] = {name: every[name] for name in self.inputs}
-        ranks = meet(self, ranks, **given)
+        ranks, given = self.begin(
+            ranks,
+            image_features=image_features,
+            text_features=text_features,
+            dist_image_features=dist_image_features,
+            dist_text_features=dist_text_features,
+        )
         first = given[self.inputs[0]]
-        check_not_empty(first)
         with torch.autocast(first.device.type, enabled=False):
             total = sum(
                 (self._side(given[student], given[teacher], ranks) for student, teacher in self._pairs),

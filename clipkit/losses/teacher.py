@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from clipkit.distributed import Group, Ranks
 from clipkit.kernels.reference import compute_dtype
-from clipkit.losses.checks import check_matrix, check_unit_norm, reads_values
+from clipkit.losses.checks import (
+    check_matrix,
+    check_not_empty,
+    check_unit_norm,
+    meet,
+    reads_values,
+    value_checks,
+)
+from clipkit.losses.reduction import check_weight
 from clipkit.registry import unknown
 
 SIDES = ("image", "text")
+# The teacher's side of the same kind as the student's, and of the other.
+SAME = {"image": "image", "text": "text"}
+OTHER = {"image": "text", "text": "image"}
 SUPPLIED_BY = (
     "a teacher: data.teacher, a folder of stored features that `clipkit-predict teacher` writes, or a teacher's forward "
     "on the same batch, under no_grad"
 )
+
+
+class TeacherLoss(nn.Module):
+    """A loss between the student's features of some sides and a teacher's, row by row.
+
+    Args:
+        sides: image, text or both: of the student.
+        against: the teacher's side for each of the student's.
+        embed_dim, teacher_dim: widths of a learned map between them; None: widths must agree.
+    """
+
+    name: str
+    # A loss that compares no columns takes any widths, and has no maps.
+    any_widths = False
+    heads: nn.ModuleDict
+
+    def __init__(
+        self,
+        sides: Sequence[str],
+        *,
+        against: Mapping[str, str],
+        group: Group | str,
+        embed_dim: int | None = None,
+        teacher_dim: int | None = None,
+    ):
+        super().__init__()
+        self.group, self.sides = group, check_sides(self.name, sides)
+        self.teacher_dim = None if teacher_dim is None else int(teacher_dim)
+        self.heads = make_heads(self.name, self.sides, embed_dim, teacher_dim)
+        self._pairs = [(f"{side}_features", f"dist_{against[side]}_features") for side in self.sides]
+        self.inputs = tuple(name for pair in self._pairs for name in pair)
+        self.supplied_by = {teacher: SUPPLIED_BY for _, teacher in self._pairs}
+
+    def check(self, sample_weight: Any = None, **features: Any) -> None:
+        """ValueError for what forward refuses, as far as this process can see it."""
+        check_teacher(self, features, self._pairs, heads=None if self.any_widths else self.heads)
+        rows = features[self.inputs[0]]
+        check_weight(sample_weight, len(rows), values=value_checks(rows.device))
+
+    def begin(
+        self, ranks: Ranks | None, *, sample_weight: Tensor | None = None, **given: Any
+    ) -> tuple[Ranks, dict[str, Any]]:
+        """The ranks, and those of forward's inputs that this loss reads, once all ranks have checked them."""
+        read = {name: given[name] for name in self.inputs}
+        ranks = meet(self, ranks, **read, sample_weight=sample_weight)
+        check_not_empty(read[self.inputs[0]])
+        return ranks, read
 
 
 def check_sides(loss: str, sides: Sequence[str]) -> tuple[str, ...]:
