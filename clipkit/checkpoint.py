@@ -264,9 +264,7 @@ def save_frozen(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> dict
         _make_temporary(temporary)
         written = temporary / "frozen.safetensors"
         save_file(_on_cpu(weights), written)
-        # safetensors writes files that none but the owner may read.
-        written.chmod(0o666 & ~_umask())
-        flush(written)
+        _settle(written, temporary)
         digest = _sha256(written)
         final = folder / f"frozen-{digest[:16]}.safetensors"
         os.replace(written, final)
@@ -275,10 +273,10 @@ def save_frozen(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> dict
     return {final.name: digest}
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _settle(file: Path, folder: Path) -> None:
+    """Flush a file, and let whoever may read the folder read it: safetensors writes for the owner alone."""
+    file.chmod(folder.stat().st_mode & 0o666)
+    flush(file)
 
 
 def frozen_file(path: Path) -> Path | None:
@@ -301,7 +299,6 @@ def _seal(
     """Flush every file, write the manifest last, and give the folder its final name, which is returned."""
     final = folder / f"step_{step:08d}"
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    readable = (temporary / "config.json").stat().st_mode & 0o777
     manifest = {
         "step": step,
         "metrics": dict(metrics or {}),
@@ -310,9 +307,7 @@ def _seal(
         **({"frozen": dict(frozen)} if frozen else {}),
     }
     for path in files:
-        # safetensors writes files that none but the owner may read.
-        path.chmod(readable)
-        flush(path)
+        _settle(path, temporary)
     write_json(temporary / MANIFEST, manifest)
     if final.exists():
         _remove(final)

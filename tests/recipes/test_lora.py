@@ -57,6 +57,7 @@ def test_a_checkpoint_holds_the_adapters_and_what_else_is_trained(adapted):
     }
     (frozen,) = (adapted / "checkpoints").glob("frozen-*.safetensors")
     assert len(list((adapted / "checkpoints").glob("step_*"))) == 2
+    assert frozen.stat().st_mode == (path / "config.json").stat().st_mode
     model, _, _ = load_model(adapted)
     assert {*model.state_dict()} == {name[6:] for name in {*load_file(frozen), *trained}}
     # Two numbers of AdamW and a count for each that is trained, and none for another.
